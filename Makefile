@@ -1,0 +1,54 @@
+# Everything a person types. Each target does its own set-up in .venv; PYTHON chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# Pinned here, not in the package: an unpinned torch pulls several GB of CUDA packages.
+TORCH ?= torch==2.13.0
+
+.PHONY: build demo test lint format build-cuda wheel bench clean
+
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet $(TORCH)
+	$(RUN) -m pip install --quiet "setuptools>=77" "pybind11>=3.0" "ninja"
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# Compiles what has changed, in place.
+build: $(VENV)/.installed
+	$(RUN) setup.py --quiet build_ext --inplace
+
+# Loads the checkpoint that ships, answers a batch of questions and a chat, streams one.
+demo: build
+	$(RUN) examples/demo.py
+
+test: build
+	$(RUN) -m pytest tests
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+format: $(VENV)/.installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+# Compiles the CUDA sources, and imports the result on this machine, which needs no GPU for that.
+build-cuda: $(VENV)/.installed
+	SGLITE_CUDA=1 SGLITE_CUDA_ARCHS="80;90a" $(RUN) setup.py --quiet build_ext \
+	    --build-temp build/cuda --build-lib build/cuda-lib
+	$(RUN) tests/check_cuda_build.py build/cuda-lib/sglite
+
+# What `pip install .` does: build isolation, no torch at build time.
+wheel: $(VENV)/.installed
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+
+bench: build
+	$(RUN) bench/throughput.py --model llama-135m --peer transformers
+
+clean:
+	rm -rf build $(VENV) sglite/*.so *.egg-info
