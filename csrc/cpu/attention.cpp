@@ -1,0 +1,316 @@
+// Paged attention: softmax(q k^T * scale) v over each row's visible positions, online (Milakov and
+// Gimelshein, 2018; Dao et al., 2022), split over keys and merged in order (FlashDecoding, 2023).
+// Scores are kept as exponents of 2.
+#include "cpu/attention.h"
+
+#include <omp.h>
+
+#include "cpu/attention_tile.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace sglite::cpu::SGLITE_CPU_PATH {
+
+// total = total (+) part, where both are records whose weights are relative to their own maxima.
+static void merge_record(float* total, const float* part, int64_t channels) {
+    const float before = total[channels], other = part[channels];
+    const float after = other > before ? other : before;
+    float factors[Vec::kSize] = {before - after, other - after};
+    store(factors, exp2_nonpositive(load(factors)));
+    const Vec keep = splat(factors[0]), add = splat(factors[1]);
+    for (int64_t i = 0; i < channels; i += Vec::kSize)
+        store(total + i, fma(load(part + i), add, load(total + i) * keep));
+    total[channels] = after;
+    total[channels + 1] = total[channels + 1] * factors[0] + part[channels + 1] * factors[1];
+}
+
+static void clear_record(float* record, int64_t channels) {
+    for (int64_t i = 0; i < channels; i += Vec::kSize) store(record + i, splat(0.0f));
+    record[channels] = -INFINITY;
+    record[channels + 1] = 0.0f;
+}
+
+// Divides by the sum of weights; a row that sees nothing gets zeros.
+template <typename T>
+static void write_output(T* out, const float* record, int64_t channels, int64_t head_dim) {
+    const float sum = record[channels + 1];
+    const Vec inverse = splat(sum == 0.0f ? 0.0f : 1.0f / sum);
+    int64_t i = 0;
+    for (; i + Vec::kSize <= head_dim; i += Vec::kSize) store(out + i, load(record + i) * inverse);
+    if (i < head_dim)
+        store_partial(out + i, load(record + i) * inverse, static_cast<int>(head_dim - i));
+}
+
+// Rows of one unit are ordered by KV head, token, query head of the group.
+template <typename T>
+class UnitRunner {
+  public:
+    UnitRunner(const AttentionArgs& args, const AttentionUnit& unit, float* scratch)
+        : args_(args),
+          unit_(unit),
+          group_(args.group()),
+          head_rows_(unit.tokens * group_),
+          channels_(attention_channels(args.head_dim)),
+          record_(attention_record(args.head_dim)),
+          k_cache_(static_cast<const char*>(args.k_cache)),
+          v_cache_(static_cast<const char*>(args.v_cache)),
+          table_(args.page_table + unit.request * args.table_width),
+          first_position_(args.kv_lens[unit.request] - args.query_start[unit.request + 1] +
+                          unit.first_token) {
+        const int64_t rows = head_rows_ * unit.heads;
+        queries_ = scratch;
+        totals_ = queries_ + rows * channels_;
+        parts_ = totals_ + rows * record_;
+        weight_sums_ = parts_ + rows * record_;
+        block_.keys = weight_sums_ + rows * 16;
+        block_.values = block_.keys + kAttentionBlock * channels_;
+        block_.head_dim = args.head_dim;
+        block_.words = words_of<T>(args.head_dim);
+        block_.channels = channels_;
+        constexpr double kLog2E = 1.44269504088896340736;
+        block_.scale =
+            static_cast<float>(args.soft_cap ? args.scale / args.soft_cap : args.scale * kLog2E);
+        block_.cap = static_cast<float>(args.soft_cap * kLog2E);
+        some_begin_ = first_visible(0);
+        all_begin_ = first_visible(unit.tokens - 1);
+        some_end_ = all_end_ = end_visible(0);
+        for (int64_t token = 1; token < unit.tokens; ++token) {
+            const int64_t end = end_visible(token);
+            if (end > some_end_) some_end_ = end;
+            if (end < all_end_) all_end_ = end;
+        }
+        const int64_t first = unit.first_split * kAttentionSplit;
+        const int64_t last = first + unit.splits * kAttentionSplit;
+        begin_ = some_begin_ > first ? some_begin_ : first;
+        end_ = some_end_ < last ? some_end_ : last;
+    }
+
+    // Block after block, all heads of one before the next, so that memory is read in its order.
+    void run() {
+        pack_queries();
+        const bool whole = unit_.partials < 0;
+        if (whole) clear(totals_);
+        clear_parts();
+        int64_t offsets[2][kAttentionBlock];
+        int64_t first = begin_ / kAttentionBlock * kAttentionBlock;
+        prefetch(first, offsets[0]);
+        block_.next_keys.finish();
+        block_.next_values.finish();
+        for (int turn = 0; first < end_; turn ^= 1) {
+            const int64_t next = first + kAttentionBlock;
+            prefetch(next, offsets[turn ^ 1]);
+            block_.offsets = offsets[turn];
+            for (int64_t head = 0; head < unit_.heads; ++head)
+                attend_block(head, first, begin_ > first ? static_cast<int>(begin_ - first) : 0,
+                             end_ < next ? static_cast<int>(end_ - first) : kAttentionBlock);
+            if (next % kAttentionSplit == 0 || next >= end_) {
+                sum_weights();
+                whole ? merge_parts() : keep_parts(first / kAttentionSplit);
+                clear_parts();
+            }
+            first = next;
+        }
+        if (whole) write_rows();
+    }
+
+  private:
+    void pack_queries() {
+        const T* q = static_cast<const T*>(args_.q.data);
+        float* to = queries_;
+        for (int64_t head = unit_.first_head; head < unit_.first_head + unit_.heads; ++head) {
+            for (int64_t token = 0; token < unit_.tokens; ++token) {
+                const T* from = q + (unit_.first_token + token) * args_.q.token_stride +
+                                head * group_ * args_.q.head_stride;
+                for (int64_t i = 0; i < group_; ++i, to += channels_)
+                    pack_query(to, from + i * args_.q.head_stride, args_.head_dim);
+            }
+        }
+    }
+
+    int64_t first_visible(int64_t token) const {
+        return args_.first_visible(first_position_ + token);
+    }
+    int64_t end_visible(int64_t token) const { return args_.kv_end[unit_.first_token + token]; }
+
+    int64_t rows() const { return head_rows_ * unit_.heads; }
+
+    void clear(float* records) {
+        for (int64_t row = 0; row < rows(); ++row) clear_record(records + row * record_, channels_);
+    }
+
+    void clear_parts() {
+        clear(parts_);
+        for (int64_t row = 0; row < rows(); ++row) store(weight_sums_ + row * 16, splat(0.0f));
+    }
+
+    void sum_weights() {
+        for (int64_t row = 0; row < rows(); ++row)
+            parts_[row * record_ + channels_ + 1] = reduce_sum(load(weight_sums_ + row * 16));
+    }
+
+    void merge_parts() {
+        for (int64_t row = 0; row < rows(); ++row) {
+            const float* part = parts_ + row * record_;
+            if (part[channels_ + 1] != 0.0f) merge_record(totals_ + row * record_, part, channels_);
+        }
+    }
+
+    void keep_parts(int64_t split) {
+        const int64_t record =
+            unit_.partials + (split - unit_.first_split) * args_.kv_heads * head_rows_;
+        std::memcpy(args_.records + record * record_, parts_, rows() * record_ * sizeof(float));
+    }
+
+    // Where the keys of a block lie, those outside the unit's range standing for one inside it.
+    void find_keys(int64_t first, int64_t* offsets) const {
+        const int64_t row_bytes = args_.kv_heads * args_.head_dim * sizeof(T);
+        const int64_t from = begin_ > first ? begin_ - first : 0;
+        const int64_t to = end_ - first < kAttentionBlock ? end_ - first : kAttentionBlock;
+        int64_t page = (first + from) / args_.page_size, slot = (first + from) % args_.page_size;
+        for (int64_t key = from; key < to; ++key) {
+            offsets[key] = (table_[page] * args_.page_size + slot) * row_bytes;
+            if (++slot == args_.page_size) {
+                slot = 0;
+                ++page;
+            }
+        }
+        for (int64_t key = 0; key < from; ++key) offsets[key] = offsets[from];
+        for (int64_t key = to; key < kAttentionBlock; ++key) offsets[key] = offsets[from];
+    }
+
+    // Bytes from the start of a cache's slot to a head of the unit.
+    int64_t head_offset(int64_t head) const {
+        return (unit_.first_head + head) * args_.head_dim * static_cast<int64_t>(sizeof(T));
+    }
+
+    // Finds the keys of the next block, if there is one, and has them fetched by and by.
+    void prefetch(int64_t first, int64_t* offsets) {
+        if (first >= end_) return;
+        find_keys(first, offsets);
+        const int64_t left = end_ - first;
+        const int64_t rows = left < kAttentionBlock ? left : kAttentionBlock;
+        const int64_t bytes = head_offset(unit_.heads) - head_offset(0);
+        block_.next_keys.start(k_cache_ + head_offset(0), offsets, rows, bytes);
+        block_.next_values.start(v_cache_ + head_offset(0), offsets, rows, bytes);
+    }
+
+    // Keys first + [begin, end) are those that some token of the unit may see.
+    void attend_block(int64_t head, int64_t first, int begin, int end) {
+        block_.key_rows = k_cache_ + head_offset(head);
+        block_.value_rows = v_cache_ + head_offset(head);
+        pack_keys<T>(block_, begin, end);
+        if (head_rows_ <= kTileRows && args_.head_dim % Vec::kSize == 0) {
+            attend_tokens<CachedValues<T>>(head * head_rows_, first);
+        } else {
+            copy_values<T>(block_, begin, end);
+            attend_tokens<CopiedValues>(head * head_rows_, first);
+        }
+    }
+
+    // Neighbouring tokens that see the same keys of the block are taken together. Keys that a token
+    // does not see are not touched for it, so that what they hold cannot matter.
+    template <typename Values>
+    void attend_tokens(int64_t first_row, int64_t first) {
+        if (all_begin_ <= first && first + kAttentionBlock <= all_end_)
+            return attend<Values>(first_row, head_rows_, 0, kAttentionBlock);
+        int64_t token = 0;
+        while (token < unit_.tokens) {
+            int begin, end, next_begin, next_end;
+            visible_in_block(token, first, begin, end);
+            int64_t next = token + 1;
+            for (; next < unit_.tokens; ++next) {
+                visible_in_block(next, first, next_begin, next_end);
+                if (next_begin != begin || next_end != end) break;
+            }
+            if (begin < end)
+                attend<Values>(first_row + token * group_, (next - token) * group_, begin, end);
+            token = next;
+        }
+    }
+
+    template <typename Values>
+    void attend(int64_t row, int64_t count, int begin, int end) {
+        attend_rows<T, Values>(block_,
+                               {queries_ + row * channels_, parts_ + row * record_,
+                                weight_sums_ + row * 16, channels_, record_},
+                               count, begin, end);
+    }
+
+    void visible_in_block(int64_t token, int64_t first, int& begin, int& end) const {
+        const int64_t from = first_visible(token) - first, to = end_visible(token) - first;
+        begin = static_cast<int>(from < 0 ? 0 : from > kAttentionBlock ? kAttentionBlock : from);
+        end = static_cast<int>(to < 0 ? 0 : to > kAttentionBlock ? kAttentionBlock : to);
+    }
+
+    void write_rows() {
+        T* out = static_cast<T*>(args_.out.data);
+        const float* record = totals_;
+        for (int64_t head = unit_.first_head; head < unit_.first_head + unit_.heads; ++head) {
+            for (int64_t token = 0; token < unit_.tokens; ++token) {
+                T* to = out + (unit_.first_token + token) * args_.out.token_stride +
+                        head * group_ * args_.out.head_stride;
+                for (int64_t i = 0; i < group_; ++i, record += record_)
+                    write_output(to + i * args_.out.head_stride, record, channels_, args_.head_dim);
+            }
+        }
+    }
+
+    const AttentionArgs& args_;
+    const AttentionUnit& unit_;
+    const int64_t group_, head_rows_, channels_, record_;
+    const char *const k_cache_, *const v_cache_;
+    const int32_t* table_;
+    const int64_t first_position_;
+    // The positions that some token, and that every token, of the unit sees.
+    int64_t some_begin_, some_end_, all_begin_, all_end_;
+    int64_t begin_, end_;  // the unit's keys: what some token sees of its splits
+    float *queries_, *totals_, *parts_, *weight_sums_;
+    Block block_;
+};
+
+// Merges the records of one KV head and writes its rows; `total` has room for one record.
+template <typename T>
+static void merge_splits(const AttentionArgs& args, const AttentionMerge& merge, int64_t head,
+                         float* total) {
+    const int64_t channels = attention_channels(args.head_dim);
+    const int64_t record = attention_record(args.head_dim), group = args.group();
+    const int64_t rows = merge.tokens * group;
+    for (int64_t row = 0; row < rows; ++row) {
+        clear_record(total, channels);
+        for (int64_t split = 0; split < merge.splits; ++split) {
+            const float* part =
+                args.records +
+                (merge.partials + (split * args.kv_heads + head) * rows + row) * record;
+            if (part[channels + 1] != 0.0f) merge_record(total, part, channels);
+        }
+        T* out = static_cast<T*>(args.out.data) +
+                 (merge.first_token + row / group) * args.out.token_stride +
+                 (head * group + row % group) * args.out.head_stride;
+        write_output(out, total, channels, args.head_dim);
+    }
+}
+
+template <typename T>
+static void attend(const AttentionArgs& args) {
+    const int64_t merge_items = args.merge_count * args.kv_heads;
+#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
+    {
+        float* scratch = args.scratch + omp_get_thread_num() * args.scratch_size;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < args.unit_count; ++unit)
+            UnitRunner<T>(args, args.units[unit], scratch).run();
+        // All units are done here.
+        if (merge_items) {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t item = 0; item < merge_items; ++item)
+                merge_splits<T>(args, args.merges[item / args.kv_heads], item % args.kv_heads,
+                                scratch);
+        }
+    }
+}
+
+void paged_attention(const AttentionArgs& args) {
+    visit_float_type(args.dtype, [&](auto type) { attend<decltype(type)>(args); });
+}
+
+}  // namespace sglite::cpu::SGLITE_CPU_PATH

@@ -1,0 +1,277 @@
+// The linear layer: out = x W^T + bias, rounded, + residual, rounded again. One kernel for every
+// number of rows and for packed and plain weights, all adding over k in the same order.
+#include "cpu/kernels.h"
+#include "cpu/linear_tile.h"
+#include "cpu/parallel.h"
+#include "cpu/weight_panels.h"
+
+namespace sglite::cpu::SGLITE_CPU_PATH {
+
+// Plain weights are turned into panels a piece at a time, on the stack: this many steps of one
+// panel, used for this many rows of x before the next piece takes its place.
+constexpr int64_t kPieceSteps = 256;
+constexpr int64_t kPieceRows = 192;
+
+// x that is laid out anew in no more bytes than this needs no workspace of the caller's.
+constexpr int64_t kStackBytes = 16 << 10;
+
+// The rows of x, cut into blocks of nearly equal height.
+struct RowBlocks {
+    int64_t rows, count;
+
+    explicit RowBlocks(int64_t m) : rows(m), count((m + kMaxRows - 1) / kMaxRows) {}
+    int64_t begin(int64_t block) const { return rows * block / count; }
+    int64_t height(int64_t block) const { return begin(block + 1) - begin(block); }
+};
+
+// A single row of the right type can be read where it lies.
+template <typename T>
+static bool reads_x_in_place(int64_t m, int64_t k) {
+    return m == 1 && sizeof(T) * kStepDepth<T> == sizeof(RowElement<T>) * RowLayout<T>::kPerStep &&
+           k % kStepDepth<T> == 0;
+}
+
+template <typename T>
+static Vec load_some(const T* p, int64_t count) {
+    return count >= Vec::kSize ? load(p) : load_partial(p, static_cast<int>(count));
+}
+
+template <typename T>
+static void store_some(T* p, Vec value, int64_t count) {
+    if (count >= Vec::kSize) {
+        store(p, value);
+    } else {
+        store_partial(p, value, static_cast<int>(count));
+    }
+}
+
+template <typename T>
+class Linear {
+  public:
+    Linear(const LinearArgs& args, void* laid_out)
+        : args_(args),
+          blocks_(args.m),
+          steps_(steps_of<T>(args.k)),
+          panels_(panels_of(args.n)),
+          in_place_(reads_x_in_place<T>(args.m, args.k)),
+          x_(static_cast<const RowElement<T>*>(in_place_ ? args.x : laid_out)) {}
+
+    void run() {
+        const Plan plan = make_plan();
+        int64_t next = 0;
+#pragma omp parallel num_threads(plan.threads)
+        {
+            if (!in_place_) {
+                const int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
+                lay_out(blocks_.count * rank / team, blocks_.count * (rank + 1) / team);
+#pragma omp barrier
+            }
+            for (;;) {
+                const int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+                if (unit >= plan.chunks * plan.groups) break;
+                const int64_t chunk = unit % plan.chunks, group = unit / plan.chunks;
+                const Range panels{chunk * plan.chunk_panels,
+                                   smaller((chunk + 1) * plan.chunk_panels, panels_)};
+                const Range blocks{blocks_.count * group / plan.groups,
+                                   blocks_.count * (group + 1) / plan.groups};
+                if (args_.packed) {
+                    multiply_packed(panels, blocks);
+                } else {
+                    multiply_plain(panels, blocks);
+                }
+            }
+        }
+    }
+
+  private:
+    struct Range {
+        int64_t begin, end;
+    };
+
+    // Units of work: chunks of neighbouring panels for groups of neighbouring row blocks.
+    struct Plan {
+        int threads;
+        int64_t chunk_panels, chunks, groups;
+    };
+
+    static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+    static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+    Plan make_plan() const {
+        // Starting a team costs several microseconds; so much arithmetic makes up for it.
+        constexpr int64_t kGrain = 1 << 18;
+        // Row blocks of a group are read once for each panel and should stay in the cache.
+        constexpr int64_t kGroupBytes = 1 << 20;
+        // Enough to make the work for rows outweigh the reading of a panel.
+        constexpr int64_t kGroupBlocks = 8;
+        Plan plan;
+        plan.threads = static_cast<int>(
+            larger(1, smaller(num_threads(), args_.m * args_.n * args_.k / kGrain)));
+        // Many chunks for each thread, since threads are not equally fast; but no panel alone where
+        // two are taken at once, and several where the next one is fetched ahead.
+        const int64_t least = panels_ < 8 * plan.threads ? 1 : blocks_.count == 1 ? 2 : 4;
+        plan.chunk_panels = larger(panels_ / (plan.threads * 32) * 2, least);
+        plan.chunks = (panels_ + plan.chunk_panels - 1) / plan.chunk_panels;
+        const int64_t row_bytes = steps_ * RowLayout<T>::kPerStep * sizeof(RowElement<T>);
+        plan.groups = larger(1 + args_.m * row_bytes / kGroupBytes, 4 * plan.threads / plan.chunks);
+        plan.groups = smaller(plan.groups, (blocks_.count + kGroupBlocks - 1) / kGroupBlocks);
+        return plan;
+    }
+
+    const RowElement<T>* x_of(int64_t block) const {
+        return x_ + blocks_.begin(block) * steps_ * RowLayout<T>::kPerStep;
+    }
+
+    void lay_out(int64_t begin, int64_t end) const {
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t row = blocks_.begin(block);
+            lay_out_rows(const_cast<RowElement<T>*>(x_of(block)),
+                         static_cast<const T*>(args_.x) + row * args_.x_stride, args_.x_stride,
+                         blocks_.height(block), args_.k);
+        }
+    }
+
+    void multiply_packed(Range panels, Range blocks) const {
+        const int64_t panel_words = steps_ * kPanelColumns;
+        const uint32_t* packed = static_cast<const uint32_t*>(args_.packed);
+        constexpr int64_t kPairRows = 2 * kMaxPairRows;
+        alignas(64) float tile[(kMaxRows > kPairRows ? kMaxRows : kPairRows) * kPanelColumns];
+        const int64_t at_once = args_.m <= kMaxPairRows ? 2 : 1;
+        int64_t taken;
+        for (int64_t panel = panels.begin; panel < panels.end; panel += taken) {
+            taken = smaller(at_once, panels.end - panel);
+            const uint32_t* weights = packed + panel * panel_words;
+            for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+                const int64_t rows = blocks_.height(block);
+                const auto kernel = taken == 2 ? multiply_for<T, 2, kMaxPairRows>(rows)
+                                               : multiply_for<T, 1, kMaxRows>(rows);
+                const bool more = panel + taken < panels.end;
+                kernel(x_of(block), weights, panel_words, steps_, tile, false,
+                       prefetch(weights, more, block - blocks.begin));
+                finish(tile, block, panel, taken);
+            }
+        }
+    }
+
+    // What to fetch ahead while a block of rows is at work on a panel. Where there is one block, it
+    // is the panel itself (the processor's own prefetch is best while memory is all that counts).
+    // Otherwise later blocks find the panel in the cache, and the next one comes in, half of it
+    // during each of the first two blocks.
+    Prefetch prefetch(const uint32_t* panel, bool more, int64_t order) const {
+        constexpr int64_t kDistance = 8192;
+        const char* address = reinterpret_cast<const char*>(panel);
+        const int64_t panel_bytes = steps_ * kPanelColumns * sizeof(uint32_t);
+        if (blocks_.count == 1) {
+            if (args_.m < kMinPrefetchRows) return {};
+            return {address + kDistance / (args_.m <= kMaxPairRows ? 2 : 1), 128};
+        }
+        if (!more || order > 1) return {};
+        return {address + panel_bytes + order * panel_bytes / 2, 64};
+    }
+
+    void multiply_plain(Range panels, Range blocks) const {
+        constexpr int64_t kBlocksAtOnce = kPieceRows / kMaxRows;
+        alignas(64) uint32_t piece[kPieceSteps * kPanelColumns];
+        alignas(64) float tiles[kPieceRows * kPanelColumns];
+        const int64_t next_panel = kPanelColumns * args_.segments[0].stride;
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            const T* rows[kPanelColumns];
+            find_rows(panel, rows);
+            for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
+                const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
+                for (int64_t step = 0; step < steps_; step += kPieceSteps) {
+                    const int64_t stop = smaller(step + kPieceSteps, steps_);
+                    fill_panel(piece, rows, step, stop, args_.k, next_panel);
+                    for (int64_t block = first; block < end; ++block) {
+                        const int64_t height = blocks_.height(block);
+                        multiply_for<T, 1, kMaxRows>(height)(
+                            x_of(block) + step * RowLayout<T>::kPerStep * height, piece, 0,
+                            stop - step, tile_of(tiles, block, first), step > 0, {});
+                    }
+                }
+                for (int64_t block = first; block < end; ++block) {
+                    finish(tile_of(tiles, block, first), block, panel, 1);
+                }
+            }
+        }
+    }
+
+    static float* tile_of(float* tiles, int64_t block, int64_t first) {
+        return tiles + (block - first) * kMaxRows * kPanelColumns;
+    }
+
+    // The weight's rows behind a panel's columns; null beyond the last.
+    void find_rows(int64_t panel, const T** rows) const {
+        int64_t row = panel * kPanelColumns, column = 0;
+        for (int64_t i = 0; i < args_.num_segments; ++i) {
+            const WeightSegment& segment = args_.segments[i];
+            for (; row < segment.rows && column < kPanelColumns; ++row, ++column) {
+                rows[column] = static_cast<const T*>(segment.data) + row * segment.stride;
+            }
+            row -= segment.rows;
+        }
+        for (; column < kPanelColumns; ++column) rows[column] = nullptr;
+    }
+
+    // From sums to results. tile: [height of the block][32 * panels].
+    void finish(const float* tile, int64_t block, int64_t panel, int64_t panels) const {
+        if (args_.out_dtype == DType::kFloat32) {
+            finish_as<float>(tile, block, panel, panels);
+        } else {
+            finish_as<T>(tile, block, panel, panels);
+        }
+    }
+
+    template <typename Out>
+    void finish_as(const float* tile, int64_t block, int64_t panel, int64_t panels) const {
+        const int64_t first = panel * kPanelColumns;
+        const int64_t end = smaller(first + panels * kPanelColumns, args_.n);
+        const int64_t height = blocks_.height(block);
+        for (int64_t i = 0; i < height; ++i, tile += panels * kPanelColumns) {
+            const int64_t row = blocks_.begin(block) + i;
+            Out* out = static_cast<Out*>(args_.out) + row * args_.out_stride;
+            const Out* residual =
+                static_cast<const Out*>(args_.residual) + row * args_.residual_stride;
+            for (int64_t column = first; column < end; column += Vec::kSize) {
+                Vec sum = load(tile + column - first);
+                if (args_.bias) {
+                    const T* bias = static_cast<const T*>(args_.bias) + column;
+                    sum = sum + load_some(bias, end - column);
+                }
+                if (args_.residual) {
+                    Out rounded[Vec::kSize];
+                    store(rounded, sum);
+                    sum = load(rounded) + load_some(residual + column, end - column);
+                }
+                store_some(out + column, sum, end - column);
+            }
+        }
+    }
+
+    const LinearArgs& args_;
+    const RowBlocks blocks_;
+    const int64_t steps_, panels_;
+    const bool in_place_;
+    const RowElement<T>* x_;
+};
+
+template <typename T>
+static int64_t layout_bytes(int64_t m, int64_t k) {
+    if (reads_x_in_place<T>(m, k)) return 0;
+    return m * steps_of<T>(k) * RowLayout<T>::kPerStep * sizeof(RowElement<T>);
+}
+
+int64_t linear_workspace(int64_t m, int64_t k, DType dtype) {
+    int64_t bytes = 0;
+    visit_float_type(dtype, [&](auto type) { bytes = layout_bytes<decltype(type)>(m, k); });
+    return bytes <= kStackBytes ? 0 : bytes;
+}
+
+void linear(const LinearArgs& args) {
+    if (args.m == 0 || args.n == 0) return;
+    alignas(64) unsigned char small[kStackBytes];
+    void* laid_out = args.workspace ? args.workspace : small;
+    visit_float_type(args.dtype, [&](auto type) { Linear<decltype(type)>(args, laid_out).run(); });
+}
+
+}  // namespace sglite::cpu::SGLITE_CPU_PATH

@@ -1,0 +1,247 @@
+// The inner loops of the linear layer: a few rows of x times one or two panels of weights, float32
+// sums in registers. Every element of the result is one chain of additions over ascending k,
+// whatever the number of rows or panels, which is what makes a row's bits independent of its batch.
+#pragma once
+
+#include "cpu/simd.h"
+#include "cpu/weight_panels.h"
+
+namespace sglite::cpu::SGLITE_CPU_PATH {
+
+// Vectors that the registers hold, rows of x that are multiplied at once, rows up to which two
+// panels are taken at once, and rows from which on weights are fetched ahead: where arithmetic is
+// long enough for the processor's own prefetch to fall behind, or a panel is read in two passes.
+#if defined(__AVX512F__)
+constexpr int kRegisters = 32, kMaxRows = 12, kMaxPairRows = 7, kMinPrefetchRows = 5;
+#elif defined(__AVX2__)
+constexpr int kRegisters = 16, kMaxRows = 5, kMaxPairRows = 0, kMinPrefetchRows = 3;
+#else
+constexpr int kRegisters = 8, kMaxRows = 4, kMaxPairRows = 0, kMinPrefetchRows = 3;
+#endif
+
+// How x is laid out for the inner loops: a block of R rows is [steps][kPerStep][R] elements. With
+// bfloat16 dot products an element is a word of two neighbouring k, otherwise a float32.
+template <typename T>
+struct RowLayout {
+    using Element = float;
+    static constexpr int kPerStep = kStepDepth<T>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct RowLayout<BFloat16> {
+    using Element = uint32_t;
+    static constexpr int kPerStep = 1;
+};
+#endif
+
+template <typename T>
+using RowElement = typename RowLayout<T>::Element;
+
+// The weights of one vector of columns for one k of a step, which starts at p.
+template <int kPart>
+static inline Vec load_step(const float* p) {
+    return load(p);
+}
+
+#if defined(__AVX512F__)
+template <int kPart>
+static inline Vec load_step(const BFloat16* p) {
+    const __m512i words = _mm512_loadu_si512(p);
+    return {_mm512_castsi512_ps(
+        kPart ? _mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000)))
+              : _mm512_slli_epi32(words, 16))};
+}
+template <int kPart>
+static inline Vec load_step(const Float16* p) {
+    const __m512i every_second =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i index = _mm512_add_epi32(every_second, _mm512_set1_epi32(kPart));
+    return {_mm512_permutex2var_ps(load(p).v, index, load(p + Vec::kSize).v)};
+}
+#elif defined(__AVX2__)
+template <int kPart>
+static inline Vec load_step(const BFloat16* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_castsi256_ps(
+        kPart ? _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000)))
+              : _mm256_slli_epi32(words, 16))};
+}
+template <int kPart>
+static inline Vec load_step(const Float16* p) {
+    const __m256 mixed = _mm256_shuffle_ps(load(p).v, load(p + Vec::kSize).v, kPart ? 0xdd : 0x88);
+    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8))};
+}
+#else
+template <int kPart, typename T>
+static inline Vec load_step(const T* p) {
+    return make_lanes([&](int i) { return to_float(p[2 * i + kPart]); });
+}
+#endif
+
+// Weights to fetch into the cache along the way: at each step the 128 bytes at `address`, or only
+// 64 of them where `advance` is 64, in each of the panels being read. A null address fetches
+// nothing.
+struct Prefetch {
+    const char* address = nullptr;
+    int64_t advance = 0;
+
+    template <int kPanels>
+    void step(int64_t panel_words) {
+        if (!address) return;
+#pragma GCC unroll 2
+        for (int panel = 0; panel < kPanels; ++panel) {
+            const char* line = address + panel * panel_words * 4;
+            __builtin_prefetch(line);
+            __builtin_prefetch(line + advance / 2);
+        }
+        address += advance;
+    }
+};
+
+// The most vectors of columns, a power of two, whose sums and weights fit the registers.
+constexpr int vectors_at_once(int rows, int panels) {
+    int vectors = panels * kPanelColumns / Vec::kSize;
+    while (vectors > 1 && (rows + 1) * vectors + 1 > kRegisters) vectors /= 2;
+    return vectors;
+}
+
+// tile[r][c] = sum over k of x[r][k] * weight[c][k], added to what tile holds where `resume`.
+// x: one block in RowLayout. panel: kPanels panels, panel_words apart. tile: [kRows][32 * kPanels].
+template <typename T, int kRows, int kPanels>
+static void multiply(const RowElement<T>* x, const uint32_t* panel, int64_t panel_words,
+                     int64_t steps, float* tile, bool resume, Prefetch prefetch) {
+    constexpr int kTileColumns = kPanels * kPanelColumns;
+    constexpr int kVectors = vectors_at_once(kRows, kPanels);
+    for (int first = 0; first < kTileColumns; first += kVectors * Vec::kSize) {
+        const uint32_t* weights[kVectors];
+        Vec sums[kRows][kVectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+            const int column = first + v * Vec::kSize;
+            weights[v] = panel + column / kPanelColumns * panel_words + column % kPanelColumns;
+#pragma GCC unroll 16
+            for (int row = 0; row < kRows; ++row) {
+                sums[row][v] = resume ? load(tile + row * kTileColumns + column) : splat(0.0f);
+            }
+        }
+        const RowElement<T>* values = x;
+        const auto add_part = [&]<int kPart>(int64_t step) {
+            Vec loaded[kVectors];
+#pragma GCC unroll 16
+            for (int v = 0; v < kVectors; ++v) {
+                loaded[v] =
+                    load_step<kPart>(reinterpret_cast<const T*>(weights[v] + step * kPanelColumns));
+            }
+#pragma GCC unroll 16
+            for (int row = 0; row < kRows; ++row) {
+                const Vec value = splat(values[row]);
+#pragma GCC unroll 16
+                for (int v = 0; v < kVectors; ++v) {
+                    sums[row][v] = fma(value, loaded[v], sums[row][v]);
+                }
+            }
+            values += kRows;
+        };
+        for (int64_t step = 0; step < steps; ++step) {
+            prefetch.step<kPanels>(panel_words);
+            add_part.template operator()<0>(step);
+            if constexpr (kStepDepth<T> == 2) add_part.template operator()<1>(step);
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 16
+            for (int v = 0; v < kVectors; ++v) {
+                store(tile + row * kTileColumns + first + v * Vec::kSize, sums[row][v]);
+            }
+        }
+    }
+}
+
+#if defined(__AVX512BF16__)
+// The same with dot products of bfloat16 pairs: one instruction for two k of 16 columns. (It treats
+// numbers below 2^-126 as zero.)
+template <int kRows, int kPanels>
+static void multiply_pairs(const uint32_t* x, const uint32_t* panel, int64_t panel_words,
+                           int64_t steps, float* tile, bool resume, Prefetch prefetch) {
+    constexpr int kTileColumns = kPanels * kPanelColumns;
+    constexpr int kVectors = kTileColumns / 16;
+    __m512 sums[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            sums[row][v] =
+                resume ? _mm512_loadu_ps(tile + row * kTileColumns + v * 16) : _mm512_setzero_ps();
+        }
+    }
+    for (int64_t step = 0; step < steps; ++step, x += kRows, panel += kPanelColumns) {
+        __m512bh weights[kVectors];
+        prefetch.step<kPanels>(panel_words);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            weights[v] = (__m512bh)_mm512_loadu_si512(panel + v / 2 * panel_words + v % 2 * 16);
+        }
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+            int pair;
+            std::memcpy(&pair, x + row, sizeof pair);  // x may be rows of 2-byte alignment
+            const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                sums[row][v] = _mm512_dpbf16_ps(sums[row][v], value, weights[v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            _mm512_storeu_ps(tile + row * kTileColumns + v * 16, sums[row][v]);
+        }
+    }
+}
+#endif
+
+template <typename T>
+using Multiply = void(const RowElement<T>* x, const uint32_t* panel, int64_t panel_words,
+                      int64_t steps, float* tile, bool resume, Prefetch prefetch);
+
+// The inner loop for a number of rows known only at run time.
+template <typename T, int kPanels, int kRows>
+static Multiply<T>* multiply_for(int64_t rows) {
+    if constexpr (kRows == 0) {
+        return nullptr;
+    } else {
+        if (rows != kRows) return multiply_for<T, kPanels, kRows - 1>(rows);
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<T, BFloat16>) return multiply_pairs<kRows, kPanels>;
+#endif
+        return multiply<T, kRows, kPanels>;
+    }
+}
+
+// Lays `rows` rows of x out as one block of RowLayout.
+template <typename T>
+static void lay_out_rows(RowElement<T>* block, const T* x, int64_t stride, int64_t rows,
+                         int64_t k) {
+    const int64_t steps = steps_of<T>(k);
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        for (int64_t step = 0; step < steps; ++step) {
+            for (int64_t row = 0; row < rows; ++row) {
+                *block++ = word_at(x + row * stride, step, k);
+            }
+        }
+        return;
+    }
+#endif
+    if constexpr (std::is_same_v<RowElement<T>, float>) {
+        for (int64_t i = 0; i < steps * kStepDepth<T>; ++i) {
+            for (int64_t row = 0; row < rows; ++row) {
+                *block++ = i < k ? to_float(x[row * stride + i]) : 0.0f;
+            }
+        }
+    }
+}
+
+}  // namespace sglite::cpu::SGLITE_CPU_PATH

@@ -1,0 +1,37 @@
+// The kernel table of one path; compiled once for each, like the kernels themselves.
+#include "cpu/kernels.h"
+#include "cpu/path.h"
+
+namespace sglite::cpu::SGLITE_CPU_PATH {
+
+void rms_norm(const RmsNormArgs& args);
+void pack_rows(const PackRowsArgs& args);
+void unpack_rows(const PackRowsArgs& args);
+int64_t linear_workspace(int64_t m, int64_t k, DType dtype);
+void linear(const LinearArgs& args);
+void embedding(const EmbeddingArgs& args);
+void apply_rope(const RopeArgs& args);
+void gated_activation(const GatedActivationArgs& args);
+void write_kv(const WriteKvArgs& args);
+void paged_attention(const AttentionArgs& args);
+void sample(const SampleArgs& args);
+void log_probs(const LogProbsArgs& args);
+
+extern const Kernels table;
+const Kernels table = {
+    .path = SGLITE_CPU_PATH_NAME,
+    .rms_norm = rms_norm,
+    .pack_rows = pack_rows,
+    .unpack_rows = unpack_rows,
+    .linear_workspace = linear_workspace,
+    .linear = linear,
+    .embedding = embedding,
+    .apply_rope = apply_rope,
+    .gated_activation = gated_activation,
+    .write_kv = write_kv,
+    .paged_attention = paged_attention,
+    .sample = sample,
+    .log_probs = log_probs,
+};
+
+}  // namespace sglite::cpu::SGLITE_CPU_PATH

@@ -1,0 +1,77 @@
+// Every op as C++ sees it: tensors in, checks made, a kernel of the right device run. One file in
+// ops/ for each; the argument structs that kernels take are in cpu/kernels.h.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "tensor.h"
+
+namespace sglite::ops {
+
+// out = x / rms(x) * weight, row by row; with `residual`, residual += x comes first and the sum
+// takes the place of x. Shapes: x, out, residual [rows, width]; weight [width].
+void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, double epsilon,
+              double weight_offset, const std::optional<Tensor>& residual);
+
+// Rows [start, start + count) of a weight [n, k] into its packed storage, and out of it.
+void pack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, const Tensor& rows);
+void unpack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, const Tensor& rows);
+
+// Asks the system for large pages behind new storage: it is then filled several times faster, since
+// fewer pages have to be made, and read faster, since their addresses fit the processor's tables.
+void advise_huge_pages(const Tensor& storage);
+
+// Bytes that linear wants as its workspace (uint8) for this x; often 0.
+int64_t linear_workspace(const Tensor& x);
+
+// out = x W^T + bias, rounded to out's dtype, + residual, rounded again. Shapes: x [..., k]; W
+// [n, k], packed or in segments of rows; bias [n]; out and residual [..., n].
+void linear_packed(const Tensor& out, const Tensor& x, const Tensor& storage, int64_t n, int64_t k,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                   const std::optional<Tensor>& workspace);
+void linear_plain(const Tensor& out, const Tensor& x, const std::vector<Tensor>& segments,
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                  const std::optional<Tensor>& workspace);
+
+// out[i] = table[ids[i]]. Shapes: ids [count], int64; table [n, k], packed or plain; out [count,
+// k].
+void embedding_packed(const Tensor& out, const Tensor& ids, const Tensor& storage, int64_t n,
+                      int64_t k);
+void embedding_plain(const Tensor& out, const Tensor& ids, const Tensor& weight);
+
+// Rotates the first rotary_dim channels of each head in place. Shapes: q [tokens, heads, head_dim]
+// and k [tokens, kv_heads, head_dim], any strides between heads; positions [tokens] int64; cos_sin
+// [positions, rotary_dim] float32.
+void apply_rope(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& cos_sin,
+                bool interleaved);
+
+// out = activation(gate) * up. Shapes: x [rows, 2 * width], gate first; out [rows, width].
+void silu_and_mul(const Tensor& out, const Tensor& x);
+void gelu_and_mul(const Tensor& out, const Tensor& x, const std::string& approximate);
+
+// Copies keys and values to their slots (page * page_size + offset). Shapes: k, v [tokens, heads,
+// head_dim]; k_cache, v_cache [pages, page_size, heads, head_dim]; slots [tokens] int64.
+void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+              const Tensor& slots);
+
+// What changes single logits before tokens are drawn; see sglite/ops/sampling.py.
+struct TokenEdits {
+    Tensor offsets;  // [3, count + 1] int64
+    Tensor seen;     // [any, 3] int32
+    Tensor bias_ids, bias_values, allowed_ids;
+};
+
+// A token for each row of float32 logits [any, vocab], `rows` [count] int64 picking rows of them.
+// token_ids [count] int64 and status [count] int32 are written.
+void sample(const Tensor& token_ids, const Tensor& status, const Tensor& logits,
+            const std::optional<Tensor>& rows, const Tensor& reals, const Tensor& integers,
+            const std::optional<TokenEdits>& edits, const Tensor& workspace);
+
+// Log-probability and rank of one token of each row, and the top_n most probable tokens.
+void log_probs(const Tensor& logprobs, const Tensor& ranks, const Tensor& top_ids,
+               const Tensor& top_logprobs, const Tensor& logits, const std::optional<Tensor>& rows,
+               const Tensor& token_ids, const Tensor& workspace);
+
+}  // namespace sglite::ops

@@ -1,0 +1,38 @@
+#include "cpu/kernels.h"
+#include "ops.h"
+
+namespace sglite::ops {
+
+static void gated_activation(const char* op, const Tensor& out, const Tensor& x,
+                             cpu::Activation activation) {
+    Check(op, "x", x).ndim(2).dtype_in(kFloatTypes).dense_rows();
+    const int64_t rows = x.size(0), width = x.size(1) / 2;
+    if (x.size(1) % 2) Check(op, "x", x).fail("an even number of columns (gate, then up)");
+    Check(op, "out", out).dtype(x.dtype).shape({rows, width}).dense_rows().same_device(x);
+    cpu::require_cpu(op, x);
+    cpu::kernels().gated_activation({
+        .out = out.data,
+        .x = x.data,
+        .rows = rows,
+        .width = width,
+        .out_stride = out.stride(0),
+        .x_stride = x.stride(0),
+        .activation = activation,
+        .dtype = x.dtype,
+    });
+}
+
+void silu_and_mul(const Tensor& out, const Tensor& x) {
+    gated_activation("silu_and_mul", out, x, cpu::Activation::kSilu);
+}
+
+void gelu_and_mul(const Tensor& out, const Tensor& x, const std::string& approximate) {
+    constexpr const char* kOp = "gelu_and_mul";
+    if (approximate == "none") return gated_activation(kOp, out, x, cpu::Activation::kGelu);
+    if (approximate == "tanh") return gated_activation(kOp, out, x, cpu::Activation::kGeluTanh);
+    throw std::invalid_argument(std::string(kOp) +
+                                ": approximate: expected \"none\" or \"tanh\", got \"" +
+                                approximate + "\"");
+}
+
+}  // namespace sglite::ops

@@ -1,0 +1,53 @@
+// Attention of a ragged batch over a paged cache: the arguments checked, and the work cut into
+// units. An object is made for one call; the caller provides the workspace that it asks for.
+#pragma once
+
+#include <optional>
+
+#include "cpu/attention.h"
+#include "tensor.h"
+
+namespace sglite::ops {
+
+class PagedAttention {
+  public:
+    // T tokens of B requests, over caches of P pages.
+    struct Inputs {
+        const Tensor& out;          // [T, q_heads, head_dim]
+        const Tensor& q;            // [T, q_heads, head_dim]
+        const Tensor& k_cache;      // [P, page_size, kv_heads, head_dim]
+        const Tensor& v_cache;      // [P, page_size, kv_heads, head_dim]
+        const Tensor& page_table;   // [B, table_width] int32
+        const Tensor& query_start;  // [B + 1] int32
+        const Tensor& kv_lens;      // [B] int32
+        const Tensor& kv_end;       // [T] int32
+        double scale;
+        std::optional<int64_t> window;
+        std::optional<double> soft_cap;
+    };
+    explicit PagedAttention(const Inputs& inputs);
+
+    int64_t workspace_size() const { return workspace_size_; }  // in bytes
+    double cost() const { return cost_; }                       // in floating-point operations
+
+    // Workspace: at least workspace_size() bytes as uint8, aligned to 64.
+    void run(const Tensor& workspace);
+
+  private:
+    // Some tokens of a request, which share the reading of keys.
+    struct QueryBlock;
+    template <typename Body>
+    void for_each_query_block(const Body& body) const;
+    template <typename OnUnit, typename OnMerge>
+    void cut(const OnUnit& on_unit, const OnMerge& on_merge) const;
+
+    void check_requests() const;
+
+    cpu::AttentionArgs args_{};
+    double cost_ = 0;
+    double unit_cost_ = 0;  // what a unit should not exceed
+    int64_t unit_rows_ = cpu::kAttentionUnitRows;
+    int64_t record_count_ = 0, workspace_size_ = 0;
+};
+
+}  // namespace sglite::ops

@@ -1,0 +1,11 @@
+// What each file of this folder adds to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace sglite {
+
+void bind_cache(pybind11::module_& m);
+void bind_ops(pybind11::module_& m);
+
+}  // namespace sglite
