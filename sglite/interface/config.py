@@ -1,0 +1,397 @@
+"""The settings of an `LLM`: what the caller passed, and what it came to.
+
+`LLMOptions` is the former, `EngineConfig` the latter.
+Nothing here touches hardware. The engine finds out what only the machine can tell (device, memory,
+threads) and hands it to `EngineConfig.resolve`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
+
+from sglite.interface import checks
+from sglite.interface.errors import ConfigError, suggest
+from sglite.interface.foreign_names import advice_for_option
+from sglite.interface.sampling_params import ALIASES as SAMPLING_ALIASES
+from sglite.interface.sampling_params import PARAMETER_NAMES
+
+__all__ = ["ALIASES", "EngineConfig", "LLMOptions", "check_keywords", "refuse_foreign_option"]
+
+#: Other spellings that are accepted, and what they are called here.
+ALIASES = {"model_path": "model"}
+
+#: Names of element types, by every spelling that is accepted.
+DTYPES = {
+    "auto": "auto",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+}
+
+#: Prefill tokens of a step. On the CPU a step of 512 tokens already runs at the full speed of the
+#: matrix product, and a longer one only makes the running requests wait.
+_CHUNKED_PREFILL_SIZE = {"cpu": 512, "cuda": 8192}
+#: Rows of logits are float32 over the vocabulary, so the number of requests costs memory.
+_MAX_RUNNING_REQUESTS = {"cpu": 64, "cuda": 256}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMOptions:
+    """What was passed to `LLM(...)`, each value checked by itself. None and "auto" are unset.
+
+    Attributes:
+        model: a folder, a hub id, "demo", or a live Hugging Face module.
+        tokenizer: a folder, a hub id or a tokenizer object; None: the one beside the weights.
+        architecture: the registered name of the model class; None: what config.json says.
+        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32", or torch's dtypes.
+        device: "auto", "cpu", "cuda" or "cuda:N", or a torch device.
+        quantization: name of a method; None: what config.json says.
+        context_length: tokens of prompt and completion together; None: the model's own limit.
+        kv_cache_tokens: tokens that the KV cache holds; None: from `mem_fraction`.
+        mem_fraction: the share of the free memory that the KV cache takes, between 0 and 1.
+        page_size: tokens per page of the KV cache.
+        max_running_requests: how many requests run at the same time; None: 64 on the CPU, 256
+            on a GPU.
+        chunked_prefill_size: prefill tokens of a step over all requests; None: 512 on the CPU,
+            8192 on a GPU.
+        prefix_cache: whether prompts reuse the cached prefixes of others.
+        cuda_graphs: whether decode steps run as CUDA graphs; of no effect on the CPU.
+        num_threads: threads of the CPU kernels; None: the cores that this process may use.
+        seed: makes the seeds that requests without one draw reproducible, 0 to 2**64 - 1.
+        trust_remote_code: whether Python code of a checkpoint may run (tokenizers, configs).
+        batch_invariant: whether a prompt's result is independent of what shares its batch, to
+            the bit; None: where it costs nothing.
+        revision: branch, tag or commit of a hub model.
+        cache_dir: folder of downloaded hub files; None: Hugging Face's own.
+        token: access token of the hub, or whether to send the one that is logged in. Shown
+            nowhere.
+
+    Raises:
+        ConfigError: naming the argument, the value and what is allowed.
+    """
+
+    model: Any
+    tokenizer: Any = None
+    architecture: str | None = None
+    dtype: Any = "auto"
+    device: Any = "auto"
+    quantization: str | None = None
+    context_length: int | None = None
+    kv_cache_tokens: int | None = None
+    mem_fraction: float | None = None
+    page_size: int = 16
+    max_running_requests: int | None = None
+    chunked_prefill_size: int | None = None
+    prefix_cache: bool = True
+    cuda_graphs: bool = True
+    num_threads: int | None = None
+    seed: int | None = None
+    trust_remote_code: bool = False
+    batch_invariant: bool | None = None
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    token: str | bool | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is None and option.name != "model":
+                value = option.default
+            if value is not None or option.name == "model":
+                value = _CHECKS[option.name](option.name, value)
+            object.__setattr__(self, option.name, value)
+        if self.mem_fraction is not None and self.kv_cache_tokens is not None:
+            raise ConfigError(
+                f"mem_fraction={self.mem_fraction} and kv_cache_tokens={self.kv_cache_tokens} "
+                "both size the KV cache: give one of them."
+            )
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> LLMOptions:
+        """Return the options that the keywords of a call say; see `check_keywords`."""
+        own = check_keywords(keywords)
+        if "model" not in own:
+            raise ConfigError(f"model is missing: it must be {_MODEL}.")
+        return cls(**own)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class EngineConfig:
+    """Every setting of a loaded `LLM`, resolved: `llm.config`. Printing it shows a table.
+
+    Attributes:
+        model: the folder or hub id, or the class of a live module.
+        architecture: the registered name of the model class that runs.
+        dtype: "bfloat16", "float16" or "float32".
+        device: "cpu" or "cuda:N".
+        quantization: name of the method, or None.
+        context_length: tokens of prompt and completion together.
+        kv_cache_tokens: tokens that the KV cache holds, a multiple of `page_size`.
+        mem_fraction: the share of the free memory that the KV cache took; None if its size was
+            given in tokens.
+        page_size: tokens per page of the KV cache.
+        max_running_requests: how many requests run at the same time.
+        chunked_prefill_size: prefill tokens of a step over all requests.
+        prefix_cache: whether prompts reuse the cached prefixes of others.
+        cuda_graphs: whether decode steps run as CUDA graphs.
+        num_threads: threads of the CPU kernels.
+        seed: what the seeds of requests without one are drawn from; None: the system.
+        trust_remote_code: whether Python code of the checkpoint may run.
+        batch_invariant: whether a prompt's result is independent of what shares its batch.
+        revision: branch, tag or commit of a hub model.
+        cache_dir: folder of downloaded hub files; None: Hugging Face's own.
+    """
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    quantization: str | None
+    context_length: int
+    kv_cache_tokens: int
+    mem_fraction: float | None
+    page_size: int
+    max_running_requests: int
+    chunked_prefill_size: int
+    prefix_cache: bool
+    cuda_graphs: bool
+    num_threads: int
+    seed: int | None
+    trust_remote_code: bool
+    batch_invariant: bool
+    revision: str | None
+    cache_dir: str | None
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache that requests can use."""
+        return self.kv_cache_tokens // self.page_size
+
+    @classmethod
+    def resolve(
+        cls,
+        options: LLMOptions,
+        *,
+        model: str,
+        architecture: str,
+        dtype: str,
+        device: str,
+        quantization: str | None,
+        context_limit: int | None,
+        kv_cache_tokens: int,
+        mem_fraction: float | None,
+        num_threads: int,
+        batch_invariant: bool,
+    ) -> EngineConfig:
+        """Fill in what the caller left open; the arguments are what was found out since.
+
+        Args:
+            options: what the caller passed.
+            model: how to call the model.
+            architecture: the registered name of its class.
+            dtype: the element type of its weights and its cache.
+            device: "cpu" or "cuda:N".
+            quantization: the method that the checkpoint or the caller names.
+            context_limit: the longest context that the model was made for; None if unbounded.
+            kv_cache_tokens: how many tokens fit in the memory for the KV cache, cut to whole
+                pages. What the caller asked for goes before it, brought up to whole pages.
+            mem_fraction: the share of the free memory that this is, if it was not asked for.
+            num_threads: threads to use.
+            batch_invariant: whether results are independent of the batch.
+
+        Raises:
+            ConfigError: `context_length` is above the model's limit, or not one page fits.
+        """
+        kind = device.partition(":")[0]
+        if options.kv_cache_tokens is not None:
+            pages = math.ceil(options.kv_cache_tokens / options.page_size)
+        else:
+            pages = kv_cache_tokens // options.page_size
+        if not pages:
+            raise ConfigError(
+                f"The memory for the KV cache holds {kv_cache_tokens} tokens, but one page takes "
+                f"page_size={options.page_size}: free memory, or give a larger mem_fraction."
+            )
+        usable = pages * options.page_size
+        return cls(
+            model=model,
+            architecture=architecture,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            context_length=_context_length(options.context_length, context_limit, usable),
+            kv_cache_tokens=usable,
+            mem_fraction=mem_fraction,
+            page_size=options.page_size,
+            max_running_requests=options.max_running_requests or _MAX_RUNNING_REQUESTS[kind],
+            chunked_prefill_size=options.chunked_prefill_size or _CHUNKED_PREFILL_SIZE[kind],
+            prefix_cache=options.prefix_cache,
+            cuda_graphs=options.cuda_graphs and kind == "cuda",
+            num_threads=num_threads,
+            seed=options.seed,
+            trust_remote_code=options.trust_remote_code,
+            batch_invariant=batch_invariant,
+            revision=options.revision,
+            cache_dir=None if options.cache_dir is None else os.fspath(options.cache_dir),
+        )
+
+    def __repr__(self) -> str:
+        rows = [(option.name, getattr(self, option.name)) for option in fields(self)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(
+            ["EngineConfig", *(f"  {name:<{width}}  {_shown(value)}" for name, value in rows)]
+        )
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)
+
+
+def _context_length(asked: int | None, limit: int | None, kv_cache_tokens: int) -> int:
+    """Return the context length: what was asked for, within the model's limit."""
+    if limit is None:
+        return asked or kv_cache_tokens
+    if asked is not None and asked > limit:
+        checks.refuse(
+            "context_length", asked, f"at most {limit}, the model's own limit", ConfigError
+        )
+    return asked or limit
+
+
+def check_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of an `LLM(...)` call under our own names.
+
+    Raises:
+        ConfigError: a name is unknown or belongs to another library, or the same option was
+            given twice.
+    """
+    own: dict[str, Any] = {}
+    known = [option.name for option in fields(LLMOptions)]
+    for spelling, value in keywords.items():
+        name = ALIASES.get(spelling, spelling)
+        if name not in known:
+            refuse_foreign_option(spelling)
+            hint = suggest(spelling, known)
+            raise ConfigError(
+                f"LLM() has no argument {spelling!r}.{hint} Known: {', '.join(known)}."
+            )
+        if own.get(name) is None:
+            own[name] = value
+        elif value is not None:
+            raise ConfigError(f"{name} was given twice, as {' and '.join(_spellings(name))}.")
+    return own
+
+
+def refuse_foreign_option(name: str) -> None:
+    """Raise a `ConfigError` with our name if `name` belongs to vLLM, SGLang or to `generate`."""
+    advice = advice_for_option(name)
+    if advice is None and (name in PARAMETER_NAMES or name in SAMPLING_ALIASES):
+        advice = "it is a sampling parameter; pass it to llm.generate(...)"
+    if advice is not None:
+        raise ConfigError(f"The argument {name!r} of LLM() does not exist here: {advice}.")
+
+
+def _spellings(name: str) -> list[str]:
+    return [name, *(alias for alias, own in ALIASES.items() if own == name)]
+
+
+_MODEL = "a folder, a hub id, 'demo', or a live Hugging Face module"
+
+
+def _path(name: str, value: Any) -> str | os.PathLike[str]:
+    if isinstance(value, os.PathLike):
+        return value
+    if not isinstance(value, str) or not value:
+        checks.refuse(name, value, "a path (a string or a pathlib.Path)", ConfigError)
+    return value
+
+
+def _model(name: str, value: Any) -> Any:
+    is_module = hasattr(value, "named_parameters") and not isinstance(value, type)
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value) or is_module:
+        return value
+    checks.refuse(name, value, _MODEL, ConfigError)
+
+
+def _tokenizer(name: str, value: Any) -> Any:
+    is_tokenizer = hasattr(value, "encode") and hasattr(value, "decode")
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value) or is_tokenizer:
+        return value
+    checks.refuse(name, value, "a folder, a hub id or a tokenizer object", ConfigError)
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        checks.refuse(name, value, "a name (a string)", ConfigError)
+    return value
+
+
+def _dtype(name: str, value: Any) -> str:
+    dtype = DTYPES.get(str(value).removeprefix("torch."))
+    if dtype is None:
+        checks.refuse(name, value, "'auto', 'bfloat16', 'float16' or 'float32'", ConfigError)
+    return dtype
+
+
+def _device(name: str, value: Any) -> str:
+    kind, colon, number = str(value).partition(":")
+    if kind == "cuda" and (number.isdecimal() or not colon):
+        return str(value)
+    if str(value) in ("auto", "cpu"):
+        return str(value)
+    if str(value) == "cpu:0":
+        return "cpu"
+    checks.refuse(name, value, "'auto', 'cpu', 'cuda' or 'cuda:N'", ConfigError)
+
+
+def _token(name: str, value: Any) -> str | bool:
+    # The value stays out of the message: it may be a secret of another form.
+    if not isinstance(value, str | bool) or value == "":
+        raise ConfigError(f"{name} must be a string, True or False, not a {type(value).__name__}.")
+    return value
+
+
+_integer = partial(checks.integer, minimum=1, error=ConfigError)
+_boolean = partial(checks.boolean, error=ConfigError)
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "model": _model,
+    "tokenizer": _tokenizer,
+    "architecture": _name,
+    "dtype": _dtype,
+    "device": _device,
+    "quantization": _name,
+    "context_length": _integer,
+    "kv_cache_tokens": _integer,
+    "mem_fraction": partial(
+        checks.real, minimum=0.0, maximum=1.0, above=True, below=True, error=ConfigError
+    ),
+    "page_size": _integer,
+    "max_running_requests": _integer,
+    "chunked_prefill_size": _integer,
+    "prefix_cache": _boolean,
+    "cuda_graphs": _boolean,
+    "num_threads": _integer,
+    "seed": partial(checks.integer, minimum=0, maximum=checks.SEED_MAX, error=ConfigError),
+    "trust_remote_code": _boolean,
+    "batch_invariant": _boolean,
+    "revision": _name,
+    "cache_dir": _path,
+    "token": _token,
+}
