@@ -1,0 +1,49 @@
+"""RMSNorm."""
+
+import torch
+from torch import Tensor
+
+from sglite import _C
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`out[i] = x[i] / sqrt(mean(x * x) + epsilon) * (weight[i] + weight_offset)` for each row.
+
+    With `residual`, `residual += x` happens first, in place, and the sum is what gets normalised.
+    Arithmetic is float32; the sum with the residual and the normalised value are rounded to the
+    tensors' own dtype where Hugging Face rounds them. (Zhang and Sennrich, 2019.)
+
+    Args:
+        x: [..., width], float32, bfloat16 or float16; elements of a row side by side.
+        weight: [width], the dtype of `x`.
+        epsilon: added to the mean square.
+        residual: shaped like `x`; changed in place.
+        weight_offset: 1.0 for models that store their weights around zero (Gemma).
+        out: where to write; may be `x` itself. Allocated when absent.
+
+    Returns:
+        `out`, shaped like `x`.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    if x.ndim == 2:
+        _C.rms_norm(out, x, weight, epsilon, weight_offset, residual)
+        return out
+    width = x.shape[-1]
+    _C.rms_norm(
+        out.view(-1, width),
+        x.view(-1, width),
+        weight,
+        epsilon,
+        weight_offset,
+        None if residual is None else residual.view(-1, width),
+    )
+    return out
