@@ -1,0 +1,87 @@
+"""The decoder: layers of attention and MLP between embedding and final norm."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sglite.layers.attention import SelfAttention
+from sglite.layers.composite import add_part
+from sglite.layers.embedding import Embedding
+from sglite.layers.forward_batch import ForwardBatch
+from sglite.layers.mlp import GatedMLP
+from sglite.layers.porting import refuse_pipeline_and_embedding
+
+
+class DecoderLayer(nn.Module):
+    """`x += self_attn(input_layernorm(x))`, then `x += mlp(post_attention_layernorm(x))`.
+
+    Args:
+        self_attn: `(positions, hidden_states, forward_batch)` -> [T, hidden_size].
+        mlp: `(hidden_states)` -> [T, hidden_size].
+        input_layernorm: in front of attention.
+        post_attention_layernorm: in front of the MLP.
+    """
+
+    def __init__(
+        self,
+        self_attn: nn.Module,
+        mlp: nn.Module,
+        input_layernorm: nn.Module,
+        post_attention_layernorm: nn.Module,
+    ):
+        super().__init__()
+        self.self_attn = self_attn
+        self.mlp = mlp
+        self.input_layernorm = input_layernorm
+        self.post_attention_layernorm = post_attention_layernorm
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
+    ) -> Tensor:
+        """[T, hidden_size] -> [T, hidden_size]; the input stays as it is."""
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = add_part(
+            self.self_attn, SelfAttention, hidden_states, positions, normed, forward_batch
+        )
+        normed = self.post_attention_layernorm(hidden_states)
+        return add_part(self.mlp, GatedMLP, hidden_states, normed)
+
+
+class DecoderModel(nn.Module):
+    """Everything below the output head.
+
+    Args:
+        embed_tokens: token ids to hidden states.
+        layers: `(positions, hidden_states, forward_batch)` -> hidden states, each.
+        norm: behind the last layer.
+    """
+
+    def __init__(self, embed_tokens: Embedding, layers: Iterable[nn.Module], norm: nn.Module):
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: Tensor | None = None,
+        pp_proxy_tensors: Any = None,
+    ) -> Tensor:
+        """Hidden states behind the final norm, [T, hidden_size].
+
+        Args:
+            input_ids: [T] int64.
+            positions: [T] int64, of each token in its own sequence.
+            forward_batch: whose tokens these are, and the cache.
+            input_embeds: [T, hidden_size], instead of the embedding of `input_ids`.
+            pp_proxy_tensors: must be None.
+        """
+        refuse_pipeline_and_embedding(pp_proxy_tensors, False)
+        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        for layer in self.layers:
+            hidden_states = layer(positions, hidden_states, forward_batch)
+        return self.norm(hidden_states)

@@ -1,0 +1,31 @@
+"""What one forward pass works on, beside the token ids and positions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(slots=True, frozen=True)
+class ForwardBatch:
+    """A ragged batch: the tokens of all requests of a step, one after the other.
+
+    T tokens, B requests, R rows whose logits are wanted. Request b owns the tokens
+    `query_start[b]:query_start[b + 1]`; they are the last ones of its `kv_lens[b]` positions. A row
+    sees the key/value positions below its own `kv_end`: its own position + 1 where attention is
+    causal, further where a picture sees itself both ways.
+    """
+
+    query_start: Tensor  # [B + 1] int32
+    kv_lens: Tensor  # [B] int32, positions in the cache once this step's tokens are written
+    kv_end: Tensor  # [T] int32
+    slots: Tensor  # [T] int64, page * page_size + offset: where each token's key and value go
+    page_table: Tensor  # [B, max_pages] int32, the pages of each request in order
+    logits_rows: Tensor  # [R] int64, ascending, the tokens whose next-token logits are wanted
+    kv_cache: Sequence[tuple[Tensor, Tensor]]  # per layer (keys, values), each
+    # [num_pages, page_size, num_kv_heads, head_dim]
+
+    @property
+    def batch_size(self) -> int:
+        """The number of requests."""
+        return self.kv_lens.shape[0]

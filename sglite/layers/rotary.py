@@ -1,0 +1,207 @@
+"""Rotary position embedding."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sglite import ops
+from sglite.interface.errors import UnsupportedModelError
+from sglite.layers.rope_frequencies import (
+    RopeParameters,
+    default_positions,
+    inverse_frequencies,
+    max_positions,
+)
+
+# Rows of a table are computed in blocks of this many, always from the block's first row on: vector
+# functions may round differently by the length they get, and a row must not depend on the others.
+_BLOCK = 4096
+
+
+class RotaryTable:
+    """Cosines and sines of the positions that have come up so far; it grows with them.
+
+    A long context's whole table would cost more time and memory than a small model's weights.
+
+    Args:
+        parameters: kind and numbers of the scaling.
+        rotary_dim: channels that rotate.
+        max_position: `max_position_embeddings` of the checkpoint.
+        context_length: positions that may come up.
+
+    Attributes:
+        cos_sin: [rows, rotary_dim] float32: cosines, then sines.
+    """
+
+    def __init__(
+        self, parameters: RopeParameters, rotary_dim: int, max_position: int, context_length: int
+    ):
+        self.context_length = context_length
+        self._frequencies, self._factor = inverse_frequencies(
+            parameters, rotary_dim, max_position, context_length
+        )
+        self.cos_sin = torch.empty(0, rotary_dim, dtype=torch.float32)
+
+    def grow_for(self, positions: Tensor) -> None:
+        """Adds rows until all positions have one; raises IndexError for one that cannot have."""
+        smallest, largest = (int(value) for value in positions.aminmax())
+        if smallest < 0 or largest >= self.context_length:
+            raise IndexError(
+                f"positions run from {smallest} to {largest}, but must be from 0 to "
+                f"{self.context_length - 1}, one less than the context length"
+            )
+        rows = max(largest + 1, 2 * self.cos_sin.shape[0])
+        blocks = [self._block(start) for start in range(0, rows, _BLOCK)]
+        self.cos_sin = torch.cat(blocks)[: self.context_length].contiguous()
+
+    def _block(self, start: int) -> Tensor:
+        positions = torch.arange(start, start + _BLOCK, dtype=torch.float32)
+        angles = torch.outer(positions, self._frequencies)
+        block = torch.cat([angles.cos(), angles.sin()], dim=1)
+        return block if self._factor == 1.0 else block * self._factor
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates pairs of channels of queries and keys by angles that grow with the position.
+
+    `(a, b) -> (a * cos - b * sin, b * cos + a * sin)` with `angle = position * frequency[pair]`.
+    (Su et al., 2021; kinds of scaling: `sglite.layers.rope_frequencies`.)
+
+    What a token gets depends on its position and the configured context length only, never on the
+    other sequences of a batch; for the kind "dynamic" this differs from Hugging Face once the
+    context length is above `max_position`.
+
+    Args:
+        head_dim: channels of a head.
+        rotary_dim: channels that rotate, from the first on; even.
+        max_position: `max_position_embeddings` of the checkpoint; also the context length, until
+            `set_context_length` is called on the model.
+        base: "rope_theta", where `rope_parameters` has none.
+        is_neox_style: pairs are channels (i, i + rotary_dim / 2); otherwise (2 i, 2 i + 1).
+        rope_parameters: kind and numbers of the scaling, as in a checkpoint's config.
+
+    Raises:
+        UnsupportedModelError: an unknown kind of scaling.
+        CheckpointError: a value that the kind needs is missing.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        rotary_dim: int,
+        max_position: int,
+        base: float | None = None,
+        is_neox_style: bool = True,
+        rope_parameters: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+            raise ValueError(
+                f"RotaryEmbedding: rotary_dim={rotary_dim} is not allowed: it must be even and at "
+                f"most head_dim={head_dim}"
+            )
+        self.head_dim = head_dim
+        self.rotary_dim = rotary_dim
+        self.max_position = max_position
+        self.is_interleaved = not is_neox_style
+        self.parameters = RopeParameters.read(rope_parameters, base)
+        self.table = self.make_table(max_position)
+
+    @property
+    def default_context_length(self) -> int:
+        """The context that the checkpoint speaks of."""
+        return default_positions(self.parameters, self.max_position)
+
+    @property
+    def max_context_length(self) -> int:
+        """The longest context that the scaling makes room for."""
+        return max_positions(self.parameters, self.max_position)
+
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates in place, and returns the same two tensors.
+
+        Args:
+            positions: [T] int64, below the context length.
+            q: [T, heads, head_dim] or [T, heads * head_dim]; rows may be apart.
+            k: [T, kv_heads, head_dim] or [T, kv_heads * head_dim], likewise.
+        """
+        if q.ndim == 3:
+            q_heads, k_heads = q, k
+        else:
+            q_heads, k_heads = (x.view(x.shape[0], -1, self.head_dim) for x in (q, k))
+        interleaved = self.is_interleaved
+        try:
+            ops.apply_rope(q_heads, k_heads, positions, self.table.cos_sin, interleaved=interleaved)
+        except IndexError:  # a position that is new to the table: nothing has been rotated yet
+            self.table.grow_for(positions)
+            ops.apply_rope(q_heads, k_heads, positions, self.table.cos_sin, interleaved=interleaved)
+        return q, k
+
+    def make_table(self, context_length: int) -> RotaryTable:
+        """An empty table for so many positions."""
+        return RotaryTable(self.parameters, self.rotary_dim, self.max_position, context_length)
+
+    def extra_repr(self) -> str:
+        """The part of the module's repr in brackets."""
+        kind, base = self.parameters.kind, self.parameters.base
+        return f"{self.rotary_dim} of {self.head_dim}, kind={kind}, base={base:g}"
+
+
+def get_rope(
+    head_size: int,
+    rotary_dim: int,
+    max_position: int,
+    base: float | None = None,
+    is_neox_style: bool = True,
+    rope_scaling: Mapping[str, Any] | None = None,
+    partial_rotary_factor: float = 1.0,
+) -> RotaryEmbedding:
+    """A `RotaryEmbedding`, by the arguments that SGLang and vLLM have for it."""
+    if partial_rotary_factor < 1.0:
+        rotary_dim = int(rotary_dim * partial_rotary_factor)
+    return RotaryEmbedding(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling)
+
+
+def rope_from_config(config: Any, head_dim: int) -> RotaryEmbedding:
+    """The `RotaryEmbedding` that a Hugging Face config describes, over whole heads.
+
+    Args:
+        config: has `max_position_embeddings`, and `rope_parameters` (transformers 5), or
+            `rope_theta` and `rope_scaling`.
+        head_dim: channels of a head; all of them rotate.
+    """
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if any(isinstance(value, Mapping) for value in (parameters or {}).values()):
+        raise UnsupportedModelError(
+            f"rope_parameters: different values for each of {', '.join(parameters)} are not "
+            f"implemented for this architecture"
+        )
+    share = (parameters or {}).get("partial_rotary_factor", 1.0)
+    if share not in (None, 1.0):
+        raise UnsupportedModelError(
+            f"rope_parameters: partial_rotary_factor={share!r} is not implemented for this "
+            f"architecture, whose heads rotate whole"
+        )
+    return RotaryEmbedding(
+        head_dim,
+        head_dim,
+        config.max_position_embeddings,
+        getattr(config, "rope_theta", None),
+        rope_parameters=parameters,
+    )
+
+
+def set_context_length(model: nn.Module, context_length: int) -> None:
+    """Tells every `RotaryEmbedding` of a model how many positions may come up.
+
+    Those with the same angles share one table from now on.
+    """
+    tables: dict[tuple, RotaryTable] = {}
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            key = (module.rotary_dim, module.max_position, module.parameters)
+            if key not in tables:
+                tables[key] = module.make_table(context_length)
+            module.table = tables[key]

@@ -1,0 +1,1 @@
+"""Model families, how they are found, and how checkpoints are read."""

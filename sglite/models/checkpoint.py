@@ -1,0 +1,200 @@
+"""From what the caller calls a model to a folder with config, tokenizer and weights."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from sglite.interface.errors import CheckpointError, UnsupportedModelError
+from sglite.models.hub import download_checkpoint, download_tokenizer
+from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, read_index
+
+_SHIPPED = Path(__file__).parent.parent / "checkpoints"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+        name: what the caller called it.
+        folder: where its files are.
+        config: the contents of `config.json`.
+        generation_config: the contents of `generation_config.json`; None if there is none.
+        weight_files: the safetensors files that hold the weights.
+    """
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+    weight_files: tuple[Path, ...]
+
+
+def resolve_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Checkpoint:
+    """Finds a model's files; downloads them if they are on the hub and not here yet.
+
+    Args:
+        model: a folder, a hub id, or "demo" (a small model that ships with the library; a folder
+            of that name is "./demo"). A folder that exists is never looked for on the hub.
+        revision, cache_dir, token: for hub models, as huggingface_hub takes them.
+
+    Raises:
+        CheckpointError: nothing is there, a file is missing or cannot be read, or the weights are
+            of a kind that is not loaded.
+    """
+    if not isinstance(model, str | os.PathLike):
+        raise UnsupportedModelError(
+            f"a live module ({type(model).__name__}) cannot be run yet: save it with "
+            f"save_pretrained(folder), and pass the folder"
+        )
+    name = os.fspath(model)
+    folder = _find_folder(name, is_path=isinstance(model, os.PathLike))
+    if folder is None:
+        folder = download_checkpoint(name, revision=revision, cache_dir=cache_dir, token=token)
+    config = _read_json(folder, "config.json")
+    if config is None:
+        raise CheckpointError(f"no config.json in {folder}")
+    return Checkpoint(
+        name,
+        folder,
+        config,
+        _read_json(folder, "generation_config.json"),
+        _find_weight_files(folder),
+    )
+
+
+def load_tokenizer(
+    checkpoint: Checkpoint,
+    tokenizer: Any = None,
+    *,
+    trust_remote_code: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Any:
+    """The Hugging Face tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: where it is, unless `tokenizer` says otherwise.
+        tokenizer: a folder, a hub id, or a tokenizer, which is returned as it is.
+        trust_remote_code: whether a tokenizer's own Python code may run.
+        cache_dir, token: for a hub id, as huggingface_hub takes them.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    if tokenizer is None:
+        folder = checkpoint.folder
+        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+            raise CheckpointError(
+                f"no tokenizer in {folder} (looked for {', '.join(_TOKENIZER_FILES)}); pass "
+                f"tokenizer= with a folder, a hub id or a tokenizer"
+            )
+    elif isinstance(tokenizer, str | os.PathLike):
+        name = os.fspath(tokenizer)
+        folder = _find_folder(name, is_path=isinstance(tokenizer, os.PathLike))
+        folder = folder or download_tokenizer(name, cache_dir=cache_dir, token=token)
+    else:
+        return tokenizer
+    try:
+        if _is_generic_tokenizer(folder):
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # whatever the tokenizer's own code raises on a broken file
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def _is_generic_tokenizer(folder: Path) -> bool:
+    """Whether `tokenizer.json` says it all, so that no class has to be looked for.
+
+    AutoTokenizer would come to the same class, but imports the model's config first, which takes
+    over a second.
+    """
+    settings = _read_json(folder, "tokenizer_config.json") or {}
+    named = settings.get("tokenizer_class")
+    return named in _GENERIC_TOKENIZERS and (folder / "tokenizer.json").exists()
+
+
+def _find_folder(name: str, *, is_path: bool) -> Path | None:
+    """The local folder that `name` means; None where it can only be a hub id."""
+    if name == "demo" and not is_path:
+        return _SHIPPED / "demo"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{name} is a file; a model is a folder with config.json, a tokenizer and safetensors "
+            f"files"
+        )
+    if is_path or not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise CheckpointError(f"there is no folder {name}")
+    return None
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """The contents of a JSON file; None if there is none."""
+    path = folder / name
+    if not path.exists():
+        return None
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
+    return contents
+
+
+def _find_weight_files(folder: Path) -> tuple[Path, ...]:
+    if (folder / INDEX_FILE).exists():
+        files = [folder / name for name in sorted(read_index(folder / INDEX_FILE))]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} names files that are not there: {', '.join(missing[:5])}"
+                + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            )
+        return tuple(files)
+    if (folder / WEIGHT_FILE).exists():
+        return (folder / WEIGHT_FILE,)
+    # "consolidated" files are a second copy under the names of the model's own library.
+    files = sorted(
+        file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated")
+    )
+    if not files:
+        raise CheckpointError(_no_weights(folder))
+    return tuple(files)
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        return (
+            f"the weights in {folder} are pickles ({pickles[0]}), which may run code when they are "
+            f"read, and are not loaded; convert them to safetensors once, in an environment you "
+            f"trust: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+            f".save_pretrained(NEW_FOLDER)"
+        )
+    if any(folder.glob("*.gguf")):
+        return f"the weights in {folder} are GGUF files, which are not read; expected safetensors"
+    return f"no weights in {folder}: expected {WEIGHT_FILE} or {INDEX_FILE} and its files"

@@ -1,0 +1,162 @@
+"""Reading a checkpoint's configuration."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from sglite.interface.errors import CheckpointError, UnsupportedModelError
+from sglite.models.checkpoint import Checkpoint
+from sglite.models.safetensors_file import TensorEntry
+
+#: What weights can be, and are computed in.
+RUN_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+#: What every decoder of Llama's kind reads of a config, and the types of the values.
+DECODER_FIELDS: Mapping[str, type] = {
+    "vocab_size": int,
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "hidden_act": str,
+    "rms_norm_eps": float,
+    "max_position_embeddings": int,
+    "rope_parameters": dict,
+    "tie_word_embeddings": bool,
+}
+# Null stands for "none" and not for a default in these.
+_NULLABLE = ("head_dim", "sliding_window")
+
+
+def architectures_of(checkpoint: Checkpoint, architecture: str | None) -> Sequence[str]:
+    """The architecture asked for, or those that `config.json` names."""
+    if architecture is not None:
+        return [architecture]
+    names = checkpoint.config.get("architectures")
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: architectures={names!r} names no model class; "
+            f"pass architecture="
+        )
+    return names
+
+
+def read_config(
+    checkpoint: Checkpoint, model_class: type[nn.Module], *, trust_remote_code: bool
+) -> Any:
+    """The Hugging Face config object, of the text part where there are several.
+
+    A `model_type` that transformers does not know gives a plain `PreTrainedConfig` with the file's
+    values, which is all that a registered class of one's own needs. So does a file that holds
+    everything that `model_class` says it reads: importing a family's config class costs over a
+    second, and is only needed for its defaults.
+
+    Args:
+        checkpoint: whose config it is.
+        model_class: a class whose own `config_fields` names all that it reads, with types, may get
+            a plain config; a subclass may read more, and gets one only if it says so itself.
+        trust_remote_code: whether the config's own Python code may run.
+
+    Raises:
+        CheckpointError: the values are not what the config class allows.
+        UnsupportedModelError: the weights are quantised.
+    """
+    path = checkpoint.folder / "config.json"
+    values = dict(checkpoint.config)
+    try:
+        if trust_remote_code and "AutoConfig" in (values.get("auto_map") or {}):
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=True, local_files_only=True
+            )
+        else:
+            fields = vars(model_class).get("config_fields")
+            is_plain = fields is not None and _says_everything(values, fields)
+            config_class = PreTrainedConfig if is_plain else _config_class(values)
+            # A copy, since config classes change the dicts that they are given.
+            config = config_class.from_dict(copy.deepcopy(values))
+        config = config.get_text_config()
+    except Exception as error:  # validation differs from class to class, and by version
+        raise CheckpointError(f"{path}: {error}") from error
+    _refuse_quantized(values.get("quantization_config") or _nested(values, "quantization_config"))
+    return config
+
+
+def _says_everything(values: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
+    """Whether all fields are there, and of the right type; else the config class has to decide."""
+    for name, kind in fields.items():
+        value = values.get(name)
+        if value is None and name in values and name in _NULLABLE:
+            continue
+        allowed = (int, float) if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            return False
+    return True
+
+
+def _config_class(values: Mapping[str, Any]) -> type[PreTrainedConfig]:
+    from transformers import CONFIG_MAPPING
+
+    model_type = values.get("model_type")
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return CONFIG_MAPPING[model_type] if known else PreTrainedConfig
+
+
+def resolve_dtype(
+    dtype: str | torch.dtype, checkpoint: Checkpoint, entries: Mapping[str, TensorEntry]
+) -> torch.dtype:
+    """The dtype to run in: what was asked for, or what the checkpoint says or holds.
+
+    Args:
+        dtype: "auto", a name in `RUN_DTYPES`, or one of these dtypes.
+        checkpoint: whose `config.json` may name one.
+        entries: the tensors of the weight files, for a config that names none.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        values = checkpoint.config
+        name = next(
+            (
+                str(found).removeprefix("torch.")
+                for key in ("dtype", "torch_dtype")
+                for found in (values.get(key), _nested(values, key))
+                if found
+            ),
+            None,
+        )
+        if name is None:
+            floats = (entry.dtype for entry in entries.values())
+            first = next((d for d in floats if d is not None and d.is_floating_point), None)
+            name = str(first).removeprefix("torch.")
+        if name == "float64":
+            name = "float32"
+    if name not in RUN_DTYPES:
+        raise UnsupportedModelError(
+            f"dtype {name!r} is not implemented; pass dtype= with one of {', '.join(RUN_DTYPES)}"
+        )
+    return RUN_DTYPES[name]
+
+
+def _nested(values: Mapping[str, Any], key: str) -> Any:
+    """A value of the text part of a config with several parts."""
+    text = values.get("text_config")
+    return text.get(key) if isinstance(text, Mapping) else None
+
+
+def _refuse_quantized(quantization: Any) -> None:
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        raise UnsupportedModelError(
+            f"the weights are quantised ({method or quantization!r}), which is not implemented: "
+            f"use a checkpoint in bfloat16, float16 or float32"
+        )

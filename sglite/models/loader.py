@@ -1,0 +1,203 @@
+"""From a checkpoint to a model that is ready to run."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglite.cache.kv_pool import LayerSpec
+from sglite.interface import checks
+from sglite.interface.errors import (
+    CheckpointError,
+    ConfigError,
+    SGLiteError,
+    UnsupportedModelError,
+)
+from sglite.interface.generation_defaults import GenerationDefaults
+from sglite.layers.attention import RadixAttention
+from sglite.layers.rotary import RotaryEmbedding, set_context_length
+from sglite.layers.weight import PackedModule
+from sglite.models.checkpoint import Checkpoint
+from sglite.models.config import architectures_of, read_config, resolve_dtype
+from sglite.models.registry import ModelRegistry
+from sglite.models.safetensors_file import SafetensorsFile
+from sglite.models.weights import load_weights
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights, and what an engine has to know about it.
+
+    Attributes:
+        model: in evaluation mode, without gradients.
+        config: the Hugging Face config of the text model.
+        architecture: the registered name of the model's class.
+        dtype: of weights, hidden states and KV cache.
+        vocab_size: width of the logits.
+        max_positions: the longest context; None if the model sets no limit.
+        kv_layers: what each attention layer stores per token, by its `layer_id`.
+        generation_defaults: of `generation_config.json`.
+        end_token_ids: ids that end a text.
+    """
+
+    model: nn.Module
+    config: Any
+    architecture: str
+    dtype: torch.dtype
+    vocab_size: int
+    max_positions: int | None
+    kv_layers: tuple[LayerSpec, ...]
+    generation_defaults: GenerationDefaults
+    end_token_ids: tuple[int, ...]
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    architecture: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    quantization: str | None = None,
+    context_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Builds the model that a checkpoint describes, and reads its weights.
+
+    The tensors that the files' headers announce are compared with the whole model before memory is
+    taken and anything is read.
+
+    Args:
+        checkpoint: what `resolve_checkpoint` found.
+        architecture: a registered name to use instead of what `config.json` says.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: "cpu".
+        quantization: must be None.
+        context_length: positions that may come up; None: what the checkpoint speaks of.
+        trust_remote_code: whether the config's own Python code may run.
+
+    Raises:
+        CheckpointError: a file cannot be read, or does not fit the model.
+        UnsupportedModelError: something that the checkpoint asks for is not implemented.
+        ConfigError: `context_length` is above the model's limit.
+    """
+    if device != "cpu":
+        raise UnsupportedModelError(f"device={device!r} is not implemented; pass device='cpu'")
+    if quantization is not None:
+        raise UnsupportedModelError(f"quantization={quantization!r} is not implemented")
+    name, model_class = ModelRegistry.resolve(architectures_of(checkpoint, architecture))
+    config = read_config(checkpoint, model_class, trust_remote_code=trust_remote_code)
+    generation_defaults = GenerationDefaults.from_generation_config(checkpoint.generation_config)
+    with ExitStack() as stack:
+        files = [stack.enter_context(SafetensorsFile(path)) for path in checkpoint.weight_files]
+        entries = {entry.name: entry for file in files for entry in file.entries.values()}
+        _check_counts(config, len(entries))
+        model = _build(model_class, name, config, checkpoint)
+        run_dtype = resolve_dtype(dtype, checkpoint, entries)
+        _set_dtype(model, run_dtype)
+        max_positions = _max_positions(model, config, context_length)
+        if max_positions is not None:
+            set_context_length(model, context_length or max_positions)
+        kv_layers = kv_layers_of(model)
+        load_weights(model, files)
+    return LoadedModel(
+        model=model.eval().requires_grad_(False),
+        config=config,
+        architecture=name,
+        dtype=run_dtype,
+        vocab_size=config.vocab_size,
+        max_positions=max_positions,
+        kv_layers=kv_layers,
+        generation_defaults=generation_defaults,
+        end_token_ids=generation_defaults.eos_token_ids or _end_token_ids(config),
+    )
+
+
+def kv_layers_of(model: nn.Module) -> tuple[LayerSpec, ...]:
+    """What each attention layer of a model stores per token, found in its `RadixAttention` parts.
+
+    Raises:
+        UnsupportedModelError: there is none, or the `layer_id`s are not 0, 1, ... once each.
+    """
+    parts = {
+        path: module for path, module in model.named_modules() if isinstance(module, RadixAttention)
+    }
+    if not parts:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no RadixAttention: there is nothing to cache"
+        )
+    by_id: dict[int, str] = {}
+    for path, module in parts.items():
+        if module.layer_id in by_id:
+            raise UnsupportedModelError(
+                f"{by_id[module.layer_id]} and {path} both have layer_id {module.layer_id}; each "
+                f"RadixAttention needs one of its own"
+            )
+        by_id[module.layer_id] = path
+    if sorted(by_id) != list(range(len(by_id))):
+        raise UnsupportedModelError(
+            f"the layer_ids of the RadixAttention parts are {sorted(by_id)}; they must be 0 to "
+            f"{len(by_id) - 1}"
+        )
+    ordered = (parts[by_id[layer_id]] for layer_id in range(len(by_id)))
+    return tuple(LayerSpec(part.num_kv_heads, part.head_dim) for part in ordered)
+
+
+def _check_counts(config: Any, num_tensors: int) -> None:
+    """Refuses absurd counts before anything is built; a layer has at least one tensor."""
+    vocab_size = getattr(config, "vocab_size", None)
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise CheckpointError(f"config.json: vocab_size={vocab_size!r} must be 1 or more")
+    num_layers = getattr(config, "num_hidden_layers", 0)
+    if num_layers > num_tensors:
+        raise CheckpointError(
+            f"config.json: num_hidden_layers={num_layers}, but the weight files hold "
+            f"{num_tensors} tensors in all"
+        )
+
+
+def _build(
+    model_class: type[nn.Module], name: str, config: Any, checkpoint: Checkpoint
+) -> nn.Module:
+    try:
+        return model_class(config)
+    except SGLiteError:
+        raise
+    except Exception as error:  # a value of the config that the class cannot work with
+        raise CheckpointError(
+            f"{name} cannot be built from {checkpoint.folder / 'config.json'}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Sets the dtype of all weights. Buffers keep theirs: a model chose it for them."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.matrix.convert(lambda tensor: tensor.to(dtype))
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _max_positions(model: nn.Module, config: Any, asked: int | None) -> int | None:
+    """The longest context: what the checkpoint speaks of, or more where it was asked for."""
+    rotary = [module for module in model.modules() if isinstance(module, RotaryEmbedding)]
+    if rotary:
+        default = min(module.default_context_length for module in rotary)
+        largest = min(module.max_context_length for module in rotary)
+    else:
+        default = largest = getattr(config, "max_position_embeddings", None)
+    if asked is None or largest is None:
+        return default
+    if asked > largest:
+        checks.refuse("context_length", asked, f"at most {largest}, the model's limit", ConfigError)
+    return max(default, asked)
+
+
+def _end_token_ids(config: Any) -> tuple[int, ...]:
+    ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)

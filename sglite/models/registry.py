@@ -1,0 +1,124 @@
+"""Which class runs which architecture."""
+
+import importlib
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from sglite.interface.errors import UnsupportedModelError, suggest
+
+ModelClass = TypeVar("ModelClass", bound=type[nn.Module])
+
+# The families that come with the library. A module is imported when its architecture is asked for,
+# so that importing the library stays quick.
+_BUILT_IN = {
+    "LlamaForCausalLM": "sglite.models.llama",
+    "MistralForCausalLM": "sglite.models.mistral",
+    "Qwen2ForCausalLM": "sglite.models.qwen2",
+    "Qwen3ForCausalLM": "sglite.models.qwen3",
+}
+
+
+class _ModelTable(MutableMapping[str, type[nn.Module]]):
+    """Architecture name to class. Setting a name again replaces what it had."""
+
+    def __init__(self):
+        self._classes: dict[str, type[nn.Module] | str] = dict(_BUILT_IN)
+
+    def __getitem__(self, name: str) -> type[nn.Module]:
+        found = self._classes[name]
+        if isinstance(found, str):
+            found = self._classes[name] = getattr(importlib.import_module(found), name)
+        return found
+
+    def __setitem__(self, name: str, model_class: type[nn.Module]) -> None:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"an architecture's name must be a string, got {name!r}")
+        if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
+            raise TypeError(
+                f"{name!r} must be registered with a class that derives from torch.nn.Module, got "
+                f"{model_class!r}"
+            )
+        self._classes[name] = model_class
+
+    def __delitem__(self, name: str) -> None:
+        del self._classes[name]
+
+    def __contains__(self, name: object) -> bool:  # without importing the module
+        return name in self._classes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(sorted(self._classes))}}}"
+
+
+class _ModelRegistry:
+    """Which class runs which architecture: `ModelRegistry.models[name] = cls`.
+
+    The one object `ModelRegistry` of this module serves the whole process.
+
+    Attributes:
+        models: a mapping from architecture names to classes.
+    """
+
+    def __init__(self):
+        self.models = _ModelTable()
+
+    def resolve(self, architectures: Sequence[str]) -> tuple[str, type[nn.Module]]:
+        """The first of the names that is known, and its class.
+
+        Raises:
+            UnsupportedModelError: none is known; the message lists what is.
+        """
+        for name in architectures:
+            if name in self.models:
+                return name, self.models[name]
+        known = sorted(self.models)
+        wanted = " or ".join(repr(name) for name in architectures)
+        hint = suggest(architectures[0], known) if architectures else ""
+        raise UnsupportedModelError(
+            f"no model class is registered for the architecture {wanted}.{hint} Known: "
+            f"{', '.join(known)}. Register your own with @sglite.register({architectures[0]!r})."
+        )
+
+
+ModelRegistry = _ModelRegistry()
+
+
+def register(architecture: str) -> Callable[[ModelClass], ModelClass]:
+    """Registers the decorated class for an architecture; works on the next line.
+
+    ```python
+    @register("LlamaWrapper")
+    class LlamaWrapper(LlamaForCausalLM): ...
+
+    LLM("llama_ckpt", architecture="LlamaWrapper")
+    ```
+
+    Args:
+        architecture: the name, as in `architectures` of a checkpoint's `config.json`. A name that
+            is registered again (a notebook cell run twice) gets the new class.
+
+    Returns:
+        The decorator, which gives back the class itself.
+
+    Raises:
+        TypeError: what is decorated is no class derived from `torch.nn.Module`.
+    """
+    if not isinstance(architecture, str):
+        raise TypeError(
+            f"register takes the architecture's name, as in @register('MyModel'), got "
+            f"{architecture!r}"
+        )
+
+    def decorate(model_class: ModelClass) -> ModelClass:
+        ModelRegistry.models[architecture] = model_class
+        return model_class
+
+    return decorate

@@ -1,0 +1,210 @@
+"""Matching a checkpoint's tensors with a model's weights, and filling them in.
+
+Every parameter and persistent buffer of a model is filled from the checkpoint; a tensor that the
+model makes itself belongs in a buffer registered with `persistent=False`. A stacked layer is filled
+from several tensors, as the model class says in `stacked_params`:
+
+    stacked_params = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+reads `....q_proj.weight` into the first part of `....qkv_proj`, and so on.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sglite.interface.errors import CheckpointError
+from sglite.layers.linear import StackedLinear
+from sglite.layers.weight import PackedModule, Weight
+from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
+
+# Tensors that old checkpoints hold and that are computed from the config.
+_HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint's tensor goes: a whole tensor, or rows of one.
+
+    Attributes:
+        tensor: a packed weight, or a parameter or buffer.
+        start: the first row.
+        shape: what the checkpoint's tensor must have.
+    """
+
+    tensor: Weight | Tensor
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Equal for two names of the same place, as of a tied embedding and head."""
+        return id(self.tensor), self.start
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is stored."""
+        return self.tensor.dtype
+
+    def write(self, value: Tensor) -> None:
+        """Fills the place."""
+        if isinstance(self.tensor, Weight):
+            self.tensor.write_rows(self.start, value)
+        else:
+            self._place().copy_(value)
+
+    def holds(self, value: Tensor) -> bool:
+        """Whether the place has been filled with just this."""
+        if isinstance(self.tensor, Weight):
+            stored = self.tensor.read_rows(self.start, self.start + self.shape[0])
+        else:
+            stored = self._place()
+        return torch.equal(stored, value.to(self.dtype))
+
+    def _place(self) -> Tensor:
+        whole = self.tensor.detach()
+        return whole[self.start : self.start + self.shape[0]] if self.shape else whole
+
+
+def load_weights(model: nn.Module, files: Sequence[SafetensorsFile]) -> None:
+    """Fills a model from weight files, tensor by tensor; nothing is written if a header is wrong.
+
+    Args:
+        model: its packed weights have the dtype to store; tensors of others are converted.
+        files: their tensors together are the model's, no more and no less.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, misshapen, there twice, of a kind that is
+            no float, or beyond the range of the dtype; the message names them and the file.
+    """
+    targets = targets_of(model)
+    found = _collect(files)
+    _check(targets, found)
+    filled: set[tuple[int, int]] = set()
+    doubles = []
+    for name, (file, entry) in found.items():
+        target = targets.get(name)
+        if target is None:
+            continue
+        if target.key in filled:
+            doubles.append(name)
+            continue
+        filled.add(target.key)
+        value = file.read(entry)
+        _check_range(value, target.dtype, name, file)
+        target.write(value)
+        del value
+        file.release(entry)
+    for name in doubles:
+        file, entry = found[name]
+        if not targets[name].holds(file.read(entry)):
+            raise CheckpointError(
+                f"{file.path}: tensor {name!r} is tied to another one in this model "
+                f"(tie_word_embeddings), but their values differ"
+            )
+        file.release(entry)
+
+
+def targets_of(model: nn.Module) -> dict[str, Target]:
+    """What a checkpoint of this model holds: the tensors' names, and where each goes."""
+    stacked: Mapping[str, Sequence[str]] = getattr(model, "stacked_params", {})
+    targets: dict[str, Target] = {}
+    plain = model.state_dict(keep_vars=True)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, PackedModule):
+            continue
+        parent, _, own_name = path.rpartition(".")
+        if own_name in stacked and isinstance(module, StackedLinear):
+            names = [f"{parent}.{part}" if parent else part for part in stacked[own_name]]
+            ranges = list(module.segments.values())
+            if len(names) != len(ranges):
+                raise ValueError(
+                    f"stacked_params[{own_name!r}] names {len(names)} parts; {path} has "
+                    f"{list(module.segments)}"
+                )
+            bias = plain.pop(f"{path}.bias", None)
+        else:
+            names, ranges = [path], [(0, module.matrix.shape[0])]
+            bias = None
+        columns = module.matrix.shape[1]
+        for name, (start, stop) in zip(names, ranges, strict=True):
+            targets[f"{name}.weight"] = Target(module.matrix, start, (stop - start, columns))
+            if bias is not None:
+                targets[f"{name}.bias"] = Target(bias, start, (stop - start,))
+    for name, tensor in plain.items():
+        targets[name] = Target(tensor, 0, tuple(tensor.shape))
+    return targets
+
+
+def _collect(
+    files: Sequence[SafetensorsFile],
+) -> dict[str, tuple[SafetensorsFile, TensorEntry]]:
+    found: dict[str, tuple[SafetensorsFile, TensorEntry]] = {}
+    for file in files:
+        for name, entry in file.entries.items():
+            if name in found:
+                raise CheckpointError(
+                    f"tensor {name!r} is in two files: {found[name][0].path} and {file.path}"
+                )
+            found[name] = file, entry
+    return found
+
+
+def _check(
+    targets: Mapping[str, Target], found: Mapping[str, tuple[SafetensorsFile, TensorEntry]]
+) -> None:
+    filled = {targets[name].key for name in found if name in targets}
+    missing = [name for name, target in targets.items() if target.key not in filled]
+    unused = [name for name in found if name not in targets and not _HARMLESS.search(name)]
+    misshapen = []
+    for name, (file, entry) in found.items():
+        target = targets.get(name)
+        if target is None:
+            continue
+        if entry.shape != target.shape:
+            misshapen.append(
+                f"{name} {list(entry.shape)}, expected {list(target.shape)}, in {file.path.name}"
+            )
+        elif target.dtype.is_floating_point and not (
+            entry.dtype is not None and entry.dtype.is_floating_point and entry.dtype.itemsize > 1
+        ):
+            misshapen.append(
+                f"{name} of {entry.dtype_name}, expected F32, BF16, F16 or F64, in {file.path.name}"
+            )
+    folder = next((file.path.parent for file, _ in found.values()), None)
+    unused = [f"{name} in {found[name][0].path.name}" for name in unused]
+    problems = [
+        f"{title}: {_some(names)}"
+        for title, names in (
+            ("missing", missing),
+            ("not used by the model", unused),
+            ("of the wrong shape or kind", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the tensors in {folder} do not fit the model that its config.json describes:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _check_range(value: Tensor, dtype: torch.dtype, name: str, file: SafetensorsFile) -> None:
+    """Only float16 has a range that real weights may leave."""
+    if dtype == torch.float16 and value.dtype != torch.float16:
+        largest = value.abs().max().item() if value.numel() else 0.0
+        if largest > torch.finfo(torch.float16).max:
+            raise CheckpointError(
+                f"{file.path}: tensor {name!r} has a value of {largest:.3g}, beyond float16's "
+                f"range; run in bfloat16 or float32"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    rest = len(names) - _NAMES_SHOWN
+    return f"{shown}, and {rest} more" if rest > 0 else shown
