@@ -1,0 +1,1 @@
+"""Scheduling, running and sampling: from requests to tokens."""

@@ -1,0 +1,100 @@
+"""From a scheduled step to the tensors of a forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglite.engine.scheduler import Step
+from sglite.layers.forward_batch import ForwardBatch
+
+
+@dataclass(slots=True, frozen=True)
+class LogitsRows:
+    """Which rows of the logits belong to one request of a step.
+
+    Rows `first_prompt_row` to `first_prompt_row + num_prompt_rows` score the prompt tokens from
+    position `first_prompt_position` on; `sample_row` gives the next token.
+    """
+
+    first_prompt_row: int
+    num_prompt_rows: int
+    first_prompt_position: int
+    sample_row: int | None
+
+
+@dataclass(slots=True, frozen=True)
+class StepInputs:
+    """The arguments of a model's forward, and what its logits are for."""
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    forward_batch: ForwardBatch
+    logits_rows: list[LogitsRows]  # one for each request of the step
+
+
+def assemble(
+    step: Step, page_size: int, kv_cache: Sequence[tuple[Tensor, Tensor]], device: torch.device
+) -> StepInputs:
+    """Lays the scheduled tokens of all requests one after the other."""
+    items = step.items
+    counts = np.array([item.stop - item.start for item in items], np.int32)
+    query_start = np.zeros(len(items) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    num_tokens = int(query_start[-1])
+    kv_lens = np.array([item.stop for item in items], np.int32)
+    page_table = np.zeros((len(items), max(item.request.num_pages for item in items)), np.int32)
+    input_ids = np.empty(num_tokens, np.int64)
+    for row, item in enumerate(items):
+        request = item.request
+        page_table[row, : request.num_pages] = request.held_pages
+        begin, end = query_start[row], query_start[row + 1]
+        input_ids[begin:end] = request.token_ids[item.start : item.stop]
+    owners = np.repeat(np.arange(len(items)), counts)
+    starts = np.array([item.start for item in items], np.int64)
+    positions = np.arange(num_tokens) - query_start[owners] + starts[owners]
+    pages = page_table[owners, positions // page_size].astype(np.int64)
+    slots = pages * page_size + positions % page_size
+    wanted, rows = _wanted_logits(step, query_start)
+
+    def to_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return StepInputs(
+        input_ids=to_device(input_ids),
+        positions=to_device(positions),
+        forward_batch=ForwardBatch(
+            query_start=to_device(query_start),
+            kv_lens=to_device(kv_lens),
+            kv_end=to_device((positions + 1).astype(np.int32)),
+            slots=to_device(slots),
+            page_table=to_device(page_table),
+            logits_rows=to_device(wanted),
+            kv_cache=kv_cache,
+        ),
+        logits_rows=rows,
+    )
+
+
+def _wanted_logits(step: Step, query_start: np.ndarray) -> tuple[np.ndarray, list[LogitsRows]]:
+    """The token rows whose logits are wanted, ascending, and what each request wants them for."""
+    wanted: list[int] = []
+    rows = []
+    for index, item in enumerate(step.items):
+        request = item.request
+        first_row, num_prompt_rows, first_position = len(wanted), 0, 0
+        if request.wants_prompt_logprobs and request.num_missing_prompt_logprobs:
+            # The row of position p scores the token at p + 1.
+            first_position = request.num_prompt_tokens - request.num_missing_prompt_logprobs
+            end = min(item.stop, request.num_prompt_tokens - 1)
+            offset = int(query_start[index]) - item.start
+            wanted.extend(range(offset + first_position - 1, offset + end))
+            num_prompt_rows = len(wanted) - first_row
+        sample_row = None
+        if item.samples:
+            sample_row = len(wanted)
+            wanted.append(int(query_start[index + 1]) - 1)
+        rows.append(LogitsRows(first_row, num_prompt_rows, first_position, sample_row))
+    return np.array(wanted, np.int64), rows

@@ -1,0 +1,149 @@
+"""From prompts and parameters to requests; refuses here what could never run."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglite.engine.request import Request
+from sglite.engine.results import RequestGroup
+from sglite.engine.stopping import StopChecker
+from sglite.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from sglite.interface.errors import InvalidRequestError
+from sglite.interface.generation_defaults import GenerationDefaults
+from sglite.interface.prompts import Prompt
+from sglite.interface.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request has to fit into.
+
+    Attributes:
+        vocab_size: ids are below it.
+        context_length: tokens of prompt and completion together.
+        kv_cache_tokens: tokens that the KV cache holds in all.
+    """
+
+    vocab_size: int
+    context_length: int
+    kv_cache_tokens: int
+
+
+class Intake:
+    """Makes requests.
+
+    Args:
+        tokenizer: for prompts that are text, and for stop strings and streams.
+        limits: see `Limits`.
+        defaults: what the checkpoint's `generation_config.json` says.
+        end_token_ids: ids that end a completion unless `ignore_eos`.
+        seed: where the seeds of requests without one come from; None: the system's randomness.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        defaults: GenerationDefaults,
+        end_token_ids: Sequence[int],
+        seed: int | None,
+    ):
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._defaults = defaults
+        self._end_token_ids = tuple(end_token_ids)
+        self._random = random.SystemRandom() if seed is None else random.Random(seed)
+
+    def make_group(
+        self, index: int, prompt: Prompt, params: SamplingParams, *, name: str, streams: bool
+    ) -> RequestGroup:
+        """Makes the `n` requests of one prompt.
+
+        Args:
+            index: the prompt's position in the caller's list.
+            prompt: what to generate from.
+            params: as the caller gave them.
+            name: how messages call the prompt.
+            streams: whether text is to be kept token by token.
+
+        Raises:
+            InvalidRequestError: naming the prompt, what is wrong, and what is allowed.
+        """
+        if prompt.images:
+            raise InvalidRequestError(f"{name} has images, but this model takes text only")
+        if prompt.token_ids is None:
+            token_ids = self._tokenizer.encode(prompt.text)
+        else:
+            token_ids = list(prompt.token_ids)
+        self._check_tokens(name, token_ids)
+        room = self._limits.context_length - len(token_ids)
+        params = params.resolve(self._defaults, room=min(room, self._room_in_cache(token_ids)))
+        params.check_vocabulary(self._limits.vocab_size)
+        self._check_fit(name, len(token_ids), params.max_new_tokens)
+        if params.prompt_logprobs_start >= len(token_ids):
+            raise InvalidRequestError(
+                f"prompt_logprobs_start={params.prompt_logprobs_start} is not allowed for {name}: "
+                f"it must be below the prompt's {len(token_ids)} tokens"
+            )
+        seed = self._random.getrandbits(64) if params.seed is None else params.seed
+        requests = [
+            Request(
+                token_ids,
+                params,
+                seed=seed,
+                sample_index=sample_index,
+                banned_sequences=self._banned_sequences(params),
+                stop_checker=self._stop_checker(token_ids, params, streams),
+            )
+            for sample_index in range(params.n)
+        ]
+        return RequestGroup(index, prompt.text, requests, self._tokenizer)
+
+    def _room_in_cache(self, token_ids: Sequence[int]) -> int:
+        # The last token that is sampled needs no place in the cache.
+        return self._limits.kv_cache_tokens - len(token_ids) + 1
+
+    def _check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise InvalidRequestError(f"{name} is a prompt with no token at all")
+        largest = max(token_ids)
+        if largest >= self._limits.vocab_size:
+            raise InvalidRequestError(
+                f"{name} holds the token id {largest}, but ids must be below "
+                f"{self._limits.vocab_size}, the size of the vocabulary"
+            )
+
+    def _check_fit(self, name: str, num_prompt_tokens: int, max_new_tokens: int) -> None:
+        limits = self._limits
+        needed = num_prompt_tokens + max_new_tokens
+        if needed > limits.context_length:
+            raise InvalidRequestError(
+                f"{name} has {num_prompt_tokens} tokens, and with max_new_tokens={max_new_tokens} "
+                f"it needs a context of {needed}; context_length is {limits.context_length}"
+            )
+        if needed - 1 > limits.kv_cache_tokens:
+            raise InvalidRequestError(
+                f"{name} has {num_prompt_tokens} tokens, and with max_new_tokens={max_new_tokens} "
+                f"it needs {needed - 1} tokens of KV cache; there are {limits.kv_cache_tokens}: "
+                f"raise kv_cache_tokens, or ask for less"
+            )
+
+    def _stop_checker(
+        self, token_ids: Sequence[int], params: SamplingParams, streams: bool
+    ) -> StopChecker:
+        detokenizer = None
+        if streams or params.stop:
+            detokenizer = IncrementalDetokenizer(
+                self._tokenizer, token_ids, params.skip_special_tokens
+            )
+        return StopChecker(params, end_token_ids=self._end_token_ids, detokenizer=detokenizer)
+
+    def _banned_sequences(self, params: SamplingParams) -> list[list[int]]:
+        """Token sequences of `bad_words`: a word may start a text or stand behind a space."""
+        sequences = []
+        for word in params.bad_words:
+            for text in (word, f" {word}"):
+                token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+                if token_ids and token_ids not in sequences:
+                    sequences.append(token_ids)
+        return sequences

@@ -1,0 +1,155 @@
+"""One sequence being generated: its tokens, its pages, and how far it has come."""
+
+import enum
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from sglite.engine.stopping import StopChecker
+from sglite.interface.sampling_params import SamplingParams
+
+
+class RequestState(enum.Enum):
+    """Where a request is on its way."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """One completion of one prompt; `n` completions are `n` requests that share their prefix.
+
+    Attributes:
+        banned_sequences: token sequences whose last token may not complete them.
+        token_ids: int64[capacity], prompt and output; the first `num_tokens` are known.
+        num_computed: positions whose key and value are in `pages`.
+        pages: int32[capacity in pages], the first `num_pages` are held by this request.
+        prefix_lock: the prefix cache's hold on what was matched, while running.
+        num_cached_tokens: prompt tokens that came out of the cache when it was first admitted.
+        output_token_ids: what has been generated, as a list.
+        logprobs: one entry per output token, where asked for.
+        prompt_logprobs: one entry per prompt position from `prompt_logprobs_start` on.
+    """
+
+    def __init__(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int = 0,
+        sample_index: int = 0,
+        stop_checker: StopChecker | None = None,
+        banned_sequences: Sequence[Sequence[int]] = (),
+        namespace: str = "",
+    ):
+        self.params = params
+        self.seed = seed
+        self.sample_index = sample_index
+        self.banned_sequences = banned_sequences
+        self.namespace = namespace
+        self.stop_checker = stop_checker or StopChecker(params)
+
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_tokens = self.num_prompt_tokens
+        self.token_ids = np.empty(self.num_prompt_tokens + params.max_new_tokens, np.int64)
+        self.token_ids[: self.num_tokens] = prompt_token_ids
+        self.output_token_ids: list[int] = []
+        self.logprobs: list = []
+        self.prompt_logprobs: list = []
+
+        self.state = RequestState.WAITING
+        self.arrival = -1  # the scheduler's order, set when the request is added
+        self.num_computed = 0
+        self.pages = np.empty(0, np.int32)
+        self.num_pages = 0
+        self.prefix_lock: int | None = None
+        self.num_cached_tokens: int | None = None
+
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.error: BaseException | None = None
+        self.created_at = time.perf_counter()
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
+
+    @property
+    def prompt_token_ids(self) -> np.ndarray:
+        """int64[num_prompt_tokens]."""
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def known_token_ids(self) -> np.ndarray:
+        """int64[num_tokens]: prompt and output so far."""
+        return self.token_ids[: self.num_tokens]
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that are still to be computed; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """How much of the known tokens may come out of the cache.
+
+        The last token is always computed, for its logits. Where prompt log-probabilities are
+        wanted, so is every position that gives one which is not there yet.
+        """
+        limit = self.num_tokens - 1
+        if self.wants_prompt_logprobs and self.num_missing_prompt_logprobs:
+            first = self.num_prompt_tokens - self.num_missing_prompt_logprobs
+            limit = min(limit, first - 1)
+        return limit
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt are asked for (by the first of `n` only)."""
+        return self.params.prompt_logprobs is not None and self.sample_index == 0
+
+    @property
+    def num_missing_prompt_logprobs(self) -> int:
+        """Prompt positions whose log-probability is still to come."""
+        first = max(1, self.params.prompt_logprobs_start)
+        return max(0, self.num_prompt_tokens - first - len(self.prompt_logprobs))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.state is RequestState.FINISHED
+
+    def append(self, token_id: int) -> None:
+        """Takes one sampled token, and sets `finish_reason` when it is the last."""
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        self.token_ids[self.num_tokens] = token_id
+        self.num_tokens += 1
+        self.output_token_ids.append(token_id)
+        self.stop_reason = self.stop_checker.add(token_id)
+        if self.stop_checker.stopped:
+            self.finish_reason = "stop"
+        elif len(self.output_token_ids) >= self.params.max_new_tokens:
+            self.finish_reason = "length"
+
+    def hold(self, pages: np.ndarray) -> None:
+        """Adds `pages` (int32) to the end of the request's own."""
+        needed = self.num_pages + len(pages)
+        if needed > len(self.pages):
+            grown = np.empty(max(needed, 2 * len(self.pages), 16), np.int32)
+            grown[: self.num_pages] = self.pages[: self.num_pages]
+            self.pages = grown
+        self.pages[self.num_pages : needed] = pages
+        self.num_pages = needed
+
+    @property
+    def held_pages(self) -> np.ndarray:
+        """int32[num_pages]."""
+        return self.pages[: self.num_pages]
+
+    def finish(self, reason: str, error: BaseException | None = None) -> None:
+        """Marks the request as done; its pages are the scheduler's affair."""
+        self.finish_reason = reason
+        self.error = error
+        self.state = RequestState.FINISHED
+        self.stop_checker.finish()
+        self.finished_at = time.perf_counter()

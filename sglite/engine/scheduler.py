@@ -1,0 +1,317 @@
+"""Which requests take part in a step, and how many tokens of each. Touches no tensor."""
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sglite.cache.prefix_cache import CachedPrefix, PrefixCache
+from sglite.engine.request import Request, RequestState
+from sglite.engine.statistics import Statistics
+from sglite.interface.errors import OutOfMemoryError
+
+
+@dataclass(slots=True, frozen=True)
+class ScheduledRequest:
+    """The positions `start` to `stop` (exclusive) of a request, computed in one step."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step gives the request its next token."""
+        return self.stop == self.request.num_tokens
+
+
+@dataclass(slots=True, frozen=True)
+class PageCopy:
+    """The first `num_tokens` slots of page `source` go to the request's own `destination`."""
+
+    request: Request
+    source: int
+    destination: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Step:
+    """What one forward pass does."""
+
+    items: list[ScheduledRequest] = field(default_factory=list)
+    page_copies: list[PageCopy] = field(default_factory=list)
+
+
+@dataclass(slots=True, frozen=True)
+class Outcome:
+    """What a step gave one request: a token, where it was to sample one, or an error."""
+
+    token_id: int | None = None
+    logprobs: dict | None = None
+    prompt_logprobs: list = field(default_factory=list)
+    error: BaseException | None = None
+
+
+# How many requests that wait for a prefix another one is computing are looked past in one step.
+_MAX_DEFERRED = 64
+
+
+class Scheduler:
+    """First come, first served, with continuous batching, chunked prefill and preemption.
+
+    Every step takes one token of each decoding request, and chunks of prompts up to
+    `chunked_prefill_size` tokens over all requests. Out of pages, the request that came last gives
+    up its own, which stay in the tree as long as they can. The oldest running request is never
+    preempted for a younger one, so every request finishes.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        *,
+        max_running_requests: int,
+        chunked_prefill_size: int,
+        max_logits_rows: int = 1 << 30,
+    ):
+        self.cache = cache
+        self.max_running_requests = max_running_requests
+        self.chunked_prefill_size = chunked_prefill_size
+        self.max_logits_rows = max_logits_rows
+        self.running: list[Request] = []  # in order of arrival
+        self.waiting: list[Request] = []  # in order of arrival
+        self.statistics = Statistics()
+        self._num_arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.running or self.waiting)
+
+    def add(self, request: Request) -> None:
+        """Puts a new request at the end of the queue."""
+        request.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self.waiting.append(request)
+
+    def schedule(self) -> Step:
+        """Chooses the next step; it is empty only when there is no work."""
+        step = Step()
+        budget = self.chunked_prefill_size
+        preemptions_before = self.statistics.preemptions
+        for request in tuple(self.running):
+            if request.state is RequestState.RUNNING:  # not preempted for an older one meanwhile
+                budget -= self._extend(step, request, budget, self._reserve_or_preempt)
+        # Right after a preemption there is no room, and admitting would take it from the running.
+        if self.statistics.preemptions == preemptions_before or not step.items:
+            self._admit(step, budget)
+        return step
+
+    def _extend(self, step: Step, request: Request, budget: int, reserve) -> int:
+        """Adds the request's next tokens to the step; returns the prefill tokens they took.
+
+        `reserve(request, num_positions)` finds the pages and says whether it could.
+        """
+        is_decode = request.num_pending == 1
+        count = 1 if is_decode else min(request.num_pending, budget, self._max_chunk(request))
+        if count <= 0 or not reserve(request, request.num_computed + count):
+            return 0
+        stop = request.num_computed + count
+        step.items.append(ScheduledRequest(request, request.num_computed, stop))
+        return 0 if is_decode else count
+
+    def _max_chunk(self, request: Request) -> int:
+        """Prompt log-probabilities need a row of logits for each token, so the chunk is limited."""
+        return self.max_logits_rows if request.wants_prompt_logprobs else request.num_pending
+
+    def _reserve(self, request: Request, num_positions: int) -> bool:
+        """Gives the request pages for its first `num_positions`, if that many can be had."""
+        missing = self._num_pages(num_positions) - request.num_pages
+        if missing <= 0:
+            return True
+        pages = self.cache.allocate(missing)
+        if pages is None:
+            return False
+        request.hold(pages)
+        return True
+
+    def _reserve_or_preempt(self, request: Request, num_positions: int) -> bool:
+        """The same, at the cost of younger requests; False when it had to give up its own pages."""
+        while not self._reserve(request, num_positions):
+            victim = self.running[-1]
+            if victim is request and len(self.running) == 1:
+                self.remove(request, "error", self._no_room(num_positions))
+                return False
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _no_room(self, num_positions: int) -> OutOfMemoryError:
+        return OutOfMemoryError(
+            f"the KV cache has {self.cache.num_available} of the {self._num_pages(num_positions)} "
+            f"pages that one request alone needs; raise kv_cache_tokens"
+        )
+
+    def _num_pages(self, num_positions: int) -> int:
+        return -(-num_positions // self.cache.page_size)
+
+    def _admit(self, step: Step, budget: int) -> None:
+        """Starts waiting requests, oldest first, while there is budget and room."""
+        deferred = 0
+        for request in tuple(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_running_requests:
+                return
+            if self._prefix_is_being_computed(request):
+                deferred += 1
+                if deferred >= _MAX_DEFERRED:
+                    return
+                continue
+            if not self._start(step, request):
+                return
+            budget -= self._extend(step, request, budget, self._reserve)
+
+    def _start(self, step: Step, request: Request) -> bool:
+        """Moves a waiting request to the running ones, with its cached prefix, if it has room."""
+        prefix = self.cache.acquire(
+            request.known_token_ids, request.namespace, request.max_cached_tokens
+        )
+        own_pages = self._num_pages(request.num_tokens) - len(prefix.pages)
+        promised = sum(
+            max(0, self._num_pages(other.num_tokens) - other.num_pages) for other in self.running
+        )
+        if self.running and own_pages + promised > self.cache.num_available:
+            self._give_back(prefix)
+            return False
+        request.prefix_lock = prefix.lock
+        request.num_pages = 0
+        request.hold(prefix.pages)
+        request.num_computed = len(prefix.pages) * self.cache.page_size
+        if prefix.partial_page is not None:
+            self._copy_on_write(step, request, prefix)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed
+            self.statistics.prompt_tokens += request.num_prompt_tokens
+            self.statistics.cached_tokens += request.num_computed
+        request.state = RequestState.RUNNING
+        self.waiting.remove(request)
+        bisect.insort(self.running, request, key=lambda other: other.arrival)
+        return True
+
+    def _give_back(self, prefix: CachedPrefix) -> None:
+        self.cache.release(prefix.pages, prefix.lock)
+        if prefix.partial_page is not None:
+            self.cache.release([prefix.partial_page])
+
+    def _copy_on_write(self, step: Step, request: Request, prefix: CachedPrefix) -> None:
+        """Takes over the part of a shared page that matches, in a page of the request's own."""
+        own = self.cache.allocate(1)
+        if own is None:  # only with everything else in use; those tokens are then computed again
+            self.cache.release([prefix.partial_page])
+            return
+        request.hold(own)
+        step.page_copies.append(
+            PageCopy(request, prefix.partial_page, int(own[0]), prefix.partial_tokens)
+        )
+        request.num_computed += prefix.partial_tokens
+
+    def _prefix_is_being_computed(self, request: Request) -> bool:
+        """Whether a running prefill will soon have put more of this prompt into the tree.
+
+        Requests that arrive together often share a long prefix; without waiting for the first of
+        them, every one would compute it.
+        """
+        if not self.cache.enabled:
+            return False
+        keys = request.known_token_ids[: max(0, request.max_cached_tokens)]
+        cached = None
+        for other in self.running:
+            if other.num_pending <= 1 or other.namespace != request.namespace:
+                continue
+            common = common_prefix_length(keys, other.known_token_ids)
+            if common < self.cache.page_size or common <= other.num_computed:
+                continue
+            if cached is None:
+                cached = self.cache.match_length(keys, request.namespace)
+            if common >= cached + self.cache.page_size:
+                return True
+        return False
+
+    def commit(self, step: Step, outcomes: Iterable[Outcome]) -> None:
+        """Books what a step has computed: tokens, finished requests, prefixes for the tree."""
+        self._release_copied(step)
+        for item, outcome in zip(step.items, outcomes, strict=True):
+            request = item.request
+            request.num_computed = item.stop
+            if outcome.error is not None:
+                self.remove(request, "error", outcome.error)
+                continue
+            request.prompt_logprobs.extend(outcome.prompt_logprobs)
+            if outcome.token_id is not None:
+                if outcome.logprobs is not None:
+                    request.logprobs.append(outcome.logprobs)
+                request.append(outcome.token_id)
+                self.statistics.completion_tokens += 1
+            if request.finish_reason:
+                self.remove(request, request.finish_reason)
+            elif item.stop - item.start > 1:
+                self._store(request)
+
+    def fail(self, step: Step, error: BaseException) -> None:
+        """Ends every request of a step that could not be run; what it computed is dropped."""
+        concerned = [item.request for item in step.items]
+        concerned += [copy.request for copy in step.page_copies]
+        self._release_copied(step)
+        for request in concerned:
+            if not request.is_finished:
+                self.remove(request, "error", error)
+
+    def _release_copied(self, step: Step) -> None:
+        for copy in step.page_copies:
+            self.cache.release([copy.source])
+        step.page_copies.clear()
+
+    def remove(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        """Finishes a running or waiting request and gives its pages back, to the tree if sound."""
+        if request.state is RequestState.RUNNING:
+            if error is None:
+                self._store(request)
+            self._release(request)
+            self.running.remove(request)
+        elif request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+        request.finish(reason, error)
+
+    def _preempt(self, request: Request) -> None:
+        self._store(request)
+        self._release(request)
+        request.num_computed = 0
+        request.state = RequestState.WAITING
+        self.running.remove(request)
+        bisect.insort(self.waiting, request, key=lambda other: other.arrival)
+        self.statistics.preemptions += 1
+
+    def _store(self, request: Request) -> None:
+        computed = request.num_computed
+        self.cache.store(
+            request.token_ids[:computed],
+            request.pages[: self._num_pages(computed)],
+            request.namespace,
+            lock=request.prefix_lock,
+        )
+
+    def _release(self, request: Request) -> None:
+        self.cache.release(request.held_pages, request.prefix_lock)
+        request.prefix_lock = None
+        request.num_pages = 0
+
+
+def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many elements the two arrays share from the start."""
+    length = min(len(a), len(b))
+    if length == 0 or a[0] != b[0]:
+        return 0
+    differs = a[:length] != b[:length]
+    first = int(differs.argmax())
+    return first if differs[first] else length

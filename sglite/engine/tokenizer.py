@@ -1,0 +1,88 @@
+"""Text to token ids and back, over the checkpoint's own Hugging Face tokenizer."""
+
+import threading
+from collections.abc import Iterable, Sequence
+
+# Enough prompt tokens before the output for a tokenizer whose tokens depend on the one before
+# (SentencePiece drops the space of a first word), and for a character that the prompt began.
+_CONTEXT = 6
+
+
+class Tokenizer:
+    """Serialises access to a Hugging Face tokenizer, which refuses use from two threads at once.
+
+    Attributes:
+        hf: the tokenizer itself.
+    """
+
+    def __init__(self, hf_tokenizer):
+        self.hf = hf_tokenizer
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the tokenizer's special tokens unless told otherwise."""
+        with self._lock:
+            return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; ids that have no token give nothing."""
+        with self._lock:
+            return self.hf.decode(
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+
+    def decode_one(self, token_id: int) -> str:
+        """Text of a single token, special or not."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def apply_chat_template(self, messages, *, tools=None, **template_arguments) -> str:
+        """A conversation as text, special tokens included, as the checkpoint's template has it."""
+        with self._lock:
+            return self.hf.apply_chat_template(
+                messages, tools=tools, tokenize=False, **template_arguments
+            )
+
+
+class IncrementalDetokenizer:
+    """Text of a growing sequence in pieces that add up to the whole.
+
+    A token's text may depend on its neighbours, so a window is decoded with and without the new
+    token and the difference handed out; an unfinished UTF-8 character is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special: bool):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._window = [int(token) for token in prompt_token_ids[-_CONTEXT:]]
+        self._num_settled = len(self._window)  # tokens of the window whose text is out
+        # A character that the prompt has begun counts as not out yet.
+        self._settled_text = self._decode(self._window).rstrip("\ufffd")
+
+    def add(self, token_id: int) -> str:
+        """Takes a token and returns the text that is now certain."""
+        return self.add_all([token_id])
+
+    def add_all(self, token_ids: Sequence[int]) -> str:
+        """Takes several tokens at once."""
+        self._window += token_ids
+        text = self._decode(self._window)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._settle(text)
+
+    def flush(self) -> str:
+        """Returns what is left, with replacement characters for bytes that are no UTF-8."""
+        return self._settle(self._decode(self._window))
+
+    def _settle(self, text: str) -> str:
+        """Hands out what `text` has beyond the settled part, and moves the window on."""
+        piece = text[len(self._settled_text) :]
+        self._window = self._window[max(0, self._num_settled - _CONTEXT) :]
+        self._num_settled = len(self._window)
+        self._settled_text = self._decode(self._window)
+        return piece
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
