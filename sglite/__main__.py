@@ -1,0 +1,5 @@
+"""`python -m sglite`: see `sglite.tools.cli`."""
+
+from sglite.tools.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,428 @@
+"""`LLM`: load a model, generate text. The one class that most people ever see."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from sglite import _C
+from sglite.cache.kv_pool import KVPool
+from sglite.cache.prefix_cache import PrefixCache
+from sglite.engine.driver import Call, Driver
+from sglite.engine.engine import Engine
+from sglite.engine.intake import Intake, Limits
+from sglite.engine.memory import kv_tokens_that_fit
+from sglite.engine.model_runner import ModelRunner
+from sglite.engine.results import RequestGroup
+from sglite.engine.scheduler import Scheduler
+from sglite.engine.tokenizer import Tokenizer
+from sglite.interface.config import EngineConfig, LLMOptions
+from sglite.interface.errors import (
+    ConfigError,
+    EngineClosedError,
+    GenerationError,
+    InvalidRequestError,
+)
+from sglite.interface.outputs import RequestOutput, StreamChunk
+from sglite.interface.prompts import Prompt, normalize_prompts
+from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_params
+from sglite.models.checkpoint import load_tokenizer, resolve_checkpoint
+from sglite.models.loader import load_model
+
+# Floats of logits that one step may hold for prompt log-probabilities: 256 MB.
+_MAX_LOGITS = 1 << 26
+
+
+class LLM:
+    """A model, ready to generate in this process.
+
+    Args:
+        model: a folder, a hub id, or "demo" (a small model that ships with the library).
+        tokenizer: a folder, a hub id or a tokenizer; the one beside the weights when absent.
+        architecture: a registered model class to use instead of what `config.json` names.
+        dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
+        device: "auto" or "cpu".
+        quantization: how weights are stored; None: as in the checkpoint.
+        context_length: tokens of prompt and completion together; None: the model's own limit.
+        kv_cache_tokens: tokens that the KV cache holds; None: from `mem_fraction`.
+        mem_fraction: the share of this process's free memory for the KV cache (default 0.4).
+        page_size: tokens per page of the KV cache.
+        max_running_requests: requests in one batch at most; others wait.
+        chunked_prefill_size: prompt tokens computed in one step, over all requests.
+        prefix_cache: whether prompts reuse cached prefixes of others.
+        cuda_graphs: whether decode steps run as CUDA graphs, on a GPU.
+        num_threads: threads of the CPU kernels; None: as many as torch uses.
+        seed: where the seeds of requests without one come from; None: the system's randomness.
+        trust_remote_code: whether Python code of the checkpoint may run.
+        batch_invariant: whether results are the same bits whatever shares the batch.
+        revision, cache_dir, token: for hub models, as huggingface_hub takes them.
+
+    Attributes:
+        config: every setting, resolved; prints as a table.
+        tokenizer: the Hugging Face tokenizer.
+
+    Raises:
+        ConfigError: an argument is unknown or has a value that is not allowed.
+        CheckpointError: the checkpoint cannot be read.
+        UnsupportedModelError: the checkpoint needs something that is not implemented.
+        OutOfMemoryError: no room for the KV cache.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        tokenizer: Any = None,
+        architecture: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        quantization: str | None = None,
+        context_length: int | None = None,
+        kv_cache_tokens: int | None = None,
+        mem_fraction: float | None = None,
+        page_size: int = 16,
+        max_running_requests: int | None = None,
+        chunked_prefill_size: int | None = None,
+        prefix_cache: bool = True,
+        cuda_graphs: bool = True,
+        num_threads: int | None = None,
+        seed: int | None = None,
+        trust_remote_code: bool = False,
+        batch_invariant: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        **others: Any,
+    ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "others")}
+        if model is None:
+            del given["model"]
+        options = LLMOptions.from_keywords({**given, **others})
+        device_name = _resolve_device(options.device)
+        checkpoint = resolve_checkpoint(
+            options.model,
+            revision=options.revision,
+            cache_dir=options.cache_dir,
+            token=options.token,
+        )
+        hf_tokenizer = load_tokenizer(
+            checkpoint,
+            options.tokenizer,
+            trust_remote_code=options.trust_remote_code,
+            cache_dir=options.cache_dir,
+            token=options.token,
+        )
+        loaded = load_model(
+            checkpoint,
+            architecture=options.architecture,
+            dtype=options.dtype,
+            device=device_name,
+            quantization=options.quantization,
+            context_length=options.context_length,
+            trust_remote_code=options.trust_remote_code,
+        )
+        bytes_per_token = sum(layer.bytes_per_token(loaded.dtype) for layer in loaded.kv_layers)
+        mem_fraction = options.mem_fraction or (0.4 if not options.kv_cache_tokens else None)
+        fitting = options.kv_cache_tokens or kv_tokens_that_fit(mem_fraction, bytes_per_token)
+        self.config = EngineConfig.resolve(
+            options,
+            model=str(options.model),
+            architecture=loaded.architecture,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=device_name,
+            quantization=options.quantization,
+            context_limit=loaded.max_positions,
+            kv_cache_tokens=fitting,
+            mem_fraction=mem_fraction,
+            num_threads=options.num_threads or torch.get_num_threads(),
+            batch_invariant=True,
+        )
+        config = self.config
+        self.tokenizer = hf_tokenizer
+        self._tokenizer = Tokenizer(hf_tokenizer)
+        self._intake = Intake(
+            self._tokenizer,
+            Limits(loaded.vocab_size, config.context_length, config.kv_cache_tokens),
+            loaded.generation_defaults,
+            loaded.end_token_ids,
+            config.seed,
+        )
+        num_pages = config.num_pages + 1  # page 0 is reserved
+        cache = PrefixCache(num_pages, config.page_size, enabled=config.prefix_cache)
+        scheduler = Scheduler(
+            cache,
+            max_running_requests=config.max_running_requests,
+            chunked_prefill_size=config.chunked_prefill_size,
+            max_logits_rows=max(1, _MAX_LOGITS // loaded.vocab_size),
+        )
+        pool = KVPool(
+            num_pages, config.page_size, loaded.kv_layers, loaded.dtype, torch.device(device_name)
+        )
+        self._engine = Engine(scheduler, ModelRunner(loaded.model, pool, self._tokenizer))
+        self._driver = Driver(self._engine, _thread_state(config.num_threads))
+
+    # -- generation -------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Mapping | Sequence | None = None,
+        *,
+        progress: bool | None = None,
+        **keywords: Any,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generates for one prompt, or for a list of prompts in one batch.
+
+        Args:
+            prompts: a string, a list of token ids, or a dict with `text` or `token_ids`; or a list
+                of these.
+            sampling_params: a `SamplingParams` or a dict of its fields, one for all prompts or a
+                list with one for each.
+            progress: whether a bar is shown; None: for a batch, when someone is watching.
+            **keywords: fields of `SamplingParams`, as the short form.
+
+        Returns:
+            A `RequestOutput` for a single prompt, else a list of them in the order of the prompts.
+
+        Raises:
+            InvalidRequestError: a prompt or a parameter is wrong; nothing has been computed.
+            GenerationError: a request failed; `.outputs` holds all outputs, those of the others
+                complete.
+            EngineClosedError: after `close()`.
+        """
+        normalized, is_single = normalize_prompts(prompts)
+        outputs = self._generate(normalized, sampling_params, keywords, progress)
+        return outputs[0] if is_single else outputs
+
+    def chat(
+        self,
+        messages: Sequence,
+        sampling_params: SamplingParams | Mapping | Sequence | None = None,
+        *,
+        tools: Sequence | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+        **keywords: Any,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Generates the next turn of one conversation, or of each in a list of conversations.
+
+        Args:
+            messages: a list of dicts with `role` and `content`, or a list of such lists.
+            sampling_params: as in `generate`.
+            tools: functions or JSON schemas, given to the chat template.
+            chat_template_kwargs: further arguments of the chat template, such as
+                `add_generation_prompt` (True unless given) or `enable_thinking`.
+            progress: as in `generate`.
+            **keywords: as in `generate`.
+
+        Returns, raises: as `generate`; also InvalidRequestError where the model's tokenizer has no
+        chat template, or the template refuses the conversation.
+        """
+        prompts, is_single = self._render_all(messages, tools, chat_template_kwargs)
+        outputs = self._generate(prompts, sampling_params, keywords, progress)
+        return outputs[0] if is_single else outputs
+
+    def stream(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Mapping | Sequence | None = None,
+        **keywords: Any,
+    ) -> Iterator[StreamChunk]:
+        """Generates like `generate`, handing out the text in pieces as it comes.
+
+        The pieces of a prompt add up to exactly its `text`; with several prompts `chunk.index`
+        says whose it is, and with `n` above 1 `chunk.completion_index` which. The last piece of a
+        prompt carries its `output`. Leaving the loop early frees the requests. The arguments are
+        checked at once, not at the first piece.
+        """
+        normalized, _ = normalize_prompts(prompts)
+        groups = self._make_groups(normalized, sampling_params, keywords, streams=True)
+        return self._stream(groups)
+
+    def stream_chat(
+        self,
+        messages: Sequence,
+        sampling_params: SamplingParams | Mapping | Sequence | None = None,
+        *,
+        tools: Sequence | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **keywords: Any,
+    ) -> Iterator[StreamChunk]:
+        """`chat`, handing out the text in pieces as `stream` does."""
+        prompts, _ = self._render_all(messages, tools, chat_template_kwargs)
+        groups = self._make_groups(prompts, sampling_params, keywords, streams=True)
+        return self._stream(groups)
+
+    def _generate(
+        self, prompts: list[Prompt], sampling_params, keywords: dict, progress: bool | None
+    ) -> list[RequestOutput]:
+        if not prompts:
+            return []
+        groups = self._make_groups(prompts, sampling_params, keywords, streams=False)
+        call = Call([request for group in groups for request in group.requests])
+        driver = self._driver
+        try:
+            driver.submit(call)
+            self._wait(call, groups, progress)
+        except BaseException:
+            driver.abort(call)
+            raise
+        outputs = [group.output() for group in groups]
+        _check_complete(outputs)
+        return outputs
+
+    @staticmethod
+    def _wait(call: Call, groups: list[RequestGroup], progress: bool | None) -> None:
+        if progress is None:
+            progress = len(groups) > 1 and _someone_is_watching()
+        with tqdm(total=len(groups), unit="prompt", disable=not progress) as bar:
+            seen = 0
+            while not call.is_finished:
+                seen = call.wait(seen)
+                if progress:
+                    bar.update(sum(group.is_finished for group in groups) - bar.n)
+
+    def _stream(self, groups: list[RequestGroup]) -> Iterator[StreamChunk]:
+        if not groups:
+            return
+        call = Call([request for group in groups for request in group.requests], every_token=True)
+        driver = self._driver
+        seen, is_last = 0, False
+        try:
+            driver.submit(call)
+            while not is_last:
+                seen = call.wait(seen)
+                is_last = call.is_finished  # read before the chunks, which then hold everything
+                for group in groups:
+                    yield from group.chunks()
+        finally:
+            driver.abort(call)
+        _check_complete([group.output() for group in groups])
+
+    def _make_groups(
+        self, prompts: list[Prompt], sampling_params, keywords: dict, *, streams: bool
+    ) -> list[RequestGroup]:
+        if self._driver is None:
+            raise EngineClosedError("this LLM is closed; make a new one")
+        params = broadcast_sampling_params(sampling_params, len(prompts), **keywords)
+        return [
+            self._intake.make_group(
+                index,
+                prompt,
+                params[index],
+                name="the prompt" if len(prompts) == 1 else f"prompts[{index}]",
+                streams=streams,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _render_all(self, messages: Sequence, tools, template_arguments: Mapping | None):
+        """The prompts of one conversation or of a list of them, and whether it was one."""
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise InvalidRequestError(
+                f"messages must be a list of dicts with 'role' and 'content', or a list of such "
+                f"lists, not {type(messages).__name__}"
+            )
+        is_single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if is_single else messages
+        arguments = template_arguments or {}
+        return [self._render(messages, tools, arguments) for messages in conversations], is_single
+
+    def _render(self, conversation: Sequence, tools, template_arguments: Mapping) -> Prompt:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InvalidRequestError(
+                f"{self.config.model} has no chat template; use generate(), or set "
+                f"llm.tokenizer.chat_template"
+            )
+        arguments = {"add_generation_prompt": True, **template_arguments}
+        try:
+            text = self._tokenizer.apply_chat_template(conversation, tools=tools, **arguments)
+        except Exception as error:
+            raise InvalidRequestError(
+                f"the chat template refuses the conversation: {error}"
+            ) from error
+        # The template writes the special tokens itself, a BOS among them.
+        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return Prompt(text=text, token_ids=tuple(token_ids))
+
+    # -- life -------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Counts since the model was loaded, and what the KV cache holds now.
+
+        `kv_tokens_total`, `kv_tokens_used` (by running requests and the prefix cache),
+        `kv_tokens_cached` (reusable prefixes), `running`, `waiting` (requests), `prompt_tokens`,
+        `cached_tokens` (of them, from the cache), `completion_tokens`, `preemptions`, `steps`,
+        `tokens_per_second` (completion tokens over the time spent in steps).
+        """
+        if self._engine is None:
+            raise EngineClosedError("this LLM is closed; make a new one")
+        scheduler, cache = self._engine.scheduler, self._engine.scheduler.cache
+        counts = scheduler.statistics
+        return {
+            "kv_tokens_total": cache.num_pages * cache.page_size,
+            "kv_tokens_used": (cache.num_pages - cache.num_free) * cache.page_size,
+            "kv_tokens_cached": cache.num_cached_tokens,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "prompt_tokens": counts.prompt_tokens,
+            "cached_tokens": counts.cached_tokens,
+            "completion_tokens": counts.completion_tokens,
+            "preemptions": counts.preemptions,
+            "steps": counts.steps,
+            "tokens_per_second": counts.tokens_per_second,
+        }
+
+    def close(self) -> None:
+        """Ends running requests and gives back weights and cache. May be called again."""
+        if self._driver is not None:
+            self._driver.close()
+            self._engine.close()
+        self._driver = self._engine = self._intake = None
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        config = self.config
+        return f"LLM({config.model!r}, {config.architecture}, {config.dtype}, {config.device})"
+
+
+def _check_complete(outputs: list[RequestOutput]) -> None:
+    """Raises what became of a call whose requests did not all run to their end."""
+    if any(output.error for output in outputs):
+        raise GenerationError(outputs)
+    if any(output.finish_reason == "abort" for output in outputs):
+        raise EngineClosedError("this LLM was closed while the call was running")
+
+
+def _resolve_device(device: str) -> str:
+    """The device to run on; a GPU is never passed over in silence."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    found = "there is a GPU" if device == "auto" else f"device={device!r} was asked for"
+    raise ConfigError(f"{found}, but this version has kernels for the CPU only: pass device='cpu'")
+
+
+def _thread_state(num_threads: int):
+    """Makes the context in which steps run: what it sets belongs to the thread alone."""
+
+    @contextlib.contextmanager
+    def state():
+        _C.set_num_threads(num_threads)
+        with torch.inference_mode():
+            yield
+
+    return state
+
+
+def _someone_is_watching() -> bool:
+    """Whether output goes to a terminal or a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules

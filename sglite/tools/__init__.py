@@ -1,0 +1,1 @@
+"""What is built on top of the library: the command line and reports."""
