@@ -1,0 +1,1 @@
+"""Measurements of the library, beside what else there is."""

@@ -1,0 +1,1 @@
+"""One short file for each engine: a class that `bench.runner.serve` drives in its own process."""

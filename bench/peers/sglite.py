@@ -1,0 +1,30 @@
+"""This library: `python -m bench.peers.sglite`."""
+
+from bench.runner import serve
+from sglite import LLM, __version__
+
+
+class SgliteEngine:
+    """See `bench.runner.BenchEngine`."""
+
+    def __init__(self, model: str, dtype: str, num_threads: int, kv_tokens: int):
+        self.llm = LLM(
+            model,
+            dtype=dtype,
+            device="cpu",
+            num_threads=num_threads,
+            # A page more for each of 64 requests, as a request's last page may not be full.
+            kv_cache_tokens=kv_tokens + 64 * 16,
+        )
+        self.about = {"version": __version__, "settings": "defaults"}
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The new tokens of each prompt."""
+        outputs = self.llm.generate(
+            prompts, max_new_tokens=max_new_tokens, temperature=0, ignore_eos=True, progress=False
+        )
+        return [output.token_ids for output in outputs]
+
+
+if __name__ == "__main__":
+    serve(SgliteEngine)
