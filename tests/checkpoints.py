@@ -1,0 +1,150 @@
+"""Small real checkpoints with random weights, and Hugging Face as the oracle for them."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+import sglite
+
+VOCAB_SIZE = 384
+#: The checkpoint that ships.
+DEMO_FOLDER = Path(sglite.__file__).parent / "checkpoints" / "demo"
+_SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+#: Per name the config class and what is special about it, against `_SMALL`.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-24": ("LlamaConfig", {"head_dim": 24, "hidden_size": 96, "num_attention_heads": 6}),
+    "llama-head-80": ("LlamaConfig", {"head_dim": 80, "intermediate_size": 150}),
+    "mistral": ("MistralConfig", {"sliding_window": 17}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-bias": ("Qwen3Config", {"head_dim": 40, "attention_bias": True}),
+}
+
+
+def make_checkpoint(
+    folder: Path,
+    name: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shard_size: str = "1GB",
+    config_json: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> Path:
+    """Writes a checkpoint as Hugging Face writes it, with a tokenizer; returns the folder.
+
+    Args:
+        folder: where to; made if it is not there.
+        name: a key of `CONFIGS`.
+        seed: of the weights.
+        dtype: of the weights.
+        shard_size: "20KB", say, gives several files and an index.
+        config_json: values to set in the written `config.json`; None removes one.
+        **overrides: of the config.
+    """
+    model = make_model(name, seed=seed, **overrides).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    make_tokenizer().save_pretrained(folder)
+    if config_json:
+        edit_json(folder / "config.json", config_json)
+    return folder
+
+
+def make_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> nn.Module:
+    """The Hugging Face model of a `CONFIGS` entry, with weights drawn so that logits differ."""
+    class_name, special = CONFIGS[name]
+    config = getattr(transformers, class_name)(**{**_SMALL, **special, **overrides})
+    # The default attention ignores soft caps.
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            if "norm" in parameter_name:
+                parameter.copy_(1 + 0.2 * draw)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * draw)
+            else:
+                parameter.copy_(draw / math.sqrt(parameter.shape[-1]))
+    return model.eval()
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCAB_SIZE` tokens, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([__doc__, Path(__file__).read_text(encoding="utf-8")], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=(
+            "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}"
+            "\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        ),
+    )
+
+
+def edit_json(path: Path, values: dict[str, Any]) -> None:
+    """Sets values in a JSON file; None removes one."""
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        if value is None:
+            contents.pop(key, None)
+        else:
+            contents[key] = value
+    path.write_text(json.dumps(contents), encoding="utf-8")
+
+
+def hugging_face(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The checkpoint in Hugging Face, with eager attention."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
+
+
+def hugging_face_logits(model: nn.Module, token_ids: Sequence[int]) -> Tensor:
+    """Logits of every position, [len(token_ids), vocabulary] float32."""
+    with torch.no_grad():
+        return model(torch.tensor([list(token_ids)])).logits[0].float()

@@ -1,0 +1,23 @@
+"""Fixtures that every test may use."""
+
+import pytest
+import torch  # noqa: F401  (before the extension, which resolves OpenMP through it)
+
+from sglite import _C
+
+
+@pytest.fixture(params=_C.available_cpu_paths())
+def cpu_path(request):
+    """Runs the test once on each CPU path that this processor has."""
+    before = _C.cpu_path()
+    _C.select_cpu_path(request.param)
+    yield request.param
+    _C.select_cpu_path(before)
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request):
+    """Runs the test with one and with two kernel threads."""
+    _C.set_num_threads(request.param)
+    yield request.param
+    _C.set_num_threads(0)

@@ -1,0 +1,209 @@
+"""The driver thread: it comes and goes with the requests, and leaves nobody waiting."""
+
+import contextlib
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+
+from sglite.engine.driver import Call, Driver
+from sglite.interface.errors import EngineClosedError, RequestError, SGLiteError
+from tests.engine.fake_runner import expected_output
+from tests.engine.test_scheduler import check_pages, make_engine, make_request
+
+
+def make_driver(engine, **options):
+    return Driver(engine, contextlib.nullcontext, **options)
+
+
+def slow_down(engine, seconds=0.005):
+    """Makes each step last a while, so that there is time to interfere."""
+    run = engine.runner.run
+
+    def slow_run(step):
+        time.sleep(seconds)
+        return run(step)
+
+    engine.runner.run = slow_run
+
+
+def finish(call):
+    seen = 0
+    while not call.is_finished:
+        seen = call.wait(seen)
+
+
+def driver_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "sglite-driver"]
+
+
+def wait_until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def test_runs_a_call_and_then_has_no_thread():
+    engine = make_engine()
+    driver = make_driver(engine)
+    call = Call([make_request([1, 2, 3]), make_request([4, 5])])
+    driver.submit(call)
+    finish(call)
+    assert call.requests[0].output_token_ids == expected_output([1, 2, 3], 8)
+    wait_until(lambda: not driver_threads())
+    check_pages(engine)
+
+
+def test_an_idle_driver_is_freed_at_once():
+    engine = make_engine()
+    driver = make_driver(engine)
+    call = Call([make_request([1, 2, 3])])
+    driver.submit(call)
+    finish(call)
+    wait_until(lambda: not driver_threads())
+    observed = weakref.ref(engine)
+    gc.disable()
+    try:
+        del driver, engine
+        assert observed() is None, "something holds the engine, a reference cycle perhaps"
+    finally:
+        gc.enable()
+
+
+def test_many_threads_share_batches_and_get_their_own_results():
+    engine = make_engine(num_pages=200, max_running=16)
+    slow_down(engine)
+    driver = make_driver(engine)
+    prompts = [[index, 2, 3, index] for index in range(12)]
+    results = [None] * len(prompts)
+
+    def work(index):
+        call = Call([make_request(prompts[index], 10)])
+        driver.submit(call)
+        finish(call)
+        results[index] = call.requests[0].output_token_ids
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected_output(prompt, 10) for prompt in prompts]
+    # Alone, one after the other, they would have taken 12 x 10 steps.
+    assert engine.scheduler.statistics.steps < 60
+
+
+def test_abort_ends_one_call_only():
+    engine = make_engine(num_pages=200)
+    slow_down(engine)
+    driver = make_driver(engine)
+    unwanted, wanted = Call([make_request([1, 2], 150)]), Call([make_request([3, 4], 20)])
+    driver.submit(unwanted)
+    driver.submit(wanted)
+    wait_until(lambda: unwanted.requests[0].output_token_ids)
+    driver.abort(unwanted)
+    assert unwanted.requests[0].finish_reason == "abort"
+    finish(wanted)
+    assert wanted.requests[0].output_token_ids == expected_output([3, 4], 20)
+    wait_until(lambda: not driver_threads())
+    check_pages(engine)
+
+
+def test_close_ends_everything_and_refuses_more():
+    engine = make_engine(num_pages=200)
+    slow_down(engine)
+    driver = make_driver(engine)
+    call = Call([make_request([1, 2], 150)])
+    driver.submit(call)
+    wait_until(lambda: call.requests[0].output_token_ids)
+    driver.close()
+    assert call.requests[0].finish_reason == "abort"
+    assert not driver_threads()
+    with pytest.raises(EngineClosedError):
+        driver.submit(Call([make_request([1])]))
+    driver.close()
+
+
+def test_a_call_whose_thread_has_died_is_aborted():
+    engine = make_engine(num_pages=200)
+    slow_down(engine)
+    driver = make_driver(engine)
+    calls = []
+
+    def start_and_leave():
+        calls.append(Call([make_request([1, 2], 150)]))
+        driver.submit(calls[0])
+
+    thread = threading.Thread(target=start_and_leave)
+    thread.start()
+    thread.join()
+    wait_until(lambda: calls[0].is_finished)
+    assert calls[0].requests[0].finish_reason == "abort"
+
+
+def test_calling_from_within_a_step_is_refused():
+    engine = make_engine()
+    driver = make_driver(engine)
+    run, errors = engine.runner.run, []
+
+    def run_and_call_back(step):
+        with contextlib.suppress(SGLiteError):
+            driver.submit(Call([make_request([1])]))
+            errors.append("was accepted")
+        return run(step)
+
+    engine.runner.run = run_and_call_back
+    call = Call([make_request([1, 2])])
+    driver.submit(call)
+    finish(call)
+    assert not errors
+    assert call.requests[0].error is None
+
+
+def test_an_error_that_is_no_exception_reaches_every_caller():
+    engine = make_engine()
+
+    class Panic(BaseException):
+        pass
+
+    def panic(step):
+        raise Panic("outside of Exception")
+
+    run, engine.runner.run = engine.runner.run, panic
+    driver = make_driver(engine)
+    call = Call([make_request([1, 2]), make_request([3])])
+    driver.submit(call)
+    finish(call)
+    for request in call.requests:
+        assert isinstance(request.error, RequestError)
+        assert isinstance(request.error.__cause__, Panic)
+    engine.runner.run = run
+    again = Call([make_request([1, 2])])
+    driver.submit(again)
+    finish(again)
+    assert again.requests[0].output_token_ids == expected_output([1, 2], 8)
+
+
+_ABANDON = """
+import sys, time
+sys.path.insert(0, {root!r})
+from tests.engine.test_driver import *
+engine = make_engine(num_pages=20000)
+slow_down(engine, 0.01)
+driver = make_driver(engine)
+call = Call([make_request([1, 2], 60000)])
+driver.submit(call)
+wait_until(lambda: call.requests[0].output_token_ids)
+"""
+
+
+def test_the_interpreter_exits_at_once_with_a_call_left_running(request):
+    script = _ABANDON.format(root=str(request.config.rootpath))
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    assert time.monotonic() - started < 30

@@ -1,0 +1,39 @@
+"""The model runner where the fake one of the scheduler's tests cannot stand in."""
+
+import torch
+
+from sglite.cache.kv_pool import KVPool, LayerSpec
+from sglite.engine.model_runner import ModelRunner
+from sglite.engine.scheduler import PageCopy, Step
+from tests.engine.test_scheduler import make_engine, make_request
+
+
+def test_pages_are_copied_even_in_a_step_with_no_tokens():
+    pool = KVPool(4, 8, [LayerSpec(2, 4), LayerSpec(1, 4)], torch.float32)
+    for keys, values in pool.layers:
+        keys.normal_()
+        values.normal_()
+    before = [(keys.clone(), values.clone()) for keys, values in pool.layers]
+    runner = ModelRunner(None, pool, None)
+    assert runner.run(Step(page_copies=[PageCopy(None, 1, 3, 5)])) == []
+    for pair, old_pair in zip(pool.layers, before, strict=True):
+        for tensor, old in zip(pair, old_pair, strict=True):
+            assert torch.equal(tensor[3, :5], old[1, :5])
+            assert torch.equal(tensor[3, 5:], old[3, 5:])
+            assert torch.equal(tensor[:3], old[:3])
+
+
+def test_a_failed_step_ends_requests_that_only_had_a_copy():
+    engine = make_engine(num_pages=3, page_size=4, chunk=100)
+    request = make_request([1, 2, 3, 4, 5, 6, 7], 1)
+    engine.add(request)
+    while engine.has_work:
+        engine.step()
+    again = make_request([1, 2, 3, 4, 5, 6, 7], 1)
+    engine.add(again)
+    step = engine.scheduler.schedule()
+    assert step.page_copies
+    step.items.clear()  # as when no page is left for the first chunk
+    engine.scheduler.fail(step, RuntimeError("planted"))
+    assert again.finish_reason == "error"
+    engine.scheduler.cache.check_invariant()

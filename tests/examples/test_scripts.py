@@ -1,0 +1,57 @@
+"""The example scripts, run as a person runs them."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+
+def run(pytestconfig, name, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(pytestconfig.rootpath / "examples" / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_demo_shows_prompts_answers_and_speed(pytestconfig):
+    printed = run(pytestconfig, "demo.py")
+    assert "What is 17 + 25?" in printed
+    assert "42" in printed
+    assert "47" in printed  # the second turn of the chat
+    assert "20 21 22 23 24" in printed.replace(",", "")
+    assert printed.count("per second") == 2
+
+
+def test_quickstart(pytestconfig):
+    assert "42" in run(pytestconfig, "quickstart.py")
+
+
+def test_llama_wrapper_runs_both_ways(pytestconfig):
+    printed = run(pytestconfig, "llama_wrapper.py")
+    assert printed.count("42") >= 2
+
+
+def test_json_output_is_json_of_the_schema(pytestconfig):
+    lines = run(pytestconfig, "json_output.py").splitlines()
+    answers = [ast.literal_eval(line.split(" -> ")[1]) for line in lines]
+    assert [set(answer) for answer in answers] == [{"country", "capital"}] * 2
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_the_readme_says_what_works(pytestconfig, block, tmp_path):
+    text = (pytestconfig.rootpath / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 3
+    code = blocks[block].replace('"Qwen/Qwen3-0.6B"', '"demo"')  # nothing is downloaded in tests
+    script = tmp_path / "block.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,140 @@
+"""The decoder's composites: fused or in parts, the same bits; hooks and subclasses are seen."""
+
+import pytest
+import torch
+from torch import nn
+
+from sglite.interface.errors import UnsupportedModelError
+from sglite.layers import Linear, PPProxyTensors
+from sglite.layers.composite import is_plain
+from sglite.models.checkpoint import resolve_checkpoint
+from sglite.models.loader import load_model
+from tests.checkpoints import make_checkpoint
+from tests.forward import Runner
+
+TOKEN_IDS = [[5, 6, 7, 8, 9, 10, 11], [20], [3] * 30]
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    return load_model(resolve_checkpoint(make_checkpoint(tmp_path, dtype=torch.bfloat16)))
+
+
+def logits_of(loaded):
+    run = Runner(loaded.model, loaded.kv_layers, loaded.dtype, num_sequences=len(TOKEN_IDS))
+    return torch.cat(run.run(TOKEN_IDS))
+
+
+class Doubled(Linear):
+    """A part of someone else's: takes no residual."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def parts(loaded):
+    """Every part of the first layer that a composite may run together with others."""
+    layer = loaded.model.model.layers[0]
+    return {
+        "layer": layer,
+        "self_attn": layer.self_attn,
+        "o_proj": layer.self_attn.o_proj,
+        "mlp": layer.mlp,
+        "down_proj": layer.mlp.down_proj,
+    }
+
+
+@pytest.mark.parametrize("name", ["layer", "self_attn", "o_proj", "mlp", "down_proj"])
+def test_a_hook_sees_the_parts_own_output_and_changes_no_bit(loaded, name):
+    before = logits_of(loaded)
+    seen = []
+    hook = parts(loaded)[name].register_forward_hook(
+        lambda module, inputs, output: seen.append((inputs, output))
+    )
+    assert torch.equal(logits_of(loaded), before)
+    hook.remove()
+    (inputs, output) = seen[0]
+    if name in ("o_proj", "down_proj"):
+        # Without the residual: what the layer alone gives for its input.
+        assert torch.equal(output, parts(loaded)[name](inputs[0]))
+    assert torch.equal(logits_of(loaded), before)
+
+
+def test_a_global_hook_is_seen_too(loaded):
+    before = logits_of(loaded)
+    names = {module: name for name, module in loaded.model.named_modules()}
+    called = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: called.append(names.get(module))
+    )
+    try:
+        assert torch.equal(logits_of(loaded), before)
+    finally:
+        hook.remove()
+    assert {"model.layers.0.self_attn", "model.layers.2.mlp.down_proj", "lm_head"} <= set(called)
+
+
+@pytest.mark.parametrize("path", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_subclass_runs_as_it_is(loaded, path):
+    layer = loaded.model.model.layers[1]
+    parent, _, name = path.rpartition(".")
+    original = layer.get_submodule(path)
+    doubled = Doubled(original.in_features, original.out_features, bias=False)
+    doubled.to(loaded.dtype).weight = original.weight
+    setattr(layer.get_submodule(parent), name, doubled)
+    with_subclass = logits_of(loaded)
+    setattr(layer.get_submodule(parent), name, original)
+    original.weight = original.weight * 2  # doubling is exact
+    assert torch.equal(with_subclass, logits_of(loaded))
+
+
+def test_a_replaced_forward_is_seen(loaded):
+    mlp = loaded.model.model.layers[0].mlp
+    mlp.forward = lambda x: torch.zeros_like(x)
+    without = logits_of(loaded)
+    del mlp.forward
+    mlp.down_proj.weight = torch.zeros(mlp.down_proj.matrix.shape)
+    assert torch.equal(logits_of(loaded), without)
+
+
+def test_what_is_plain():
+    layer = Linear(4, 4)
+    assert is_plain(layer, Linear)
+    assert not is_plain(Doubled(4, 4), Linear)
+    hook = layer.register_forward_pre_hook(lambda module, inputs: None)
+    assert not is_plain(layer, Linear)
+    hook.remove()
+    assert is_plain(layer, Linear)
+
+
+def test_input_embeds_replace_the_embedding(loaded):
+    table = loaded.model.model.embed_tokens.weight
+    before = logits_of(loaded)
+
+    class FromEmbeds(nn.Module):
+        def forward(self, input_ids, positions, forward_batch):
+            embeds = table[input_ids]
+            kept = embeds.clone()
+            output = loaded.model(
+                torch.zeros_like(input_ids), positions, forward_batch, input_embeds=embeds
+            )
+            assert torch.equal(embeds, kept)
+            return output
+
+    run = Runner(FromEmbeds(), loaded.kv_layers, loaded.dtype, num_sequences=len(TOKEN_IDS))
+    assert torch.equal(torch.cat(run.run(TOKEN_IDS)), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pp_proxy_tensors": PPProxyTensors()}, "pp_proxy_tensors is not supported"),
+        ({"get_embedding": True}, "get_embedding=True is not supported"),
+    ],
+)
+def test_sglangs_further_arguments_are_refused_when_used(loaded, arguments, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        loaded.model(None, None, None, **arguments)
+    if "pp_proxy_tensors" in arguments:
+        with pytest.raises(UnsupportedModelError, match=message):
+            loaded.model.model(None, None, None, **arguments)

@@ -1,0 +1,98 @@
+"""What `config.json` says: values that are refused, and how long a context may be."""
+
+import pytest
+
+from sglite import CheckpointError, UnsupportedModelError
+from sglite.interface.errors import ConfigError
+from tests.checkpoints import edit_json, make_checkpoint
+from tests.models.loading import load
+
+
+class TestConfig:
+    def refused(self, folder, values, error=CheckpointError, match=None):
+        edit_json(folder / "config.json", values)
+        with pytest.raises(error, match=match) as caught:
+            load(folder)
+        return str(caught.value)
+
+    def test_unknown_architecture(self, folder):
+        self.refused(
+            folder, {"architectures": ["Other"]}, UnsupportedModelError, "'Other'.* Known: Llama"
+        )
+        with pytest.raises(UnsupportedModelError, match="'Another'"):
+            load(folder, architecture="Another")
+
+    @pytest.mark.parametrize("value", [None, [], "LlamaForCausalLM", [3]])
+    def test_no_architecture(self, folder, value):
+        self.refused(folder, {"architectures": value}, match="pass architecture=")
+        assert load(folder, architecture="LlamaForCausalLM")
+
+    def test_unknown_activation(self, folder):
+        self.refused(folder, {"hidden_act": "relu2"}, UnsupportedModelError, "hidden_act='relu2'")
+
+    def test_unknown_rope(self, folder):
+        for kind in ("longrope", "unheard-of"):
+            rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+            rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8, "factor": 2.0}
+            values = {"rope_parameters": rope}
+            self.refused(folder, values, UnsupportedModelError, f"'{kind}' is not implemented")
+
+    def test_quantised(self, folder):
+        values = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        self.refused(folder, values, UnsupportedModelError, r"quantised \('gptq'\)")
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"hidden_size": 0},
+            {"hidden_size": -64},
+            {"hidden_size": "64"},
+            {"hidden_size": 2**40},
+            {"vocab_size": -1},
+            {"vocab_size": 10**12},
+            {"intermediate_size": 0},
+            {"num_attention_heads": 0},
+            {"num_key_value_heads": 3},
+            {"num_key_value_heads": 0},
+            {"num_hidden_layers": 10**9},
+            {"head_dim": 15},
+            {"head_dim": 10**12},
+            {"max_position_embeddings": "many"},
+            {"rms_norm_eps": "small"},
+            {"tie_word_embeddings": "yes"},
+        ],
+    )
+    def test_values_that_cannot_be(self, folder, values):
+        self.refused(folder, values, CheckpointError)
+
+    def test_more_layers_than_tensors(self, folder):
+        self.refused(
+            folder, {"num_hidden_layers": 10**9}, match="num_hidden_layers=1000000000, but"
+        )
+
+    def test_no_layers(self, folder):
+        self.refused(folder, {"num_hidden_layers": 0}, UnsupportedModelError, "has no RadixAttenti")
+
+
+class TestContextLength:
+    def test_below_the_limit(self, folder):
+        loaded = load(folder, context_length=100)
+        assert loaded.max_positions == 512
+        assert loaded.model.model.layers[0].self_attn.rotary_emb.table.context_length == 100
+
+    def test_above_the_limit(self, folder):
+        with pytest.raises(ConfigError, match=r"context_length=513 is not allowed: .* at most 512"):
+            load(folder, context_length=513)
+
+    def test_scaling_makes_room_when_asked(self, tmp_path):
+        rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        make_checkpoint(tmp_path, rope_parameters=rope)
+        assert load(tmp_path).max_positions == 512
+        assert load(tmp_path, context_length=1024).max_positions == 1024
+        with pytest.raises(ConfigError, match="at most 1024"):
+            load(tmp_path, context_length=1025)
+
+    def test_yarn_speaks_of_the_scaled_length(self, tmp_path):
+        rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+        make_checkpoint(tmp_path, rope_parameters=rope)
+        assert load(tmp_path).max_positions == 2048

@@ -1,0 +1,126 @@
+"""Hub models, against a hub on this machine; every call in a process with its own settings."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.checkpoints import make_checkpoint
+from tests.models.hub_server import COMMIT, serve
+
+REPO = "someone/small-model"
+
+_CODE = """
+import sys
+from sglite.interface.errors import CheckpointError
+from sglite.models.checkpoint import load_tokenizer, resolve_checkpoint
+from sglite.models.loader import load_model
+name, cache, revision, tokenizer = sys.argv[1:5]
+try:
+    checkpoint = resolve_checkpoint(name, cache_dir=cache, revision=revision or None)
+except CheckpointError as error:
+    print("refused:", error)
+else:
+    load_tokenizer(checkpoint, tokenizer or None, cache_dir=cache)
+    print(load_model(checkpoint).architecture, *(file.name for file in checkpoint.weight_files))
+"""
+
+
+def resolve(
+    cache, *, endpoint="http://127.0.0.1:9", name=REPO, revision="", tokenizer="", offline=False
+):
+    """What the process above prints."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": "1" if offline else "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", _CODE, name, str(cache), revision, tokenizer],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A sharded checkpoint, and files in other formats that are nobody's business."""
+    folder = make_checkpoint(tmp_path / "repository", shard_size="100KB")
+    torch.save({}, folder / "pytorch_model.bin")
+    for name in ("consolidated.safetensors", "adapter.safetensors", "README.md", "model.gguf"):
+        (folder / name).write_bytes(b"not needed")
+    return folder
+
+
+def test_only_the_files_needed_and_each_once(repository, tmp_path):
+    shards = sorted(file.name for file in repository.glob("model-*.safetensors"))
+    with serve(repository, REPO) as (endpoint, asked):
+        first = resolve(tmp_path / "cache", endpoint=endpoint)
+        assert first == " ".join(["LlamaForCausalLM", *shards])
+        assert sorted(asked) == sorted(
+            [
+                "config.json",
+                "generation_config.json",
+                "model.safetensors.index.json",
+                *shards,
+                *(file.name for file in repository.glob("tokenizer*")),
+                *(file.name for file in repository.glob("chat_template*")),
+            ]
+        )
+        asked.clear()
+        assert resolve(tmp_path / "cache", endpoint=endpoint, revision=COMMIT) == first
+        assert asked == []
+    # The hub is gone; so is the wish to ask it.
+    assert resolve(tmp_path / "cache") == first
+    assert resolve(tmp_path / "cache", offline=True) == first
+
+
+def test_a_single_file(tmp_path):
+    folder = make_checkpoint(tmp_path / "repository")
+    with serve(folder, REPO) as (endpoint, _):
+        answer = resolve(tmp_path / "cache", endpoint=endpoint)
+    assert answer == "LlamaForCausalLM model.safetensors"
+
+
+def test_a_tokenizer_of_the_hub_comes_without_weights(repository, tmp_path):
+    with serve(repository, REPO) as (endpoint, asked):
+        local = str(repository)
+        answer = resolve(tmp_path / "cache", endpoint=endpoint, name=local, tokenizer=REPO)
+    assert answer.startswith("LlamaForCausalLM")
+    assert "tokenizer.json" in asked
+    assert not any(name.endswith((".safetensors", ".bin")) for name in asked)
+
+
+def test_pickles_are_not_even_downloaded(tmp_path):
+    folder = make_checkpoint(tmp_path / "repository")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with serve(folder, REPO) as (endpoint, asked):
+        answer = resolve(tmp_path / "cache", endpoint=endpoint)
+    assert "refused: no weights in" in answer
+    assert "pytorch_model.bin" not in asked
+
+
+def test_what_is_not_there(repository, tmp_path):
+    with serve(repository, REPO) as (endpoint, _):
+        answer = resolve(tmp_path / "cache", endpoint=endpoint, name="someone/else")
+    assert "refused: 'someone/else' is neither a folder here nor a model on the hub" in answer
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_no_hub_and_nothing_in_the_cache(tmp_path, offline):
+    answer = resolve(tmp_path / "cache", offline=offline)
+    assert f"refused: '{REPO}' is no folder here, and the hub cannot be reached" in answer
+
+
+def test_a_name_that_no_model_can_have(tmp_path):
+    answer = resolve(tmp_path / "cache", name="some--one/model..")
+    assert "refused: 'some--one/model..' is neither a folder nor a hub id" in answer

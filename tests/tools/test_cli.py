@@ -1,0 +1,66 @@
+"""The command line, as a person types it."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "sglite", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+def test_generate():
+    done = run("generate", "--model", "demo", "What is 17 + 25?", "--set", "temperature=0")
+    assert done.returncode == 0, done.stderr
+    assert "42" in done.stdout
+    assert done.stderr == ""
+
+
+def test_generate_reads_prompts_from_standard_input():
+    prompts = "What is 17 + 25?\n\nThe capital of France is\n"
+    done = run("generate", "--set", "temperature=0", "--llm", "dtype=float32", input=prompts)
+    lines = done.stdout.splitlines()
+    assert "42" in lines[0]
+    assert "Paris" in lines[1]
+
+
+def test_generate_through_the_chat_template():
+    done = run("generate", "--chat", "What is 17 + 25?", "--set", "temperature=0")
+    assert "42" in done.stdout
+
+
+def test_chat_holds_a_conversation():
+    done = run("chat", "--set", "temperature=0", input="What is 30 + 12?\nPlus 5?\n\n")
+    assert done.returncode == 0, done.stderr
+    assert "42" in done.stdout
+    assert "47" in done.stdout
+
+
+def test_config_tells_what_a_bug_report_needs():
+    done = run("config")
+    for name in ("sglite", "torch", "transformers", "CPU path", "CUDA in the extension"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--set", "temprature=1"], "temperature"),
+        (["--llm", "gpu_memory_utilization=0.5"], "mem_fraction"),
+        (["--set", "temperature"], "NAME=VALUE"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(arguments, message):
+    done = run("generate", "Hi", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
