@@ -11,7 +11,7 @@ from torch import Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def assert_close(actual: Tensor, low_precision: Tensor, exact: Tensor, roundings: int = 16):
+def assert_close(actual: Tensor, low_precision: Tensor, exact: Tensor, roundings: float = 16):
     """Checks `actual` against `exact` (float32), measured by the error of `low_precision`."""
     assert actual.dtype == low_precision.dtype
     assert actual.shape == exact.shape
