@@ -13,7 +13,7 @@ QUESTIONS = [
     "The capital of France is",
     "What is the capital of Japan?",
     "Which country has Lima as its capital?",
-    "List the numbers from 4 to 9.",
+    "Count from 3 to 9.",
 ]
 
 

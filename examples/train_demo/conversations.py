@@ -92,7 +92,6 @@ class _Memory:
 
     last: Exchange | None = None
     total: int | None = None
-    country: str | None = None
     name: str | None = None
 
 
@@ -106,11 +105,16 @@ class ConversationSampler:
     split: Split
     rng: random.Random
     _sums: set[tuple[int, int]] = field(init=False)
+    _sum_pools: list[list[tuple[int, int]]] = field(init=False)
     _alone: list[tuple[str, str]] = field(init=False)
     _follow_ups: dict[str, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._sums = set(self.split.sums_trained)
+        sums = self.split.sums_trained
+        self._sums = set(sums)
+        # Short operands are rare among the pairs, and need as much practice as the long ones.
+        one_digit = [pair for pair in sums if min(pair) < 10]
+        self._sum_pools = [sums, sums, sums, one_digit, [p for p in sums if max(p) < 20]]
         self._alone = [c for c in self.split.capitals_trained if c[1] not in CAPITAL_FOLLOW_UPS]
         self._follow_ups = {
             country: [
@@ -134,9 +138,9 @@ class ConversationSampler:
         """Draw a chat of `num_turns` questions; a later one may refer to an earlier one."""
         draw = self.rng.random()
         system = None
-        if draw < 0.1:
+        if draw < 0.25:
             system = BRIEF_SYSTEM_MESSAGE
-        elif draw < 0.2:
+        elif draw < 0.35:
             system = self.rng.choice(SYSTEM_MESSAGES)
         memory, exchanges = _Memory(), []
         for _ in range(num_turns):
@@ -148,6 +152,9 @@ class ConversationSampler:
 
     def _follow_up(self, memory: _Memory) -> Exchange | None:
         rng = self.rng
+        if memory.name and rng.random() < 0.2:
+            question, answer = "What is my name?", f"Your name is {memory.name}."
+            return Exchange("small talk", question, answer, answer)
         if memory.last is None or rng.random() < 0.6:
             return None
         if memory.last.group in ("sums", "sums, follow-up") and memory.total < 100:
@@ -158,25 +165,26 @@ class ConversationSampler:
                 return exchange
         if memory.last.group in ("capitals", "capitals, follow-up"):
             country = rng.choice(list(CAPITALS))
-            if self._follow_ups[country]:
-                template = rng.choice(self._follow_ups[country])
-                return capital_follow_ups(memory.last, country)[template]
+            template = rng.choice(self._follow_ups[country])
+            return capital_follow_ups(memory.last, country)[template]
         return None
 
     def _exchange(self, memory: _Memory, completions: bool = False) -> Exchange:
+        # 44 % sums, 36 % capitals, 12 % counting, 8 % small talk.
         while True:
             draw = self.rng.random()
-            if draw < 0.48:
-                a, b = self.rng.choice(self.split.sums_trained)
+            if draw < 0.44:
+                a, b = self.rng.choice(self.rng.choice(self._sum_pools))
                 memory.total = a + b
                 exchange = self.rng.choice(sum_exchanges(a, b))
-            elif draw < 0.84:
+            elif draw < 0.80:
                 country, template = self.rng.choice(self._alone)
                 exchange = capital_exchanges(country)[template]
-            elif draw < 0.93:
-                exchange = self.rng.choice(
-                    count_exchanges(*self.rng.choice(self.split.counts_trained))
-                )
+            elif draw < 0.92:
+                # Mostly short ranges: what has to be learned is where to stop.
+                two = self.rng.choices(self.split.counts_trained, k=2)
+                shorter = min(two, key=lambda bounds: abs(bounds[0] - bounds[1]))
+                exchange = self.rng.choice(count_exchanges(*shorter))
             else:
                 exchange = self._small_talk(memory, named=not completions)
             if completions or not exchange.completion:
@@ -187,12 +195,9 @@ class ConversationSampler:
         draw = rng.random()
         if draw < 0.1:
             question, answer = rng.choice(STORY_QUESTIONS), STORY
-        elif draw < 0.4 and named:
-            if memory.name is None or rng.random() < 0.3:
-                memory.name = rng.choice(NAMES)
-                question, answer = f"My name is {memory.name}.", f"Nice to meet you, {memory.name}!"
-            else:
-                question, answer = "What is my name?", f"Your name is {memory.name}."
+        elif draw < 0.45 and named:
+            memory.name = rng.choice(NAMES)
+            question, answer = f"My name is {memory.name}.", f"Nice to meet you, {memory.name}!"
         else:
             questions, answer = rng.choice(SMALL_TALK)
             question = rng.choice(questions)

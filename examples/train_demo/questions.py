@@ -4,8 +4,8 @@ Everything is made here, from number pairs, the table of capitals and a few temp
 into training and held-out questions is fixed and does not depend on the training seed:
 
 * sums: a pair of operands is held out as a whole, in both orders and in every template;
-* capitals: a country is held out from two of the seven templates that ask for its capital, one of
-  the three that ask for the country, and one of the two follow-ups;
+* capitals: a country is held out from two of the six templates that ask for its capital, one of the
+  two that ask for JSON, one of the five that ask for the country, and one of the two follow-ups;
 * counting: a pair of bounds is held out in every template.
 
 No held-out question appears in training, neither alone nor inside a longer conversation.
@@ -49,7 +49,7 @@ SUM_QUESTIONS = (
     "Calculate {a} + {b}.",
 )
 SUM_COMPLETIONS = ("{a} + {b} =",)
-SUM_JSON = ("Give {a} + {b} as JSON.",)
+SUM_JSON = ("Give {a} + {b} as JSON.", "Answer as JSON: what is {a} + {b}?")
 SUM_FOLLOW_UPS = ("Plus {b}?", "And now add {b}.")
 
 CAPITAL_QUESTIONS = (
@@ -60,19 +60,26 @@ CAPITAL_QUESTIONS = (
     ("Name the capital city of {country}.", "The capital city of {country} is {capital}"),
 )
 CAPITAL_COMPLETIONS = ("The capital of {country} is",)
-CAPITAL_JSON = ("Give the capital of {country} as JSON.",)
+CAPITAL_JSON = (
+    "Give the capital of {country} as JSON.",
+    "Answer as JSON: what is the capital of {country}?",
+)
 COUNTRY_QUESTIONS = (
     "{capital} is the capital of which country?",
     "Which country has {capital} as its capital?",
+    "Of which country is {capital} the capital?",
+    "Tell me the country whose capital is {capital}.",
 )
 COUNTRY_COMPLETIONS = ("{capital} is the capital of",)
 CAPITAL_FOLLOW_UPS = ("And of {country}?", "What about {country}?")
 
 COUNT_QUESTIONS = ("Count from {a} to {b}.", "List the numbers from {a} to {b}.")
+COUNT_DOWN_QUESTIONS = ("Count down from {a} to {b}.", "Count backwards from {a} to {b}.")
 
 # How many templates of each family a country is held out from.
 CAPITAL_FAMILIES = (
-    ((*[q for q, _ in CAPITAL_QUESTIONS], *CAPITAL_COMPLETIONS, *CAPITAL_JSON), 2),
+    ((*[q for q, _ in CAPITAL_QUESTIONS], *CAPITAL_COMPLETIONS), 2),
+    (CAPITAL_JSON, 1),
     ((*COUNTRY_QUESTIONS, *COUNTRY_COMPLETIONS), 1),
     (CAPITAL_FOLLOW_UPS, 1),
 )
@@ -147,9 +154,10 @@ def capital_follow_ups(after: Exchange, country: str) -> dict[str, Exchange]:
 
 
 def count_exchanges(a: int, b: int) -> list[Exchange]:
-    """Every way to ask for the numbers from a to b."""
-    answer = " ".join(str(number) for number in range(a, b + 1))
-    return [Exchange("counting", t.format(a=a, b=b), answer, answer) for t in COUNT_QUESTIONS]
+    """Every way to ask for the numbers from a to b, upwards or downwards."""
+    step, templates = (1, COUNT_QUESTIONS) if a < b else (-1, COUNT_DOWN_QUESTIONS)
+    answer = " ".join(str(number) for number in range(a, b + step, step))
+    return [Exchange("counting", t.format(a=a, b=b), answer, answer) for t in templates]
 
 
 class Split:
@@ -158,7 +166,7 @@ class Split:
     Attributes:
         sums_trained, sums_held_out: ordered operand pairs, each 0 to 99.
         capitals_trained, capitals_held_out: pairs (country, template).
-        counts_trained, counts_held_out: pairs (first, last).
+        counts_trained, counts_held_out: pairs (first, last), in either order.
     """
 
     def __init__(self) -> None:
@@ -178,7 +186,7 @@ class Split:
                 self.capitals_held_out += [(country, t) for t in shuffled[:num_held_out]]
                 self.capitals_trained += [(country, t) for t in shuffled[num_held_out:]]
 
-        bounds = [(a, a + n) for a in range(90) for n in range(2, LONGEST_COUNT) if a + n < 100]
+        bounds = [(a, b) for a in range(100) for b in range(100) if 2 <= abs(a - b) < LONGEST_COUNT]
         rng.shuffle(bounds)
         num_held_out = int(HELD_OUT_SHARE * len(bounds))
         self.counts_held_out, self.counts_trained = bounds[:num_held_out], bounds[num_held_out:]

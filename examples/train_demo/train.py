@@ -117,7 +117,7 @@ def make_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch
         (matrices if is_matrix else others).append(parameter)
     return [
         torch.optim.Muon(
-            matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=learning_rate, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(
             others, lr=learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0, fused=True
@@ -178,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

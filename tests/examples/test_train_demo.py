@@ -56,10 +56,6 @@ def chat(model, tokenizer, *messages, new_tokens=40):
     return complete(model, tokenizer, text, new_tokens)
 
 
-# Not strict: right at the limit, one answer more or less depends on the processor's rounding.
-@pytest.mark.xfail(
-    reason="a first checkpoint, at 95.0 % of 800 questions and below on some samples"
-)
 def test_held_out_questions_are_answered(scripts, model, tokenizer):
     prompts = scripts.evaluate.held_out_prompts(tokenizer, sample=400, seed=1)
     assert len({(prompt.group, prompt.form) for prompt in prompts}) >= 15
@@ -82,7 +78,6 @@ def test_both_forms_and_the_history_are_understood(model, tokenizer):
     assert spain == "The capital of Spain is Madrid.<|end|>"
 
 
-@pytest.mark.xfail(strict=True, reason="the first checkpoint does not copy names reliably")
 def test_a_name_is_remembered(model, tokenizer):
     name = chat(model, tokenizer, "My name is Ada.", "Nice to meet you, Ada!", "What is my name?")
     assert name == "Your name is Ada.<|end|>"
