@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # Pinned here, not in the package: an unpinned torch pulls several GB of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: build demo test lint format build-cuda wheel bench clean
+.PHONY: build demo test test-cuda test-emulated lint format build-cuda wheel bench clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -27,15 +27,24 @@ demo: build
 test: build
 	$(RUN) -m pytest tests
 
+# The CUDA kernels on a GPU; on the CPU, run by the emulator.
+test-cuda: build
+	$(RUN) -m pytest tests/cuda tests/test_cuda_device.py
+
+test-emulated: $(VENV)/.installed
+	SGLITE_CUDA=emulate $(RUN) setup.py --quiet build_ext \
+	    --build-temp build/emulated-objects --build-lib build/emulated
+	SGLITE_EMULATED=1 $(RUN) -m pytest tests/cuda
+
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 # Compiles the CUDA sources, and imports the result on this machine, which needs no GPU for that.
 build-cuda: $(VENV)/.installed

@@ -2,7 +2,8 @@
 
 CPU kernels are compiled once for each instruction set and chosen at run time. CUDA is taken along
 when SGLITE_CUDA is 1, or "auto" (the default) and both a CUDA compiler and an NVIDIA GPU are there;
-SGLITE_CUDA_ARCHS names the architectures ("90a;80"). SGLITE_SANITIZE=address,undefined builds with
+SGLITE_CUDA_ARCHS names the architectures ("90a;80"). SGLITE_CUDA=emulate compiles the CUDA kernels
+for the CPU, for tests where there is no GPU. SGLITE_SANITIZE=address,undefined builds with
 sanitizers. Neither libtorch nor libgomp is linked: tensors arrive through DLPack, and OpenMP
 resolves to the runtime that torch has loaded.
 """
@@ -74,8 +75,10 @@ def gpu_architectures():
 def cuda_architectures():
     """The architectures to compile for; an empty list leaves CUDA out."""
     choice = os.environ.get("SGLITE_CUDA", "auto")
+    if choice == "emulate":
+        return ["emulated"]
     if choice not in ("0", "1", "auto"):
-        raise SystemExit(f"SGLITE_CUDA: expected 0, 1 or auto, got {choice!r}")
+        raise SystemExit(f"SGLITE_CUDA: expected 0, 1, auto or emulate, got {choice!r}")
     present = gpu_architectures()
     if choice == "0" or (choice == "auto" and not (present and cuda_home())):
         return []
@@ -118,8 +121,10 @@ class NinjaBuild(build_ext):
         import pybind11
 
         x86_linux = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
-        paths = X86_PATHS if x86_linux else PORTABLE_PATHS
         architectures = cuda_architectures()
+        # The emulator is for tests of the CUDA kernels: the CPU's own are of no interest there.
+        x86_linux = x86_linux and architectures != ["emulated"]
+        paths = X86_PATHS if x86_linux else PORTABLE_PATHS
         includes = [CSRC, sysconfig.get_path("include"), pybind11.get_include()]
         flags = (
             "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
@@ -141,6 +146,8 @@ class NinjaBuild(build_ext):
         if architectures:
             # A string for show_config, and the switch for the code that calls CUDA.
             flags += f" -DSGLITE_CUDA='\"{';'.join(architectures)}\"'"
+        if architectures == ["emulated"]:
+            flags += " -DSGLITE_EMULATED"
 
         lines = [
             "ninja_required_version = 1.5",
@@ -161,7 +168,8 @@ class NinjaBuild(build_ext):
             lines.append(f"  path_flags = {path_flags}")
             objects.append(name)
 
-        shared = [CSRC / "cpu" / "dispatch.cpp", *CSRC.glob("*.cpp")]
+        shared = [CSRC / "cpu" / "dispatch.cpp", CSRC / "cuda" / "dispatch.cpp"]
+        shared += CSRC.glob("*.cpp")
         shared += [*(CSRC / "ops").glob("*.cpp"), *(CSRC / "python").glob("*.cpp")]
         for source in sorted(shared):
             compile_rule("compile", source, f"{source.relative_to(CSRC)}.o")
@@ -176,7 +184,11 @@ class NinjaBuild(build_ext):
                     f"-DSGLITE_CPU_PATH={path} {path_flags}",
                 )
         libraries = ""
-        if architectures:
+        if architectures == ["emulated"]:
+            for source in sorted((CSRC / "cuda").glob("*.cu")):
+                compile_rule("compile", source, f"cuda/{source.stem}.emulated.o", "-x c++")
+            compile_rule("compile", CSRC / "emulator" / "simt.cpp", "emulator/simt.o")
+        elif architectures:
             home = cuda_home()
             codes = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures)
             lines += [

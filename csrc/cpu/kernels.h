@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "tensor.h"
+#include "kernel_args.h"
 
 namespace sglite {
 
@@ -34,93 +34,6 @@ void visit_float_type(DType dtype, Body&& body) {
 
 namespace sglite::cpu {
 
-struct RmsNormArgs {
-    void* out;           // [rows, width]
-    const void* x;       // [rows, width]
-    const void* weight;  // [width]
-    void* residual;      // [rows, width] or null
-    int64_t rows, width;
-    int64_t out_stride, x_stride, residual_stride;
-    float epsilon;
-    float weight_offset;  // the scale is weight + weight_offset
-    DType dtype;
-};
-
-// Rows of a weight [N, K] going into packed panels or coming out of them.
-struct PackRowsArgs {
-    void* packed;      // the panels of the whole weight
-    const void* rows;  // [count, k]; written to when unpacking
-    int64_t row_stride;
-    int64_t start, count, k;
-    DType dtype;
-};
-
-// Some rows of a plain weight: `rows` rows of K elements each.
-struct WeightSegment {
-    const void* data;
-    int64_t rows, stride;
-};
-
-struct LinearArgs {
-    void* out;             // [m, n]
-    const void* x;         // [m, k]
-    const void* bias;      // [n] or null
-    const void* residual;  // [m, n] of out_dtype or null; may be `out`
-    const void* packed;    // panels, or null: then the weight is the segments, one after the other
-    const WeightSegment* segments;
-    int64_t num_segments;
-    void* workspace;  // linear_workspace() bytes; null where that is 0
-    int64_t m, n, k;
-    int64_t out_stride, x_stride, residual_stride;
-    DType dtype;      // of x, weight and bias
-    DType out_dtype;  // dtype or float32
-};
-
-struct EmbeddingArgs {
-    void* out;           // [count, width]
-    const int64_t* ids;  // [count], all within the table
-    const void* table;   // plain rows, or panels where `packed`
-    bool packed;
-    int64_t count, width;
-    int64_t out_stride, table_stride;
-    DType dtype;
-};
-
-struct RopeArgs {
-    // Queries and keys, each [tokens, heads, head_dim], rotated in place.
-    struct Heads {
-        void* data;
-        int64_t count, token_stride, head_stride;
-    } heads[2];
-    const int64_t* positions;  // [tokens], rows of cos_sin
-    const float* cos_sin;      // [positions, rotary_dim]: cosines, then sines
-    int64_t tokens, rotary_dim;
-    bool interleaved;
-    DType dtype;
-};
-
-enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
-
-struct GatedActivationArgs {
-    void* out;      // [rows, width]
-    const void* x;  // [rows, 2 * width]: gate, then up
-    int64_t rows, width;
-    int64_t out_stride, x_stride;
-    Activation activation;
-    DType dtype;
-};
-
-struct WriteKvArgs {
-    // Keys and values: [tokens, row_bytes] to [slots, row_bytes].
-    struct Side {
-        const char* from;
-        char* cache;
-        int64_t token_stride, head_stride;  // of `from`, in bytes
-    } sides[2];
-    const int64_t* slots;  // [tokens]
-    int64_t tokens, heads, head_bytes;
-};
-
 struct AttentionArgs;  // attention.h
 
 // Sampling looks at the vocabulary in blocks of this many logits.
@@ -135,44 +48,6 @@ constexpr int64_t sampling_workspace_bytes(int64_t vocab) {
     const int64_t blocks = (vocab + kSamplingBlock - 1) / kSamplingBlock;
     return (20 * vocab + 8 * kSamplingPadding + 8 * blocks + 63) / 64 * 64;
 }
-
-enum class SampleStatus : int32_t { kSampled = 0, kNotANumber = 1, kNothingLeft = 2 };
-
-// Columns of SampleArgs' parameters.
-enum SampleReal { kTemperature, kTopP, kMinP, kRepetition, kFrequency, kPresence, kSampleReals };
-enum SampleInteger { kTopK, kSeed, kSampleIndex, kPosition, kSampleIntegers };
-
-struct SampleArgs {
-    int64_t* token_ids;            // [count], -1 where the status is not kSampled
-    int32_t* status;               // [count]
-    const float* logits;           // [any, vocab]
-    const int64_t* logits_rows;    // [count], or null: row i of `logits` is row i
-    const float* reals;            // [count, kSampleReals]
-    const int64_t* integers;       // [count, kSampleIntegers]
-    const int64_t* seen_start;     // [count + 1] into `seen`; null where no row has edits
-    const int64_t* bias_start;     // [count + 1] into `bias_ids` and `bias_values`
-    const int64_t* allowed_start;  // [count + 1] into `allowed_ids`; an empty range allows all
-    const int32_t* seen;           // [any, 3]: token id, count in the output, whether in the prompt
-    const int32_t* bias_ids;
-    const float* bias_values;
-    const int32_t* allowed_ids;
-    char* workspace;  // [workers, sampling_workspace_bytes(vocab)]
-    int64_t count, vocab, logits_stride;
-    int workers;
-};
-
-struct LogProbsArgs {
-    float* logprobs;             // [count]
-    int64_t* ranks;              // [count]
-    int64_t* top_ids;            // [count, top_n]
-    float* top_logprobs;         // [count, top_n]
-    const float* logits;         // [any, vocab]
-    const int64_t* logits_rows;  // [count], or null: row i of `logits` is row i
-    const int64_t* token_ids;    // [count]
-    char* workspace;             // [workers, sampling_workspace_bytes(vocab)]
-    int64_t count, vocab, top_n, logits_stride;
-    int workers;
-};
 
 struct Kernels {
     const char* path;  // "avx512", "avx2" or "portable"

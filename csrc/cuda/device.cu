@@ -1,32 +1,37 @@
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
-
 #include "cuda/device.h"
 
+#include "cuda/primitives.cuh"
+
 namespace sglite::cuda {
+
+namespace {
 
 __global__ void write_architecture(int* out) {
 #ifdef __CUDA_ARCH__
     *out = __CUDA_ARCH__;
+#else
+    *out = 0;
 #endif
 }
 
+}  // namespace
+
 int device_count() {
+#ifdef __CUDACC__
     int count = 0;
     return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+#else
+    return 0;
+#endif
 }
 
-void running_architecture(const Tensor& out, void* stream) {
-    Check("running_architecture", "out", out).dtype(DType::kInt32).shape({1});
-    if (out.device != DeviceType::kCUDA) {
-        Check("running_architecture", "out", out).fail("a tensor on a CUDA device");
-    }
-    write_architecture<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(out.ptr<int>());
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
-        throw std::runtime_error(std::string("running_architecture: ") + cudaGetErrorString(error));
-    }
+void running_architecture(const Tensor& out, Stream stream) {
+    const Check check("running_architecture", "out", out);
+    check.dtype(DType::kInt32).shape({1});
+    if (out.device != DeviceType::kCUDA) check.fail("a tensor on a CUDA device");
+    launch<write_architecture>(
+        {.op = "running_architecture", .grid = dim3(1), .threads = kWarp, .stream = stream},
+        out.ptr<int>());
 }
 
 }  // namespace sglite::cuda

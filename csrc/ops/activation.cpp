@@ -1,16 +1,16 @@
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "ops.h"
 
 namespace sglite::ops {
 
 static void gated_activation(const char* op, const Tensor& out, const Tensor& x,
-                             cpu::Activation activation) {
+                             Activation activation) {
     Check(op, "x", x).ndim(2).dtype_in(kFloatTypes).dense_rows();
     const int64_t rows = x.size(0), width = x.size(1) / 2;
     if (x.size(1) % 2) Check(op, "x", x).fail("an even number of columns (gate, then up)");
     Check(op, "out", out).dtype(x.dtype).shape({rows, width}).dense_rows().same_device(x);
-    cpu::require_cpu(op, x);
-    cpu::kernels().gated_activation({
+    const GatedActivationArgs args{
         .out = out.data,
         .x = x.data,
         .rows = rows,
@@ -19,17 +19,21 @@ static void gated_activation(const char* op, const Tensor& out, const Tensor& x,
         .x_stride = x.stride(0),
         .activation = activation,
         .dtype = x.dtype,
-    });
+    };
+    if (x.device == DeviceType::kCUDA) {
+        return cuda::kernels(op).gated_activation(args, cuda::stream_of(x));
+    }
+    cpu::kernels().gated_activation(args);
 }
 
 void silu_and_mul(const Tensor& out, const Tensor& x) {
-    gated_activation("silu_and_mul", out, x, cpu::Activation::kSilu);
+    gated_activation("silu_and_mul", out, x, Activation::kSilu);
 }
 
 void gelu_and_mul(const Tensor& out, const Tensor& x, const std::string& approximate) {
     constexpr const char* kOp = "gelu_and_mul";
-    if (approximate == "none") return gated_activation(kOp, out, x, cpu::Activation::kGelu);
-    if (approximate == "tanh") return gated_activation(kOp, out, x, cpu::Activation::kGeluTanh);
+    if (approximate == "none") return gated_activation(kOp, out, x, Activation::kGelu);
+    if (approximate == "tanh") return gated_activation(kOp, out, x, Activation::kGeluTanh);
     throw std::invalid_argument(std::string(kOp) +
                                 ": approximate: expected \"none\" or \"tanh\", got \"" +
                                 approximate + "\"");

@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "ops.h"
 #include "ops/packed_weight.h"
 
@@ -7,21 +8,11 @@ namespace sglite::ops {
 static void run_embedding(const Tensor& out, const Tensor& ids, const Tensor& table, bool packed,
                           int64_t n, int64_t k) {
     constexpr const char* kOp = "embedding";
-    cpu::require_cpu(kOp, table);
     Check(kOp, "ids", ids).dtype(DType::kInt64).ndim(1).dense().same_device(table);
     const int64_t count = ids.size(0);
     Check(kOp, "out", out).dtype(table.dtype).shape({count, k}).dense_rows().same_device(table);
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t id = ids.ptr<const int64_t>()[i];
-        if (id < 0 || id >= n) {
-            throw std::out_of_range("embedding: ids: expected ids from 0 to " +
-                                    std::to_string(n - 1) + " (the table has " + std::to_string(n) +
-                                    " rows), got " + std::to_string(id) + " at position " +
-                                    std::to_string(i));
-        }
-    }
     if (count == 0 || k == 0) return;
-    cpu::kernels().embedding({
+    const EmbeddingArgs args{
         .out = out.data,
         .ids = ids.ptr<const int64_t>(),
         .table = table.data,
@@ -31,7 +22,20 @@ static void run_embedding(const Tensor& out, const Tensor& ids, const Tensor& ta
         .out_stride = out.stride(0),
         .table_stride = packed ? 0 : table.stride(0),
         .dtype = table.dtype,
-    });
+    };
+    if (table.device == DeviceType::kCUDA) {
+        return cuda::kernels(kOp).embedding(args, cuda::stream_of(table));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t id = args.ids[i];
+        if (id < 0 || id >= n) {
+            throw std::out_of_range("embedding: ids: expected ids from 0 to " +
+                                    std::to_string(n - 1) + " (the table has " + std::to_string(n) +
+                                    " rows), got " + std::to_string(id) + " at position " +
+                                    std::to_string(i));
+        }
+    }
+    cpu::kernels().embedding(args);
 }
 
 void embedding_packed(const Tensor& out, const Tensor& ids, const Tensor& storage, int64_t n,

@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "ops.h"
 
 namespace sglite::ops {
@@ -21,29 +22,31 @@ void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Ten
         .dense()
         .same_device(k);
     Check(kOp, "slots", slots).dtype(DType::kInt64).shape({tokens}).dense().same_device(k);
-    cpu::require_cpu(kOp, k);
-    const int64_t* slot = slots.ptr<const int64_t>();
-    const int64_t limit = pages * page_size;
-    for (int64_t token = 0; token < tokens; ++token) {
-        if (slot[token] < 0 || slot[token] >= limit) {
-            throw std::out_of_range(std::string(kOp) + ": slots[" + std::to_string(token) +
-                                    "] is " + std::to_string(slot[token]) + ", but the cache has " +
-                                    std::to_string(limit) + " slots");
-        }
-    }
     const int64_t bytes = k.dtype == DType::kFloat32 ? 4 : 2;
     const auto side = [&](const Tensor& from, const Tensor& cache) {
-        return cpu::WriteKvArgs::Side{static_cast<const char*>(from.data),
-                                      static_cast<char*>(cache.data), from.stride(0) * bytes,
-                                      from.stride(1) * bytes};
+        return WriteKvArgs::Side{static_cast<const char*>(from.data),
+                                 static_cast<char*>(cache.data), from.stride(0) * bytes,
+                                 from.stride(1) * bytes};
     };
-    cpu::kernels().write_kv({
+    const WriteKvArgs args{
         .sides = {side(k, k_cache), side(v, v_cache)},
-        .slots = slot,
+        .slots = slots.ptr<const int64_t>(),
         .tokens = tokens,
         .heads = heads,
         .head_bytes = head_dim * bytes,
-    });
+    };
+    if (k.device == DeviceType::kCUDA) {
+        return cuda::kernels(kOp).write_kv(args, cuda::stream_of(k));
+    }
+    const int64_t limit = pages * page_size;
+    for (int64_t token = 0; token < tokens; ++token) {
+        if (args.slots[token] < 0 || args.slots[token] >= limit) {
+            throw std::out_of_range(std::string(kOp) + ": slots[" + std::to_string(token) +
+                                    "] is " + std::to_string(args.slots[token]) +
+                                    ", but the cache has " + std::to_string(limit) + " slots");
+        }
+    }
+    cpu::kernels().write_kv(args);
 }
 
 }  // namespace sglite::ops

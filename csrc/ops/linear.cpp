@@ -43,10 +43,10 @@ Rows rows_like(const char* op, const char* name, const Tensor& tensor, DType dty
     return rows_of(check, tensor);
 }
 
-cpu::LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x, int64_t n,
-                                  DType weight_dtype, const std::optional<Tensor>& bias,
-                                  const std::optional<Tensor>& residual,
-                                  const std::optional<Tensor>& workspace) {
+LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x, int64_t n,
+                             DType weight_dtype, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& residual,
+                             const std::optional<Tensor>& workspace) {
     const Check check(op, "x", x);
     check.dtype_in(kFloatTypes);
     cpu::require_cpu(op, x);
@@ -105,8 +105,7 @@ void linear_packed(const Tensor& out, const Tensor& x, const Tensor& storage, in
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                    const std::optional<Tensor>& workspace) {
     constexpr const char* kOp = "linear";
-    cpu::LinearArgs args =
-        checked_arguments(kOp, out, x, n, storage.dtype, bias, residual, workspace);
+    LinearArgs args = checked_arguments(kOp, out, x, n, storage.dtype, bias, residual, workspace);
     if (args.k != k) Check(kOp, "x", x).fail(std::to_string(k) + " columns");
     check_packed(kOp, "weight", storage, n, k);
     Check(kOp, "weight", storage).same_device(x);
@@ -123,7 +122,7 @@ void linear_plain(const Tensor& out, const Tensor& x, const std::vector<Tensor>&
                                     std::to_string(kMaxSegments) + " tensors, got " +
                                     std::to_string(segments.size()));
     }
-    cpu::WeightSegment rows[kMaxSegments];
+    WeightSegment rows[kMaxSegments];
     int64_t n = 0;
     for (size_t i = 0; i < segments.size(); ++i) {
         const Tensor& segment = segments[i];
@@ -134,7 +133,7 @@ void linear_plain(const Tensor& out, const Tensor& x, const std::vector<Tensor>&
         rows[i] = {segment.data, segment.size(0), segment.stride(0)};
         n += segment.size(0);
     }
-    cpu::LinearArgs args =
+    LinearArgs args =
         checked_arguments(kOp, out, x, n, segments[0].dtype, bias, residual, workspace);
     const int64_t k = segments[0].size(1);
     if (args.k != k) Check(kOp, "x", x).fail(std::to_string(k) + " columns");

@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "ops.h"
 
 namespace sglite::ops {
@@ -17,8 +18,7 @@ void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, double e
             .dense_rows()
             .same_device(x);
     }
-    cpu::require_cpu(kOp, x);
-    cpu::kernels().rms_norm({
+    const RmsNormArgs args{
         .out = out.data,
         .x = x.data,
         .weight = weight.data,
@@ -31,7 +31,11 @@ void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, double e
         .epsilon = static_cast<float>(epsilon),
         .weight_offset = static_cast<float>(weight_offset),
         .dtype = x.dtype,
-    });
+    };
+    if (x.device == DeviceType::kCUDA) {
+        return cuda::kernels(kOp).rms_norm(args, cuda::stream_of(x));
+    }
+    cpu::kernels().rms_norm(args);
 }
 
 }  // namespace sglite::ops

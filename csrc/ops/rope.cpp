@@ -1,4 +1,5 @@
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "ops.h"
 
 namespace sglite::ops {
@@ -16,25 +17,27 @@ void apply_rope(const Tensor& q, const Tensor& k, const Tensor& positions, const
     if (rotary_dim % 2 || rotary_dim > head_dim) {
         table.fail("an even number of columns, at most the head size " + std::to_string(head_dim));
     }
-    cpu::require_cpu(kOp, q);
-    const int64_t* position = positions.ptr<const int64_t>();
-    for (int64_t token = 0; token < tokens; ++token) {
-        if (position[token] < 0 || position[token] >= limit) {
-            throw std::out_of_range(std::string(kOp) + ": positions[" + std::to_string(token) +
-                                    "] is " + std::to_string(position[token]) +
-                                    ", but cos_sin has " + std::to_string(limit) + " positions");
-        }
-    }
-    cpu::kernels().apply_rope({
+    const RopeArgs args{
         .heads = {{q.data, q.size(1), q.stride(0), q.stride(1)},
                   {k.data, k.size(1), k.stride(0), k.stride(1)}},
-        .positions = position,
+        .positions = positions.ptr<const int64_t>(),
         .cos_sin = cos_sin.ptr<const float>(),
         .tokens = tokens,
         .rotary_dim = rotary_dim,
         .interleaved = interleaved,
         .dtype = q.dtype,
-    });
+    };
+    if (q.device == DeviceType::kCUDA) {
+        return cuda::kernels(kOp).apply_rope(args, cuda::stream_of(q));
+    }
+    for (int64_t token = 0; token < tokens; ++token) {
+        if (args.positions[token] < 0 || args.positions[token] >= limit) {
+            throw std::out_of_range(std::string(kOp) + ": positions[" + std::to_string(token) +
+                                    "] is " + std::to_string(args.positions[token]) +
+                                    ", but cos_sin has " + std::to_string(limit) + " positions");
+        }
+    }
+    cpu::kernels().apply_rope(args);
 }
 
 }  // namespace sglite::ops

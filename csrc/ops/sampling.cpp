@@ -59,32 +59,26 @@ static void check_token_ids(const char* op, const char* name, const Tensor& ids,
 
 static void check_parameters(const char* op, const Tensor& reals, const Tensor& integers,
                              int64_t count) {
-    Check(op, "reals", reals).dtype(DType::kFloat32).shape({count, cpu::kSampleReals}).dense();
-    Check(op, "integers", integers)
-        .dtype(DType::kInt64)
-        .shape({count, cpu::kSampleIntegers})
-        .dense();
+    Check(op, "reals", reals).dtype(DType::kFloat32).shape({count, kSampleReals}).dense();
+    Check(op, "integers", integers).dtype(DType::kInt64).shape({count, kSampleIntegers}).dense();
     for (int64_t row = 0; row < count; ++row) {
-        const float* values = reals.ptr<float>() + row * cpu::kSampleReals;
-        const auto require = [&](bool holds, cpu::SampleReal column, const char* allowed) {
+        const float* values = reals.ptr<float>() + row * kSampleReals;
+        const auto require = [&](bool holds, SampleReal column, const char* allowed) {
             if (holds) return;
             throw std::invalid_argument(std::string(op) + ": reals: expected " + allowed +
                                         " in row " + std::to_string(row) + ", got " +
                                         std::to_string(values[column]));
         };
         // Below 1e-30 its inverse could leave the range of float32.
-        const float temperature = values[cpu::kTemperature];
+        const float temperature = values[kTemperature];
         require(temperature == 0.0f || (temperature >= 1e-30f && std::isfinite(temperature)),
-                cpu::kTemperature, "temperature 0 or at least 1e-30");
-        require(values[cpu::kTopP] > 0.0f && values[cpu::kTopP] <= 1.0f, cpu::kTopP,
-                "top_p in (0, 1]");
-        require(values[cpu::kMinP] >= 0.0f && values[cpu::kMinP] <= 1.0f, cpu::kMinP,
-                "min_p in [0, 1]");
-        require(values[cpu::kRepetition] > 0.0f && std::isfinite(values[cpu::kRepetition]),
-                cpu::kRepetition, "repetition_penalty above 0");
-        require(std::isfinite(values[cpu::kFrequency]), cpu::kFrequency,
-                "a finite frequency_penalty");
-        require(std::isfinite(values[cpu::kPresence]), cpu::kPresence, "a finite presence_penalty");
+                kTemperature, "temperature 0 or at least 1e-30");
+        require(values[kTopP] > 0.0f && values[kTopP] <= 1.0f, kTopP, "top_p in (0, 1]");
+        require(values[kMinP] >= 0.0f && values[kMinP] <= 1.0f, kMinP, "min_p in [0, 1]");
+        require(values[kRepetition] > 0.0f && std::isfinite(values[kRepetition]), kRepetition,
+                "repetition_penalty above 0");
+        require(std::isfinite(values[kFrequency]), kFrequency, "a finite frequency_penalty");
+        require(std::isfinite(values[kPresence]), kPresence, "a finite presence_penalty");
     }
 }
 

@@ -5,9 +5,27 @@
 
 #ifdef SGLITE_CUDA
 #include "cuda/device.h"
+#include "cuda/kernels.h"
 #endif
 
 namespace sglite {
+
+#ifdef SGLITE_CUDA
+// torch's current stream. Called without the lock of Python as well.
+static void* torch_stream(int device) {
+#ifdef SGLITE_EMULATED
+    (void)device;
+    return nullptr;
+#else
+    void* stream = nullptr;
+    if (TorchTensors::get().api->current_stream(dlpack::kCUDA, device, &stream) != 0) {
+        throw std::runtime_error("torch has no current CUDA stream on device " +
+                                 std::to_string(device));
+    }
+    return stream;
+#endif
+}
+#endif
 
 static void bind_machine(py::module_& m) {
     m.def("cpu_path", [] { return std::string(cpu::kernels().path); });
@@ -16,18 +34,16 @@ static void bind_machine(py::module_& m) {
     m.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
     m.def("num_threads", &cpu::num_threads);
 #ifdef SGLITE_CUDA
+    cuda::install(&cuda::table, &torch_stream);
     m.attr("cuda_architectures") = SGLITE_CUDA;
     m.def("cuda_device_count", &cuda::device_count);
-    m.def("cuda_running_architecture", [](const Tensor& out) {
-        void* stream = nullptr;
-        if (TorchTensors::get().api->current_stream(dlpack::kCUDA, out.device_index, &stream) !=
-            0) {
-            throw py::error_already_set();
-        }
-        cuda::running_architecture(out, stream);
-    });
+    m.def("cuda_running_architecture",
+          [](const Tensor& out) { cuda::running_architecture(out, cuda::stream_of(out)); });
 #else
     m.attr("cuda_architectures") = "";
+#endif
+#ifdef SGLITE_EMULATED
+    m.def("emulate_cuda", [](bool on) { TorchTensors::is_emulating() = on; }, py::arg("on"));
 #endif
 }
 

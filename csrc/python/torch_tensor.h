@@ -24,6 +24,16 @@ struct TorchTensors {
         return instance;
     }
 
+#ifdef SGLITE_EMULATED
+    // Whether tensors on the CPU count as ones on a GPU, for tests of the CUDA kernels without one.
+    static bool& is_emulating() {
+        static bool emulating = false;
+        return emulating;
+    }
+#else
+    static constexpr bool is_emulating() { return false; }
+#endif
+
   private:
     static TorchTensors load() {
         py::object type = py::module_::import("torch").attr("Tensor");
@@ -80,7 +90,9 @@ inline Tensor view_of(PyObject* object) {
             .strides = source.strides,
             .ndim = source.ndim,
             .dtype = dtype_from(source.dtype),
-            .device = source.device.type == dlpack::kCUDA ? DeviceType::kCUDA : DeviceType::kCPU,
+            .device = source.device.type == dlpack::kCUDA || TorchTensors::is_emulating()
+                          ? DeviceType::kCUDA
+                          : DeviceType::kCPU,
             .device_index = source.device.index};
 }
 

@@ -1,0 +1,36 @@
+// The table through which the CUDA kernels are called: each enqueues its work on a stream and
+// returns. Empty in a build without CUDA.
+#pragma once
+
+#include "kernel_args.h"
+
+namespace sglite::cuda {
+
+// Where work is enqueued.
+struct Stream {
+    void* handle;  // a cudaStream_t
+    int device;
+};
+
+struct Kernels {
+    void (*rms_norm)(const RmsNormArgs&, Stream);
+    void (*embedding)(const EmbeddingArgs&, Stream);
+    void (*apply_rope)(const RopeArgs&, Stream);
+    void (*gated_activation)(const GatedActivationArgs&, Stream);
+    void (*write_kv)(const WriteKvArgs&, Stream);
+};
+
+// The kernels; throws, naming the op and how to build them, where there are none.
+const Kernels& kernels(const char* op);
+
+// torch's current stream on the tensor's device.
+Stream stream_of(const Tensor& tensor);
+
+// Called once, when the module is loaded.
+using StreamSource = void* (*)(int device);
+void install(const Kernels* kernels, StreamSource stream_source);
+
+// In table.cu.
+extern const Kernels table;
+
+}  // namespace sglite::cuda

@@ -1,0 +1,14 @@
+#include "cuda/kernels.h"
+#include "cuda/launchers.h"
+
+namespace sglite::cuda {
+
+const Kernels table = {
+    .rms_norm = rms_norm,
+    .embedding = embedding,
+    .apply_rope = apply_rope,
+    .gated_activation = gated_activation,
+    .write_kv = write_kv,
+};
+
+}  // namespace sglite::cuda

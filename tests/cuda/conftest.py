@@ -1,0 +1,29 @@
+"""The GPU that these tests run on: a real one, or the emulator where it was built for that."""
+
+import pytest
+import torch
+
+from sglite import _C
+
+IS_EMULATED = _C.cuda_architectures == "emulated"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "/cuda/" in item.nodeid:
+            item.add_marker(pytest.mark.cuda)
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """Where the tensors of a test lie. Ops on them run the CUDA kernels."""
+    if IS_EMULATED:
+        _C.emulate_cuda(True)
+        yield torch.device("cpu")
+        _C.emulate_cuda(False)
+    elif not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU, or the emulator: make test-emulated")
+    elif not _C.cuda_architectures:
+        pytest.fail("there is a GPU, but the extension was built without CUDA: SGLITE_CUDA=1")
+    else:
+        yield torch.device("cuda")
