@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from sglite import ops
 from sglite.layers.porting import QuantizationConfig, refuse_quantization
-from sglite.layers.weight import PackedModule
+from sglite.layers.weight import WeightModule
 
 
-class Linear(PackedModule):
+class Linear(WeightModule):
     """`y = x W^T + b`, and `+ residual` where one is given.
 
     Args:
@@ -41,7 +41,7 @@ class Linear(PackedModule):
         The residual, shaped like the result, is added to the rounded product and the sum rounded
         again: the same bits as an addition behind the layer.
         """
-        return ops.linear(x, self.matrix.packed, self.bias, residual=residual)
+        return ops.linear(x, self.matrix.stored, self.bias, residual=residual)
 
     def extra_repr(self) -> str:
         """The part of the module's repr in brackets."""

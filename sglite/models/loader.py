@@ -18,7 +18,7 @@ from sglite.interface.errors import (
 from sglite.interface.generation_defaults import GenerationDefaults
 from sglite.layers.attention import RadixAttention
 from sglite.layers.rotary import RotaryEmbedding, set_context_length
-from sglite.layers.weight import PackedModule
+from sglite.layers.weight import WeightModule
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.config import architectures_of, read_config, resolve_dtype
 from sglite.models.registry import ModelRegistry
@@ -174,7 +174,7 @@ def _build(
 def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Sets the dtype of all weights. Buffers keep theirs: a model chose it for them."""
     for module in model.modules():
-        if isinstance(module, PackedModule):
+        if isinstance(module, WeightModule):
             module.matrix.convert(lambda tensor: tensor.to(dtype))
     for parameter in model.parameters():
         if parameter.is_floating_point():
