@@ -157,7 +157,8 @@ void PagedAttention::check_requests() const {
     for (int64_t b = 0; b < args_.requests; ++b) {
         const int64_t length = args_.kv_lens[b], room = args_.table_width * args_.page_size;
         const int64_t count = starts[b + 1] - starts[b];
-        if (length < count || length > room) {
+        // Length 0 marks padding: its tokens see nothing.
+        if ((length != 0 && length < count) || length > room) {
             refuse(at("kv_lens", b, length) + ", but request " + std::to_string(b) + " has " +
                    std::to_string(count) + " tokens here and room for " + std::to_string(room) +
                    " in its row of page_table");

@@ -24,7 +24,8 @@ _UPLOADED = {
     "integers": (np.int64, len(INTEGERS)),
     "reals": (np.float32, len(REALS)),
 }
-_OUTPUT_INDEX = INTEGERS.index("position")
+# How rows without a request sample: the most probable token.
+_GREEDY = [1.0 if name in ("top_p", "repetition_penalty") else 0.0 for name in REALS]
 
 
 class DecodeState:
@@ -126,6 +127,7 @@ class DecodeState:
         views["reals"][:count], views["integers"][:count] = parameters(
             states, [item.output_index - 1 for item in items]
         )
+        views["reals"][count:] = _GREEDY
         width = max(item.request.num_pages for item in items)
         page_table = np.zeros((count, width), np.int32)
         for row, item in enumerate(items):
