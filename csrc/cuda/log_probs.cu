@@ -36,7 +36,8 @@ __device__ void emit_impossible(const Row& row, const float* logits, int64_t voc
 }
 
 template <bool kFits>
-__global__ __launch_bounds__(kRowThreads) void log_probs_kernel(LogProbsArgs args, RowPlan plan) {
+__global__ __launch_bounds__(kRowThreads, kResidentBlocks) void log_probs_kernel(LogProbsArgs args,
+                                                                                 RowPlan plan) {
     auto* shared = dynamic_shared<RowShared>();
     float* values = kFits ? reinterpret_cast<float*>(shared + 1)
                           : plan.spilled + static_cast<int64_t>(blockIdx.x) * plan.slice;

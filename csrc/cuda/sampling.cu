@@ -132,7 +132,8 @@ __device__ void choose_from_list(const Row& row, uint32_t count, uint32_t top_k,
 }
 
 template <bool kFits>
-__global__ __launch_bounds__(kRowThreads) void sample_kernel(SampleArgs args, RowPlan plan) {
+__global__ __launch_bounds__(kRowThreads, kResidentBlocks) void sample_kernel(SampleArgs args,
+                                                                              RowPlan plan) {
     auto* shared = dynamic_shared<RowShared>();
     float* values = kFits ? reinterpret_cast<float*>(shared + 1)
                           : plan.spilled + static_cast<int64_t>(blockIdx.x) * plan.slice;

@@ -12,7 +12,8 @@ namespace sglite::cuda {
 
 constexpr int kRowThreads = 512;
 constexpr int kRowWarps = kRowThreads / kWarp;
-constexpr int kMostBlocks = 8;  // of a cluster
+constexpr int kResidentBlocks = 2;  // of a processor, for the sake of registers
+constexpr int kMostBlocks = 8;      // of a cluster
 constexpr int kBins = 1024;
 constexpr int kListSize = kRowThreads;  // a thread for each entry
 constexpr float kInfinity = __builtin_inff();
