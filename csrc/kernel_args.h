@@ -133,6 +133,9 @@ struct LogProbsArgs {
     int workers;  // threads; read on the CPU
 };
 
+// The CUDA kernel finds so many of the most probable tokens at most.
+constexpr int64_t kMostTopTokensOnGpu = 256;
+
 struct GatherTokensArgs {
     int64_t* input_ids;       // [count]
     const int64_t* previous;  // [any]

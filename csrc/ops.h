@@ -73,6 +73,9 @@ void sample(const Tensor& token_ids, const Tensor& status, const Tensor& logits,
             const std::optional<Tensor>& rows, const Tensor& reals, const Tensor& integers,
             const std::optional<TokenEdits>& edits, const Tensor& workspace);
 
+// How many of the most probable tokens `log_probs` finds at most on the device of these logits.
+int64_t most_top_tokens(const Tensor& logits);
+
 // Log-probability and rank of one token of each row, and the top_n most probable tokens.
 void log_probs(const Tensor& logprobs, const Tensor& ranks, const Tensor& top_ids,
                const Tensor& top_logprobs, const Tensor& logits, const std::optional<Tensor>& rows,

@@ -18,6 +18,9 @@ struct Kernels {
     void (*apply_rope)(const RopeArgs&, Stream);
     void (*gated_activation)(const GatedActivationArgs&, Stream);
     void (*write_kv)(const WriteKvArgs&, Stream);
+    int64_t (*sampling_workspace_bytes)(int64_t vocab, int64_t rows, int device);
+    void (*sample)(const SampleArgs&, Stream);
+    void (*log_probs)(const LogProbsArgs&, Stream);
     void (*gather_tokens)(const GatherTokensArgs&, Stream);
     void (*advance)(const AdvanceArgs&, Stream);
 };

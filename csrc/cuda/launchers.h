@@ -10,6 +10,9 @@ void embedding(const EmbeddingArgs& args, Stream stream);
 void apply_rope(const RopeArgs& args, Stream stream);
 void gated_activation(const GatedActivationArgs& args, Stream stream);
 void write_kv(const WriteKvArgs& args, Stream stream);
+int64_t sampling_workspace_bytes(int64_t vocab, int64_t rows, int device);
+void sample(const SampleArgs& args, Stream stream);
+void log_probs(const LogProbsArgs& args, Stream stream);
 void gather_tokens(const GatherTokensArgs& args, Stream stream);
 void advance(const AdvanceArgs& args, Stream stream);
 

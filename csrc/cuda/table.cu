@@ -9,6 +9,9 @@ const Kernels table = {
     .apply_rope = apply_rope,
     .gated_activation = gated_activation,
     .write_kv = write_kv,
+    .sampling_workspace_bytes = sampling_workspace_bytes,
+    .sample = sample,
+    .log_probs = log_probs,
     .gather_tokens = gather_tokens,
     .advance = advance,
 };

@@ -160,6 +160,7 @@ static void bind_sampling(py::module_& m) {
         },
         py::arg("token_ids"), py::arg("status"), py::arg("logits"), py::arg("rows"),
         py::arg("reals"), py::arg("integers"), py::arg("edits"), py::arg("workspace"));
+    m.def("most_top_tokens", &ops::most_top_tokens, py::arg("logits"));
     m.def(
         "log_probs",
         [](const Tensor& logprobs, const Tensor& ranks, const Tensor& top_ids,

@@ -152,6 +152,10 @@ def log_probs(
     count, device = token_ids.shape[0], logits.device
     if workspace is None:
         workspace = sampling_workspace(logits.shape[-1], count, device)
+    sorted_apart = _C.most_top_tokens(logits) < top_n <= logits.shape[-1]
+    if sorted_apart:
+        top = _sorted(logits if rows is None else logits[rows], top_n)
+        top_n = 0
     result = LogProbs(
         torch.empty(count, device=device),
         torch.empty(count, dtype=torch.int64, device=device),
@@ -159,4 +163,13 @@ def log_probs(
         torch.empty(count, top_n, device=device),
     )
     _C.log_probs(*result, logits, rows, token_ids, workspace)
-    return result
+    return result._replace(top_ids=top[0], top_logprobs=top[1]) if sorted_apart else result
+
+
+def _sorted(logits: Tensor, top_n: int) -> tuple[Tensor, Tensor]:
+    """The `top_ids` and `top_logprobs` of more tokens than a GPU finds without sorting them all."""
+    certain = (logits == torch.inf).any(-1, keepdim=True)
+    shared = torch.where(logits == torch.inf, 0.0, -torch.inf)
+    every = torch.log_softmax(torch.where(certain, shared, logits).double(), -1)
+    top_ids = torch.sort(logits, descending=True, stable=True).indices[:, :top_n].contiguous()
+    return top_ids, every.gather(1, top_ids).float()
