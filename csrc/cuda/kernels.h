@@ -18,6 +18,9 @@ struct Kernels {
     void (*apply_rope)(const RopeArgs&, Stream);
     void (*gated_activation)(const GatedActivationArgs&, Stream);
     void (*write_kv)(const WriteKvArgs&, Stream);
+    void (*copy_kv_slots)(const CopyKvSlotsArgs&, Stream);
+    // False, and nothing done, where heads do not fit the kernel: then its parts run one by one.
+    bool (*rope_and_write_kv)(const RopeAndWriteKvArgs&, Stream);
 };
 
 // The kernels; throws, naming the op and how to build them, where there are none.

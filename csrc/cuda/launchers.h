@@ -10,5 +10,7 @@ void embedding(const EmbeddingArgs& args, Stream stream);
 void apply_rope(const RopeArgs& args, Stream stream);
 void gated_activation(const GatedActivationArgs& args, Stream stream);
 void write_kv(const WriteKvArgs& args, Stream stream);
+void copy_kv_slots(const CopyKvSlotsArgs& args, Stream stream);
+bool rope_and_write_kv(const RopeAndWriteKvArgs& args, Stream stream);
 
 }  // namespace sglite::cuda

@@ -9,6 +9,8 @@ const Kernels table = {
     .apply_rope = apply_rope,
     .gated_activation = gated_activation,
     .write_kv = write_kv,
+    .copy_kv_slots = copy_kv_slots,
+    .rope_and_write_kv = rope_and_write_kv,
 };
 
 }  // namespace sglite::cuda
