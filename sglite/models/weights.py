@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sglite.interface.errors import CheckpointError
 from sglite.layers.linear import StackedLinear
-from sglite.layers.weight import Weight, WeightModule
+from sglite.layers.weight import WeightModule, Weight
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
 
 # Tensors that old checkpoints hold and that are computed from the config.
