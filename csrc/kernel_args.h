@@ -68,7 +68,23 @@ struct RopeArgs {
     } heads[2];
     const int64_t* positions;  // [tokens], rows of cos_sin
     const float* cos_sin;      // [positions, rotary_dim]: cosines, then sines
-    int64_t tokens, rotary_dim;
+    int64_t tokens, head_dim, rotary_dim;
+    bool interleaved;
+    DType dtype;
+};
+
+struct RopeAndWriteKvArgs {
+    void* qkv;      // [tokens, q_heads + 2 * kv_heads, head_dim]; queries are changed in place
+    void* k_cache;  // [slots, kv_heads, head_dim]
+    void* v_cache;
+    const void* q_weight;  // [head_dim], of RMSNorm, or both null
+    const void* k_weight;
+    const int64_t* positions;  // [tokens], rows of cos_sin
+    const int64_t* slots;      // [tokens]
+    const float* cos_sin;      // [table_rows, rotary_dim]: cosines, then sines
+    int64_t tokens, q_heads, kv_heads, head_dim, token_stride;
+    int64_t table_rows, rotary_dim;
+    float epsilon, weight_offset;  // of the norm
     bool interleaved;
     DType dtype;
 };
@@ -93,6 +109,18 @@ struct WriteKvArgs {
     } sides[2];
     const int64_t* slots;  // [tokens]
     int64_t tokens, heads, head_bytes;
+};
+
+struct CopyKvSlotsArgs {
+    struct Part {
+        char* data;  // [slots, row_bytes]
+        int64_t row_bytes;
+    };
+    const Part* parts;            // keys and values of each layer
+    const int64_t* sources;       // [count]
+    const int64_t* destinations;  // [count], all different
+    char* workspace;              // [count, largest row_bytes]; the CPU's alone
+    int64_t num_parts, count;
 };
 
 enum class SampleStatus : int32_t { kSampled = 0, kNotANumber = 1, kNothingLeft = 2 };

@@ -47,6 +47,16 @@ void embedding_plain(const Tensor& out, const Tensor& ids, const Tensor& weight)
 void apply_rope(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& cos_sin,
                 bool interleaved);
 
+// The norm of queries and keys (where there is one), their rotation, and the writing of keys and
+// values, of a fused projection qkv [tokens, (heads + 2 * kv_heads) * head_dim]: queries in place,
+// keys and values to the caches [pages, page_size, kv_heads, head_dim]; the columns of qkv that
+// held keys are unspecified afterwards. The weights of the norms are [head_dim]; the rest as for
+// apply_rope and write_kv, which, after rms_norm, give the same bits.
+void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin,
+                       const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
+                       const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm,
+                       double epsilon, double weight_offset, bool interleaved);
+
 // out = activation(gate) * up. Shapes: x [rows, 2 * width], gate first; out [rows, width].
 void silu_and_mul(const Tensor& out, const Tensor& x);
 void gelu_and_mul(const Tensor& out, const Tensor& x, const std::string& approximate);
@@ -55,6 +65,12 @@ void gelu_and_mul(const Tensor& out, const Tensor& x, const std::string& approxi
 // head_dim]; k_cache, v_cache [pages, page_size, heads, head_dim]; slots [tokens] int64.
 void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
               const Tensor& slots);
+
+// slot[destinations[i]] = slot[sources[i]] in every cache [pages, page_size, heads, head_dim],
+// where heads and head_dim may differ. sources, destinations [count] int64. All are read before the
+// first is written.
+void copy_kv_slots(const std::vector<Tensor>& caches, const Tensor& sources,
+                   const Tensor& destinations);
 
 // What changes single logits before tokens are drawn; see sglite/ops/sampling.py.
 struct TokenEdits {

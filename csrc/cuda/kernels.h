@@ -23,6 +23,9 @@ struct Kernels {
     void (*log_probs)(const LogProbsArgs&, Stream);
     void (*gather_tokens)(const GatherTokensArgs&, Stream);
     void (*advance)(const AdvanceArgs&, Stream);
+    void (*copy_kv_slots)(const CopyKvSlotsArgs&, Stream);
+    // False, and nothing done, where heads do not fit the kernel: then its parts run one by one.
+    bool (*rope_and_write_kv)(const RopeAndWriteKvArgs&, Stream);
 };
 
 // The kernels; throws, naming the op and how to build them, where there are none.

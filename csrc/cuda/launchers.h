@@ -15,5 +15,7 @@ void sample(const SampleArgs& args, Stream stream);
 void log_probs(const LogProbsArgs& args, Stream stream);
 void gather_tokens(const GatherTokensArgs& args, Stream stream);
 void advance(const AdvanceArgs& args, Stream stream);
+void copy_kv_slots(const CopyKvSlotsArgs& args, Stream stream);
+bool rope_and_write_kv(const RopeAndWriteKvArgs& args, Stream stream);
 
 }  // namespace sglite::cuda

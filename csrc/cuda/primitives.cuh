@@ -125,6 +125,25 @@ __device__ inline uint4 load_streamed(const void* from) {
 #endif
 }
 
+// Asks for the line of memory at `address` to be in the L2 cache soon. A hint: nothing is read.
+__device__ inline void prefetch_line([[maybe_unused]] const void* address) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// A value that another kernel may be writing meanwhile: the old one or the new one, never of a
+// stale cache.
+__device__ inline int64_t load_relaxed(const int64_t* from) {
+#ifdef __CUDACC__
+    int64_t value;
+    asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+    return value;
+#else
+    return *from;
+#endif
+}
+
 // 2^x, to about 2 units in the last place; 0 for -infinity.
 __device__ inline float exp2_fast(float x) {
 #ifdef __CUDACC__

@@ -14,6 +14,8 @@ const Kernels table = {
     .log_probs = log_probs,
     .gather_tokens = gather_tokens,
     .advance = advance,
+    .copy_kv_slots = copy_kv_slots,
+    .rope_and_write_kv = rope_and_write_kv,
 };
 
 }  // namespace sglite::cuda

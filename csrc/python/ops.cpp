@@ -92,6 +92,19 @@ static void bind_rope(py::module_& m) {
         },
         py::arg("q"), py::arg("k"), py::arg("positions"), py::arg("cos_sin"),
         py::arg("interleaved"));
+    m.def(
+        "rope_and_write_kv",
+        [](const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin, const Tensor& k_cache,
+           const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& q_norm,
+           const std::optional<Tensor>& k_norm, double epsilon, double weight_offset,
+           bool interleaved) {
+            ReleaseGilIfLong release(static_cast<double>(qkv.numel()) * 4);
+            ops::rope_and_write_kv(qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm,
+                                   epsilon, weight_offset, interleaved);
+        },
+        py::arg("qkv"), py::arg("positions"), py::arg("cos_sin"), py::arg("k_cache"),
+        py::arg("v_cache"), py::arg("slots"), py::arg("q_norm"), py::arg("k_norm"),
+        py::arg("epsilon"), py::arg("weight_offset"), py::arg("interleaved"));
 }
 
 static void bind_activation(py::module_& m) {
@@ -120,6 +133,8 @@ static void bind_kv_cache(py::module_& m) {
             ops::write_kv(k, v, k_cache, v_cache, slots);
         },
         py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"));
+    m.def("copy_kv_slots", &ops::copy_kv_slots, py::arg("caches"), py::arg("sources"),
+          py::arg("destinations"));
 }
 
 static void bind_attention(py::module_& m) {

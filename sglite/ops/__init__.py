@@ -9,10 +9,10 @@ from sglite.ops.activation import gelu_and_mul, silu_and_mul
 from sglite.ops.advance import advance, gather_tokens
 from sglite.ops.attention import paged_attention
 from sglite.ops.embedding import embedding
-from sglite.ops.kv_cache import write_kv
+from sglite.ops.kv_cache import copy_kv_slots, write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
 from sglite.ops.norm import rms_norm
-from sglite.ops.rope import apply_rope
+from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TokenEdits",
     "advance",
     "apply_rope",
+    "copy_kv_slots",
     "embedding",
     "gather_tokens",
     "gelu_and_mul",
@@ -29,6 +30,7 @@ __all__ = [
     "pack_weight",
     "paged_attention",
     "rms_norm",
+    "rope_and_write_kv",
     "sample",
     "sampling_workspace",
     "silu_and_mul",

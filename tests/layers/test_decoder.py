@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sglite import ops
 from sglite.interface.errors import UnsupportedModelError
 from sglite.layers import Linear, PPProxyTensors
 from sglite.layers.composite import is_plain
@@ -23,6 +24,36 @@ def loaded(tmp_path):
 def logits_of(loaded):
     run = Runner(loaded.model, loaded.kv_layers, loaded.dtype, num_sequences=len(TOKEN_IDS))
     return torch.cat(run.run(TOKEN_IDS))
+
+
+@pytest.mark.parametrize("name", ["rotary_emb", "attn", "q_norm", "k_norm"])
+def test_what_is_one_op_before_attention_gives_the_bits_of_its_parts(tmp_path, name, monkeypatch):
+    loaded = load_model(
+        resolve_checkpoint(make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16))
+    )
+    before = logits_of(loaded)  # and the rotary table has grown
+    fused = []
+    op = ops.rope_and_write_kv
+    monkeypatch.setattr(
+        ops, "rope_and_write_kv", lambda *args, **kw: fused.append(1) or op(*args, **kw)
+    )
+    assert torch.equal(logits_of(loaded), before)
+    assert len(fused) == 3  # once for each layer
+    attention = loaded.model.model.layers[1].self_attn
+    seen = []
+    getattr(attention, name).register_forward_hook(lambda *call: seen.append(call))
+    assert torch.equal(logits_of(loaded), before)
+    assert seen
+    # Layers share the rotary embedding, so that its hook keeps all of them apart.
+    assert len(fused) == (3 if name == "rotary_emb" else 5)
+
+
+def test_norms_that_differ_run_one_by_one(tmp_path):
+    loaded = load_model(resolve_checkpoint(make_checkpoint(tmp_path, "qwen3")))
+    before = logits_of(loaded)
+    for layer in loaded.model.model.layers:
+        layer.self_attn.k_norm.eps = 0.5
+    assert not torch.equal(logits_of(loaded), before)
 
 
 class Doubled(Linear):
