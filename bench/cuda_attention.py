@@ -57,14 +57,18 @@ def read_bandwidth():
     return data.nbytes / best
 
 
-def decode_case(batch, context, heads, kv_heads, head_dim, dtype, with_torch):
-    """Seconds of one layer: ours, the plan, torch's (or None)."""
+def decode_case(batch, context, heads, kv_heads, head_dim, dtype, with_torch, shared=0):
+    """Seconds of one layer: ours, the plan, torch's (or None).
+
+    The first `shared` positions of all requests are in the same pages.
+    """
     pages = context // PAGE_SIZE
     one = 2 * batch * context * kv_heads * head_dim * dtype.itemsize
     rounds = max(2, min(64, ROUND_BYTES // one))
     device = "cuda"
     q = torch.randn(batch, heads, head_dim, device=device, dtype=dtype)
     table = torch.randperm(batch * pages, device=device, dtype=torch.int32).view(batch, pages)
+    table[:, : shared // PAGE_SIZE] = table[0, : shared // PAGE_SIZE]
     start = torch.arange(batch + 1, device=device, dtype=torch.int32)
     lens = torch.full((batch,), context, device=device, dtype=torch.int32)
     shape = (rounds, 2, batch * pages, PAGE_SIZE, kv_heads, head_dim)
@@ -154,6 +158,13 @@ def main():
                     f"{other * 1e6 if other else float('nan'):9.2f}",
                     flush=True,
                 )
+        for batch, context, tail in ((64, 4096, 256), (256, 1280, 256)):
+            name = f"{model} shared {batch} x {context - tail} + {tail}"
+            if arguments.only not in name:
+                continue
+            own, plan, _ = decode_case(batch, context, *shape, dtype, False, context - tail)
+            rows.append({"work": name, "us": own * 1e6})
+            print(f"{name:28} {own * 1e6:9.2f} {'':13} {plan * 1e6:8.2f}", flush=True)
         for tokens, context in ((32, 8192), (512, 8192), (2048, 2048), (8192, 8192)):
             name = f"{model} extend {tokens} of {context}"
             if arguments.only not in name:

@@ -12,8 +12,8 @@ namespace sglite::cuda {
 Machine machine_of(int device) {
 #ifdef __CUDACC__
     int multiprocessors = 0, bytes = 0;
-    check("paged_attention", cudaDeviceGetAttribute(&multiprocessors,
-                                                    cudaDevAttrMultiProcessorCount, device));
+    check("paged_attention",
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
     check("paged_attention",
           cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     return {multiprocessors, static_cast<size_t>(bytes)};
@@ -30,8 +30,8 @@ int blocks_per_multiprocessor(const void* kernel, int device, int threads, size_
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)));
     int blocks = 0;
-    check("paged_attention", cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads,
-                                                                           shared_bytes));
+    check("paged_attention",
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
     return std::max(blocks, 1);
 #else
     (void)kernel, (void)device, (void)threads, (void)shared_bytes;
@@ -45,9 +45,9 @@ bool planned_attention(const AttentionArgs& args) {
         !std::has_single_bit(static_cast<uint64_t>(shape.page_size))) {
         return false;
     }
-    return aligned16<Half>({args.q.token_stride, args.q.head_stride, args.out.token_stride,
-                            args.out.head_stride},
-                           {args.q.data, args.out.data, args.k_cache, args.v_cache});
+    return aligned16<Half>(
+        {args.q.token_stride, args.q.head_stride, args.out.token_stride, args.out.head_stride},
+        {args.q.data, args.out.data, args.k_cache, args.v_cache});
 }
 
 void paged_attention(const AttentionArgs& args, Stream stream) {

@@ -46,12 +46,14 @@ SGLITE_HOST_DEVICE constexpr int split_begin(int split) {
 constexpr int kDecodeRows = 16;
 constexpr int kExtendRows = 64;
 
-// Work for one block: some rows of a request, some keys; done once for each KV head.
+// Work for one block: some rows, some keys; done once for each KV head. The rows are of one
+// request, or of neighbouring ones with one token each, whose pages are the same up to `end`.
 struct alignas(16) AttentionUnit {
     int32_t request, first_row, rows;
-    int32_t tile;         // of those that share rows: where they count who has finished
+    int32_t tile;         // of the units that share rows: where they count who has finished
     int32_t begin, end;   // positions, within which at least one row sees each key
-    int32_t part, parts;  // which of the tile's units
+    int32_t part, parts;  // which of the tile's units; parts -n: the rows of n requests, for whose
+                          // tiles tile, ..., tile + n - 1 AttentionLayout::parts counts them
 };
 
 // Tokens of one request for the kernel that takes large prefills.
@@ -78,14 +80,18 @@ struct AttentionShape {
 
 // Head sizes are padded to one that kernels are made for; 0: too large.
 constexpr int64_t padded_head_dim(int64_t head_dim) {
-    return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : 0;
+    return head_dim <= 64    ? 64
+           : head_dim <= 96  ? 96
+           : head_dim <= 128 ? 128
+           : head_dim <= 256 ? 256
+                             : 0;
 }
 // Floats of a record: the weighted sum of values, the largest score, the sum of weights, padding.
 SGLITE_HOST_DEVICE constexpr int record_floats(int padded_dim) { return padded_dim + 4; }
 
 // Where things lie in the workspace, in bytes; multiples of 128.
 struct AttentionLayout {
-    int64_t decode_units, extend_units, prefill_tiles, counters, records, bytes;
+    int64_t decode_units, extend_units, prefill_tiles, common, parts, counters, records, bytes;
     int64_t counter_count, most_parts;
 
     explicit AttentionLayout(const AttentionShape& shape) {
@@ -95,18 +101,19 @@ struct AttentionLayout {
         const int64_t positions = std::max<int64_t>(shape.table_width * shape.page_size, 1);
         const int64_t splits = split_of(static_cast<int>(positions - 1)) + 1;
         most_parts = std::clamp<int64_t>(kRecordRows / rows, 1, splits);
-        const int64_t tiles =
-            shape.has_extends()
-                ? shape.tokens * shape.group() / kExtendRows + std::min(shape.requests, shape.tokens)
-                : 0;
+        const int64_t tiles = shape.has_extends() ? shape.tokens * shape.group() / kExtendRows +
+                                                        std::min(shape.requests, shape.tokens)
+                                                  : 0;
         counter_count = (shape.requests + tiles + shape.requests) * shape.kv_heads;
         bytes = sizeof(AttentionCounts);
         decode_units = take(shape.requests * most_parts * sizeof(AttentionUnit));
         extend_units = take(tiles * most_parts * sizeof(AttentionUnit));
-        prefill_tiles = take(shape.prefill_tile
-                                 ? (shape.tokens / shape.prefill_tile + shape.requests) *
-                                       static_cast<int64_t>(sizeof(PrefillTile))
-                                 : 0);
+        prefill_tiles =
+            take(shape.prefill_tile ? (shape.tokens / shape.prefill_tile + shape.requests) *
+                                          static_cast<int64_t>(sizeof(PrefillTile))
+                                    : 0);
+        common = take(shape.requests * sizeof(int32_t));
+        parts = take(shape.requests * sizeof(int32_t));
         counters = take(counter_count * sizeof(int32_t));
         const int width = record_floats(static_cast<int>(padded_head_dim(shape.head_dim)));
         records = take(most_parts > 1 ? most_parts * rows * width * sizeof(float) : 0);
@@ -126,6 +133,7 @@ struct AttentionPlanArgs {
     const int32_t* query_start;  // [requests + 1]
     const int32_t* kv_lens;      // [requests]
     const int32_t* kv_end;       // [tokens]
+    const int32_t* page_table;   // [requests, table_width]
     void* workspace;             // AttentionLayout::bytes, 64-byte aligned
 };
 

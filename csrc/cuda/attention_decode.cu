@@ -19,9 +19,9 @@ struct DecodeShared {
     static constexpr int kStage = 2 * SharedRows<kD>::kElements;
     static constexpr int kQueries = kRows * kD;
 
-    T* ring;     // [stages]: keys and values of a tile
-    T* queries;  // [stages][kRows]
-    T* weights;  // [kRows][kWeightRow]
+    T* ring;         // [stages]: keys and values of a tile
+    T* queries;      // [stages][kRows]
+    T* weights;      // [kRows][kWeightRow]
     float* largest;  // [kWarps][kRows]
 
     __device__ DecodeShared(int stages) {
@@ -98,7 +98,8 @@ struct UnitStream {
 };
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant__ AttentionView<T> view) {
+__global__ void __launch_bounds__(kThreads)
+    decode_kernel(const __grid_constant__ AttentionView<T> view) {
     constexpr int kSteps = kD / 16;
     constexpr int kChunks = kD / 8 / kWarps;  // of a warp's channels
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -129,8 +130,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
             const T* values = keys + SharedRows<kD>::kElements;
             stage = stage + 1 == view.stages ? 0 : stage + 1;
             if (position == first) {
-                const T* queries =
-                    shared.queries + queries_at * DecodeShared<T, kD>::kQueries;
+                const T* queries = shared.queries + queries_at * DecodeShared<T, kD>::kQueries;
                 queries_at = queries_at + 1 == view.stages ? 0 : queries_at + 1;
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) load_left<kD>(q[step], queries, 0, step);
@@ -229,13 +229,11 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
                 const float factor = inverse(total_sum[i]);
 #pragma unroll
                 for (int n = 0; n < kChunks; ++n) {
-                    rows.write(view, i, head, channel + n * 8,
-                               multiply(total[n][2 * i], factor),
+                    rows.write(view, i, head, channel + n * 8, multiply(total[n][2 * i], factor),
                                multiply(total[n][2 * i + 1], factor));
                 }
             } else if (row + 8 * i < unit.rows) {
-                float* record =
-                    record_of<kD>(view, unit.first_row + row + 8 * i, head, unit.part);
+                float* record = record_of<kD>(view, unit.first_row + row + 8 * i, head, unit.part);
 #pragma unroll
                 for (int n = 0; n < kChunks; ++n) {
                     *reinterpret_cast<float2*>(record + channel + n * 8) =
@@ -246,7 +244,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
                         float2{total_largest[i], total_sum[i]};
             }
         }
-        if (unit.parts > 1 && is_last_of_tile(view, unit, head)) combine<T, kD>(view, unit, head);
+        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
     }
     wait_copies<0>();
 }

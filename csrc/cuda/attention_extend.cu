@@ -32,7 +32,8 @@ struct ExtendShared {
 };
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads) extend_kernel(const __grid_constant__ AttentionView<T> view) {
+__global__ void __launch_bounds__(kThreads)
+    extend_kernel(const __grid_constant__ AttentionView<T> view) {
     constexpr int kSteps = kD / 16, kChunks = kD / 8;
     using Shared = ExtendShared<T, kD>;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kThreads) extend_kernel(const __grid_constant_
                         float2{total_largest[i], total_sum[i]};
             }
         }
-        if (unit.parts > 1 && is_last_of_tile(view, unit, head)) combine<T, kD>(view, unit, head);
+        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
     }
     wait_copies<0>();
 }

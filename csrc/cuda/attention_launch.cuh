@@ -54,6 +54,7 @@ AttentionView<T> attention_view(const AttentionArgs& args, bool extends) {
         .units = reinterpret_cast<AttentionUnit*>(
             workspace + (extends ? layout.extend_units : layout.decode_units)),
         .unit_count = extends ? &counts->extend_units : &counts->decode_units,
+        .parts = reinterpret_cast<int32_t*>(workspace + layout.parts),
         .counters = reinterpret_cast<int32_t*>(workspace + layout.counters),
         .records = reinterpret_cast<float*>(workspace + layout.records),
         .out_token_stride = args.out.token_stride,

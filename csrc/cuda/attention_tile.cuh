@@ -23,6 +23,7 @@ struct AttentionView {
     const int32_t* kv_end;
     const AttentionUnit* units;
     const int32_t* unit_count;
+    const int32_t* parts;
     int32_t* counters;
     float* records;
     int64_t out_token_stride, out_head_stride, q_token_stride, q_head_stride, slot_stride;
@@ -127,8 +128,8 @@ __device__ void load_left(uint32_t (&a)[4], const T* tile, int first_row, int st
 
 // Adds to the scores of keys first_key.. + 15 what channels 16 step.. bring.
 template <int kD, typename T>
-__device__ void add_scores(float (&low)[4], float (&high)[4], const uint32_t (&q)[4],
-                           const T* keys, int first_key, int step) {
+__device__ void add_scores(float (&low)[4], float (&high)[4], const uint32_t (&q)[4], const T* keys,
+                           int first_key, int step) {
     const int lane = threadIdx.x % kWarp, matrix = lane / 8;
     const int key = first_key + lane % 8 + (matrix >> 1) * 8;
     uint32_t b[4];
@@ -205,8 +206,8 @@ struct RowPair {
             const int token = (first_row + row) / view.group;
             high[i] = view.kv_end[token];
             if (view.window) {
-                const int position = token + view.kv_lens[unit.request] -
-                                     view.query_start[unit.request + 1];
+                const int position =
+                    token + view.kv_lens[unit.request] - view.query_start[unit.request + 1];
                 low[i] = position - view.window + 1;
             }
         }
@@ -232,40 +233,25 @@ struct RowPair {
 template <int kD, typename T>
 __device__ float* record_of(const AttentionView<T>& view, int row, int head, int part) {
     const int64_t token = row / view.group, query_head = head * view.group + row % view.group;
-    const int64_t index = part * view.record_rows + token * (view.group * view.kv_heads) + query_head;
+    const int64_t index =
+        part * view.record_rows + token * (view.group * view.kv_heads) + query_head;
     return view.records + index * record_floats(kD);
 }
 
-// Says that this block has written its records of a tile; true in the block that is the last.
-template <typename T>
-__device__ bool is_last_of_tile(const AttentionView<T>& view, const AttentionUnit& unit, int head) {
-    __shared__ int finished;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int32_t* counter = view.counters + static_cast<int64_t>(unit.tile) * view.kv_heads + head;
-        finished = atomicAdd(counter, 1) + 1;
-        if (finished == unit.parts) *counter = 0;  // for the next layer
-    }
-    __syncthreads();
-    const bool last = finished == unit.parts;
-    __threadfence();
-    return last;
-}
-
-// Merges a tile's records in order.
+// Merges the records of some rows in order.
 template <typename T, int kD>
-__device__ void combine(const AttentionView<T>& view, const AttentionUnit& unit, int head) {
+__device__ void combine(const AttentionView<T>& view, int first_row, int rows, int parts,
+                        int head) {
     constexpr int kVectors = kD / 4;
     const int64_t part_stride = view.record_rows * record_floats(kD);
-    for (int i = threadIdx.x; i < unit.rows * kVectors; i += blockDim.x) {
-        const int row = unit.first_row + i / kVectors, channel = i % kVectors * 4;
+    for (int i = threadIdx.x; i < rows * kVectors; i += blockDim.x) {
+        const int row = first_row + i / kVectors, channel = i % kVectors * 4;
         if (channel >= view.head_dim) continue;
         const float* record = record_of<kD>(view, row, head, 0);
         float4 total = load_written_by_others(record + channel);
         float4 state = load_written_by_others(record + kD);  // largest score, sum of weights
 #pragma unroll 4
-        for (int part = 1; part < unit.parts; ++part) {
+        for (int part = 1; part < parts; ++part) {
             record += part_stride;
             const float4 more = load_written_by_others(record + channel);
             const float4 other = load_written_by_others(record + kD);
@@ -283,6 +269,30 @@ __device__ void combine(const AttentionView<T>& view, const AttentionUnit& unit,
         const uint2 packed{pack_pair<T>(multiply(total.x, factor), multiply(total.y, factor)),
                            pack_pair<T>(multiply(total.z, factor), multiply(total.w, factor))};
         *reinterpret_cast<uint2*>(out + channel) = packed;
+    }
+}
+
+// For a block that has written its records: merges those tiles of which it is the last to finish.
+template <typename T, int kD>
+__device__ void finish_records(const AttentionView<T>& view, const AttentionUnit& unit, int head) {
+    __shared__ int complete[kDecodeRows];  // the tile's parts, or 0
+    const bool shared = unit.parts < 0;
+    const int tiles = shared ? -unit.parts : 1;
+    __threadfence();
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < tiles) {
+        const int tile = unit.tile + static_cast<int>(threadIdx.x);
+        const int parts = shared ? view.parts[tile] : unit.parts;
+        int32_t* counter = view.counters + static_cast<int64_t>(tile) * view.kv_heads + head;
+        const bool last = atomicAdd(counter, 1) + 1 == parts;
+        if (last) *counter = 0;  // for the next layer
+        complete[threadIdx.x] = last ? parts : 0;
+    }
+    __syncthreads();
+    __threadfence();
+    const int rows = unit.rows / tiles;
+    for (int i = 0; i < tiles; ++i) {
+        if (complete[i]) combine<T, kD>(view, unit.first_row + i * rows, rows, complete[i], head);
     }
 }
 

@@ -100,6 +100,7 @@ AttentionSizes check_attention(const AttentionInputs& in) {
         .head_dim = head_dim,
         .window = in.window,
         .max_query_tokens = tokens,
+        .same_arithmetic = true,
     };
 }
 
@@ -138,7 +139,8 @@ PagedAttention::PagedAttention(const Inputs& in) {
     if (args_.threads > 1) {
         const int64_t wanted = args_.threads * kUnitsPerThread;
         unit_cost_ = cost_ / static_cast<double>(wanted);
-        unit_rows_ = std::clamp(args_.tokens * args_.q_heads / wanted, kLeastUnitRows, kAttentionUnitRows);
+        unit_rows_ =
+            std::clamp(args_.tokens * args_.q_heads / wanted, kLeastUnitRows, kAttentionUnitRows);
     }
     int64_t most_rows = 0;
     cut(
@@ -152,11 +154,11 @@ PagedAttention::PagedAttention(const Inputs& in) {
         });
     args_.threads = static_cast<int>(std::min<int64_t>(args_.threads, args_.unit_count));
     args_.scratch_size = cpu::attention_scratch(args_.head_dim, most_rows);
-    workspace_size_ =
-        aligned(args_.unit_count * sizeof(AttentionUnit)) +
-        aligned(args_.merge_count * sizeof(AttentionMerge)) +
-        (record_count_ * cpu::attention_record(args_.head_dim) + args_.threads * args_.scratch_size) *
-            static_cast<int64_t>(sizeof(float));
+    workspace_size_ = aligned(args_.unit_count * sizeof(AttentionUnit)) +
+                      aligned(args_.merge_count * sizeof(AttentionMerge)) +
+                      (record_count_ * cpu::attention_record(args_.head_dim) +
+                       args_.threads * args_.scratch_size) *
+                          static_cast<int64_t>(sizeof(float));
 }
 
 // Everything that the kernel will index with.

@@ -18,10 +18,8 @@ void refuse(const std::string& what) {
 
 cuda::AttentionShape shape_of(const AttentionSizes& sizes) {
     const std::pair<const char*, int64_t> least_one[] = {
-        {"page_size", sizes.page_size},
-        {"num_kv_heads", sizes.kv_heads},
-        {"head_dim", sizes.head_dim},
-        {"num_heads", sizes.q_heads},
+        {"page_size", sizes.page_size},       {"num_kv_heads", sizes.kv_heads},
+        {"head_dim", sizes.head_dim},         {"num_heads", sizes.q_heads},
         {"window", sizes.window.value_or(1)},
     };
     for (const auto& [name, value] : least_one) {
@@ -60,8 +58,13 @@ int64_t attention_workspace(const AttentionSizes& sizes) {
     return cuda::AttentionLayout(shape_of(sizes)).bytes;
 }
 
-void plan_attention(const Tensor& workspace, const Tensor& query_start, const Tensor& kv_lens,
-                    const Tensor& kv_end, const AttentionSizes& sizes) {
+void plan_attention(const Tensor& workspace, const Tensor& page_table, const Tensor& query_start,
+                    const Tensor& kv_lens, const Tensor& kv_end, const AttentionSizes& sizes) {
+    Check(kPlan, "page_table", page_table)
+        .dtype(DType::kInt32)
+        .shape({sizes.requests, sizes.table_width})
+        .dense()
+        .same_device(query_start);
     Check(kPlan, "query_start", query_start)
         .dtype(DType::kInt32)
         .shape({sizes.requests + 1})
@@ -87,16 +90,18 @@ void plan_attention(const Tensor& workspace, const Tensor& query_start, const Te
             .query_start = query_start.ptr<const int32_t>(),
             .kv_lens = kv_lens.ptr<const int32_t>(),
             .kv_end = kv_end.ptr<const int32_t>(),
+            .page_table = page_table.ptr<const int32_t>(),
             .workspace = workspace.data,
         },
         cuda::stream_of(query_start));
 }
 
 void paged_attention_cuda(const AttentionInputs& in, const Tensor& workspace,
-                          int64_t max_query_tokens) {
+                          int64_t max_query_tokens, bool same_arithmetic) {
     constexpr const char* kOp = "paged_attention";
     AttentionSizes sizes = check_attention(in);
     sizes.max_query_tokens = max_query_tokens;
+    sizes.same_arithmetic = same_arithmetic;
     const cuda::AttentionShape shape = shape_of(sizes);
     if (shape.tokens == 0) return;
     cuda::AttentionArgs args{

@@ -9,11 +9,11 @@ namespace sglite::ops {
 int64_t attention_workspace(const AttentionSizes& sizes);
 
 // Fills the plan's part of the workspace (uint8, aligned to 64 bytes) on the device.
-void plan_attention(const Tensor& workspace, const Tensor& query_start, const Tensor& kv_lens,
-                    const Tensor& kv_end, const AttentionSizes& sizes);
+void plan_attention(const Tensor& workspace, const Tensor& page_table, const Tensor& query_start,
+                    const Tensor& kv_lens, const Tensor& kv_end, const AttentionSizes& sizes);
 
 // For `in.q` on a GPU. `workspace` holds a plan for the same lengths, sizes and window.
 void paged_attention_cuda(const AttentionInputs& in, const Tensor& workspace,
-                          int64_t max_query_tokens);
+                          int64_t max_query_tokens, bool same_arithmetic);
 
 }  // namespace sglite::ops

@@ -26,6 +26,7 @@ class AttentionPlan:
     head_dim: int
     window: int | None
     max_query_tokens: int
+    batch_invariant: bool
 
 
 def attention_workspace(
@@ -37,18 +38,22 @@ def attention_workspace(
     num_kv_heads: int,
     head_dim: int,
     max_query_tokens: int | None = None,
+    batch_invariant: bool = False,
 ) -> int:
     """Bytes of workspace with which `plan_attention` plans for batches of these shapes.
 
     Args:
         num_tokens: T.
         table_shape: the shape of `page_table`, [B, max_pages].
-        page_size, num_heads, num_kv_heads, head_dim, max_query_tokens: as for `plan_attention`.
+        page_size, num_heads, num_kv_heads, head_dim, max_query_tokens, batch_invariant: as for
+            `plan_attention`.
     """
     most = num_tokens if max_query_tokens is None else max_query_tokens
     requests, width = table_shape
     heads = (num_heads, num_kv_heads, head_dim)
-    return _C.attention_workspace((requests, num_tokens, width, page_size, *heads, None, most))
+    return _C.attention_workspace(
+        (requests, num_tokens, width, page_size, *heads, None, most, batch_invariant)
+    )
 
 
 def plan_attention(
@@ -63,6 +68,7 @@ def plan_attention(
     head_dim: int,
     window: int | None = None,
     max_query_tokens: int | None = None,
+    batch_invariant: bool = False,
     workspace: Tensor | None = None,
 ) -> AttentionPlan | None:
     """Cuts a batch's attention into units of work, on the GPU that the tensors lie on.
@@ -70,7 +76,9 @@ def plan_attention(
     One small kernel that reads the lengths from the device: captured in a CUDA graph together with
     the attention, it is right for any lengths that the same tensors hold when the graph runs. A
     row's bits do not depend on the plan: keys are split at absolute positions, and all that the
-    plan chooses is which splits, one after the other, are one block's work.
+    plan chooses is which splits, one after the other, are one block's work. Neighbouring requests
+    of one token whose rows of `page_table` start with the same pages read whole splits of these
+    once for several.
 
     On the CPU, where `paged_attention` plans for itself, this gives None.
 
@@ -80,6 +88,9 @@ def plan_attention(
         page_size, num_heads, num_kv_heads, head_dim, window: as in the calls that it is for.
         max_query_tokens: no request has more tokens in this batch; T when None. With 1 (decode) a
             kernel less is launched.
+        batch_invariant: also the kernel is the same for every number of tokens, so that a row has
+            the same bits in a decode, in any chunk of a prefill and in the whole; long prefills
+            are slower.
         workspace: [attention_workspace(...)] uint8 on the same device, aligned to 64 bytes;
             allocated when absent.
 
@@ -91,12 +102,12 @@ def plan_attention(
     most = kv_end.shape[0] if max_query_tokens is None else max_query_tokens
     requests, width = page_table.shape
     heads = (num_heads, num_kv_heads, head_dim)
-    sizes = (requests, kv_end.shape[0], width, page_size, *heads, window, most)
+    sizes = (requests, kv_end.shape[0], width, page_size, *heads, window, most, batch_invariant)
     if workspace is None:
         count = _C.attention_workspace(sizes)
         workspace = torch.empty(count, dtype=torch.uint8, device=query_start.device)
-    _C.plan_attention(workspace, query_start, kv_lens, kv_end, sizes)
-    return AttentionPlan(workspace, num_heads, num_kv_heads, head_dim, window, most)
+    _C.plan_attention(workspace, page_table, query_start, kv_lens, kv_end, sizes)
+    return AttentionPlan(workspace, *heads, window, most, batch_invariant)
 
 
 def paged_attention(
@@ -192,6 +203,7 @@ def paged_attention(
             soft_cap,
             plan.workspace,
             plan.max_query_tokens,
+            plan.batch_invariant,
         )
         return out
     _C.paged_attention(

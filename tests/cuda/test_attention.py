@@ -173,3 +173,33 @@ def test_names_what_is_wrong(gpu):
         ops.plan_attention(*arguments[3:], **{**sizes, "num_kv_heads": 3})
     with pytest.raises(ValueError, match="paged_attention: k_cache: expected shape"):
         ops.paged_attention(arguments[0][..., :32], *arguments[1:], 0.125)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("group", "prefix"), [(4, 530), (1, 1100), (8, 256), (2, 255)])
+def test_same_bits_over_shared_pages(gpu, dtype, group, prefix):
+    """Requests with a common prefix, in the same pages and in pages of their own."""
+    generator = torch.Generator().manual_seed(3)
+    page_size, kv_heads = 16, 2
+    tails = [5, 1, 300, 40, 17, 90] if IS_EMULATED else [5, 1, 300, 40, 17, 90, 900] * 5
+    lengths = [prefix + tail for tail in tails] + [30, 700]
+    sequences = Sequences.draw(lengths, kv_heads * group, kv_heads, 64, dtype, generator, True)
+    for r in range(1, len(tails)):
+        sequences.k[r][:prefix] = sequences.k[0][:prefix]
+        sequences.v[r][:prefix] = sequences.v[0][:prefix]
+    spans = [(r, length - 1, length) for r, length in enumerate(lengths)]
+    arguments = sequences.batch(spans, page_size, generator)
+    expected = run(gpu, arguments, 0.3)
+    table = arguments[3].clone()
+    table[1 : len(tails), : prefix // page_size] = table[0, : prefix // page_size]
+    shared = (*arguments[:3], table, *arguments[4:])
+    assert torch.equal(run(gpu, shared, 0.3), expected)
+    sizes = {"num_heads": kv_heads * group, "num_kv_heads": kv_heads, "head_dim": 64}
+
+    def units(arguments):
+        batch = [tensor.to(gpu) for tensor in arguments[3:]]
+        plan = ops.plan_attention(*batch, page_size=page_size, max_query_tokens=1, **sizes)
+        return plan.workspace[:4].view(torch.int32).item()
+
+    assert (units(shared) < units(arguments)) == (prefix >= 256)
+    check_close(gpu, shared, 0.3)
