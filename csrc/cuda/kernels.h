@@ -12,6 +12,9 @@ struct Stream {
     int device;
 };
 
+struct AttentionArgs;  // attention.h
+struct AttentionPlanArgs;
+
 struct Kernels {
     void (*rms_norm)(const RmsNormArgs&, Stream);
     void (*embedding)(const EmbeddingArgs&, Stream);
@@ -26,6 +29,9 @@ struct Kernels {
     void (*copy_kv_slots)(const CopyKvSlotsArgs&, Stream);
     // False, and nothing done, where heads do not fit the kernel: then its parts run one by one.
     bool (*rope_and_write_kv)(const RopeAndWriteKvArgs&, Stream);
+    void (*plan_attention)(const AttentionPlanArgs&, Stream);
+    bool (*planned_attention)(const AttentionArgs&);
+    void (*paged_attention)(const AttentionArgs&, Stream);
 };
 
 // The kernels; throws, naming the op and how to build them, where there are none.

@@ -17,5 +17,12 @@ void gather_tokens(const GatherTokensArgs& args, Stream stream);
 void advance(const AdvanceArgs& args, Stream stream);
 void copy_kv_slots(const CopyKvSlotsArgs& args, Stream stream);
 bool rope_and_write_kv(const RopeAndWriteKvArgs& args, Stream stream);
+void plan_attention(const AttentionPlanArgs& args, Stream stream);
+void paged_attention(const AttentionArgs& args, Stream stream);
+
+// The kernels of paged_attention.
+void attention_decode(const AttentionArgs& args, Stream stream);
+void attention_extend(const AttentionArgs& args, Stream stream);
+void attention_plain(const AttentionArgs& args, Stream stream);
 
 }  // namespace sglite::cuda

@@ -1,3 +1,4 @@
+#include "cuda/attention.h"
 #include "cuda/kernels.h"
 #include "cuda/launchers.h"
 
@@ -16,6 +17,9 @@ const Kernels table = {
     .advance = advance,
     .copy_kv_slots = copy_kv_slots,
     .rope_and_write_kv = rope_and_write_kv,
+    .plan_attention = plan_attention,
+    .planned_attention = planned_attention,
+    .paged_attention = paged_attention,
 };
 
 }  // namespace sglite::cuda

@@ -7,7 +7,12 @@ import torch  # noqa: F401  (the extension resolves OpenMP and DLPack through th
 
 from sglite.ops.activation import gelu_and_mul, silu_and_mul
 from sglite.ops.advance import advance, gather_tokens
-from sglite.ops.attention import paged_attention
+from sglite.ops.attention import (
+    AttentionPlan,
+    attention_workspace,
+    paged_attention,
+    plan_attention,
+)
 from sglite.ops.embedding import embedding
 from sglite.ops.kv_cache import copy_kv_slots, write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
@@ -16,11 +21,13 @@ from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
 
 __all__ = [
+    "AttentionPlan",
     "LogProbs",
     "PackedWeight",
     "TokenEdits",
     "advance",
     "apply_rope",
+    "attention_workspace",
     "copy_kv_slots",
     "embedding",
     "gather_tokens",
@@ -29,6 +36,7 @@ __all__ = [
     "log_probs",
     "pack_weight",
     "paged_attention",
+    "plan_attention",
     "rms_norm",
     "rope_and_write_kv",
     "sample",
