@@ -1,3 +1,5 @@
+#include "cuda/norm.cuh"
+
 #include "cuda/launchers.h"
 #include "cuda/primitives.cuh"
 #include "cuda/visit.cuh"
@@ -5,17 +7,6 @@
 namespace sglite::cuda {
 
 namespace {
-
-// The sum over the block's threads, the same in all. `scratch` has a place for each warp.
-__device__ float block_sum(float value, float* scratch) {
-    const int warps = blockDim.x / kWarp;
-    value = warp_sum(value);
-    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int warp = 0; warp < warps; ++warp) sum += scratch[warp];
-    return sum;
-}
 
 // One block for each row. `kWidth` elements are loaded at once; the row, in float32, stays in
 // shared memory between the two passes.
@@ -34,30 +25,27 @@ __global__ void rms_norm_kernel(RmsNormArgs args) {
     wait_for_previous_kernel();
     float squares = 0.0f;
     for (int64_t i = threadIdx.x * kWidth; i < args.width; i += step) {
-        const auto loaded = load_vector<kWidth>(x + i);
-        Vector<T, kWidth> sum;
-        if (residual) sum = load_vector<kWidth>(residual + i);
-        for (int j = 0; j < kWidth; ++j) {
-            float value = to_float(loaded[j]);
-            if (residual) {
-                sum[j] = from_float<T>(value + to_float(sum[j]));
-                value = to_float(sum[j]);
+        auto values = load_vector<kWidth>(x + i);
+        if (residual) {
+            const auto others = load_vector<kWidth>(residual + i);
+            for (int j = 0; j < kWidth; ++j) {
+                values[j] = from_float<T>(to_float(values[j]) + to_float(others[j]));
             }
-            row[i + j] = value;
-            squares += value * value;
+            store_vector(residual + i, values);
         }
-        if (residual) store_vector(residual + i, sum);
+        for (int j = 0; j < kWidth; ++j) row[i + j] = to_float(values[j]);
+        squares = add_squares(squares, values);
     }
-    const float mean = block_sum(squares, scratch) / static_cast<float>(args.width);
-    const float scale = 1.0f / sqrtf(mean + args.epsilon);
+    squares = warp_sum(squares);
+    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = squares;
+    __syncthreads();
+    const float scale = norm_scale(scratch, blockDim.x / kWarp, args.width, args.epsilon);
     let_next_kernel_start();
     for (int64_t i = threadIdx.x * kWidth; i < args.width; i += step) {
         const auto weights = load_vector<kWidth>(weight + i);
         Vector<T, kWidth> result;
         for (int j = 0; j < kWidth; ++j) {
-            // Rounded before the product, where Hugging Face rounds.
-            const float normed = to_float(from_float<T>(row[i + j] * scale));
-            result[j] = from_float<T>(normed * (to_float(weights[j]) + args.weight_offset));
+            result[j] = apply_norm<T>(row[i + j], scale, weights[j], args.weight_offset);
         }
         store_vector(out + i, result);
     }
@@ -73,8 +61,7 @@ void rms_norm(const RmsNormArgs& args, Stream stream) {
                           aligned16<T>({args.x_stride, args.out_stride, args.residual_stride},
                                        {args.x, args.out, args.residual, args.weight});
         const int64_t vectors = wide ? args.width / kWide : args.width;
-        int threads = kWarp;
-        while (threads < 1024 && threads < vectors) threads *= 2;
+        const int threads = norm_threads(vectors);
         const Launch settings{
             .op = "rms_norm",
             .grid = dim3(static_cast<unsigned>(args.rows)),
