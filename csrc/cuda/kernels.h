@@ -14,6 +14,8 @@ struct Stream {
 
 struct Kernels {
     void (*rms_norm)(const RmsNormArgs&, Stream);
+    void (*linear)(const LinearArgs&, const LinearFusion&, Stream);
+    bool (*linear_takes)(const LinearArgs&);
     void (*embedding)(const EmbeddingArgs&, Stream);
     void (*apply_rope)(const RopeArgs&, Stream);
     void (*gated_activation)(const GatedActivationArgs&, Stream);

@@ -8,6 +8,7 @@ import torch  # noqa: F401  (the extension resolves OpenMP and DLPack through th
 from sglite.ops.activation import gelu_and_mul, silu_and_mul
 from sglite.ops.attention import paged_attention
 from sglite.ops.embedding import embedding
+from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm_linear
 from sglite.ops.kv_cache import write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
 from sglite.ops.norm import rms_norm
@@ -20,9 +21,13 @@ __all__ = [
     "TokenEdits",
     "apply_rope",
     "embedding",
+    "gated",
+    "gated_linear",
     "gelu_and_mul",
     "linear",
     "log_probs",
+    "norm_gated_linear",
+    "norm_linear",
     "pack_weight",
     "paged_attention",
     "rms_norm",
