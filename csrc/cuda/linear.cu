@@ -87,7 +87,7 @@ void run_segments(const LinearArgs& args, const LinearFusion& fusion, Stream str
             rows.norm_weight = fusion.norm_weight;
             rows.epsilon = fusion.epsilon;
             rows.weight_offset = fusion.weight_offset;
-            rows.m = static_cast<int>(min<int64_t>(kMostTokens, args.m - token));
+            rows.m = static_cast<int>(min(int64_t{kMostTokens}, args.m - token));
             rows.n = static_cast<int>(fusion.is_gated ? args.n : segment.rows);
             rows.k = static_cast<int>(args.k);
             rows.out_stride = args.out_stride;

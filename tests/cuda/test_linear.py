@@ -1,4 +1,4 @@
-"""The linear kernel for few rows on the GPU: against plain torch, and bit for bit against itself."""
+"""The linear kernel for few rows on the GPU: against plain torch, and bits that must not change."""
 
 import pytest
 import torch
