@@ -10,6 +10,7 @@ float32 (torch's are rounded to bfloat16).
 import argparse
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -64,7 +65,7 @@ def microseconds(calls: list[Callable[[], object]], repeats: int) -> float:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    times = [a.elapsed_time(b) for a, b in pairwise(marks)]
     return median(times) * 1e3 / len(calls)
 
 
