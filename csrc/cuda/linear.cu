@@ -1,6 +1,7 @@
 // Linear layers for few rows; see linear_rows.cuh. For many rows there is torch.
 #include "cuda/launchers.h"
 #include "cuda/linear_rows.cuh"
+#include "cuda/linear_wide.cuh"
 #include "cuda/visit.cuh"
 
 namespace sglite::cuda {
@@ -49,8 +50,23 @@ void run_groups(const LinearRowsArgs& args, int groups, int warps, Stream stream
         case 2:
             return run<T, 2, kOctets, kOctets == 1 ? 4 : 2, kNorm>(args, warps, stream);
         default:
-            return run<T, 4, kOctets, kOctets <= 2 ? 2 : 1, kNorm>(args, warps, stream);
+            return run<T, 4, kOctets, 2, kNorm>(args, warps, stream);
     }
+}
+
+template <typename T, int kGroups, int kOctets, int kStages>
+void run_wide(const LinearRowsArgs& args, int warps, Stream stream) {
+    const int width = args.is_gated ? 4 * kGroups : 8 * kGroups;
+    launch<linear_wide_kernel<T, kGroups, kOctets, kStages, kMostWarps>>(
+        {
+            .op = kOp,
+            .grid = dim3((args.n + width - 1) / width),
+            .threads = warps * kWarp,
+            .shared_bytes = linear_wide_shared<kGroups, kOctets, kStages>(args.m, warps),
+            .stream = stream,
+            .overlaps = true,
+        },
+        args);
 }
 
 template <typename T>
@@ -65,8 +81,12 @@ void run_rows(const LinearRowsArgs& args, Stream stream) {
     }
     if (args.m <= 8) return run_groups<T, 1, false>(args, groups, warps, stream);
     if (args.m <= 16) return run_groups<T, 2, false>(args, groups, warps, stream);
-    if (args.m <= 32) return run_groups<T, 4, false>(args, groups, warps, stream);
-    run_groups<T, 8, false>(args, groups, warps, stream);
+    if (args.m <= 32) {
+        return weight_rows <= 4096 ? run_wide<T, 4, 4, 4>(args, warps, stream)
+                                   : run_wide<T, 8, 4, 4>(args, warps, stream);
+    }
+    if (weight_rows <= 4096) return run_wide<T, 4, 8, 4>(args, warps, stream);
+    run_wide<T, 8, 8, 3>(args, warps, stream);
 }
 
 template <typename T>

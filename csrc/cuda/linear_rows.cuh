@@ -1,5 +1,5 @@
-// A linear layer for up to 64 rows of x ("tokens"), which reads every weight once, as fast as
-// memory gives it.
+// A linear layer for few rows of x ("tokens"), which reads every weight once, as fast as memory
+// gives it.
 //
 // Tokens are the rows of the matrix instruction's A and outputs the columns of its B. A weight lies
 // as the checkpoint has it, [n, k]: lane (g, t) of a warp takes 16 bytes of row g, eight elements,
@@ -43,6 +43,10 @@ inline __host__ __device__ int norm_row_stride(int k) {
     return (k + kLinearChunk - 1) / kLinearChunk * kLinearChunk + kLinearChunk / 2;
 }
 
+// Where a warp leaves its sums: [warp][token][row]. Padded, so that the lanes of a warp, which have
+// eight tokens, write to different banks.
+inline __host__ __device__ constexpr int padded_row(int rows) { return rows + 8; }
+
 struct LinearShared {
     size_t norm_weight, norm_sums, partial_sums, bytes;  // offsets; rows of x lie at 0
 };
@@ -58,7 +62,7 @@ inline __host__ __device__ LinearShared linear_shared(int m, int k, int rows, in
         at += static_cast<size_t>(m) * kWarp * sizeof(float);
     }
     shared.partial_sums = at;
-    shared.bytes = at + static_cast<size_t>(warps) * m * rows * sizeof(float);
+    shared.bytes = at + static_cast<size_t>(warps) * m * padded_row(rows) * sizeof(float);
     return shared;
 }
 
@@ -101,6 +105,38 @@ __device__ void norm_rows(const LinearRowsArgs& args, T* rows, const T* norm_wei
     __syncthreads();
 }
 
+// The weight's row that is row `i` of the block's kRows. Rows beyond the last are read as the last,
+// and not written.
+template <typename T, int kRows>
+__device__ inline const T* weight_row(const LinearRowsArgs& args, int i) {
+    const int width = args.is_gated ? kRows / 2 : kRows;
+    const bool is_up = i >= width;
+    const int row = min(static_cast<int>(blockIdx.x) * width + (is_up ? i - width : i), args.n - 1);
+    return static_cast<const T*>(args.weight) + (is_up ? row + args.n : row) * args.weight_stride;
+}
+
+// Stores the sums of a warp: those of mma_16x8x16 for each 16 tokens and 8 rows.
+template <int kTiles, int kGroups>
+__device__ inline void store_sums(const LinearRowsArgs& args, float* partial_sums,
+                                  const float (&sums)[kTiles][kGroups][4]) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            const int token = 16 * tile + 8 * part + g;
+            if (token >= args.m) continue;
+            float* to = partial_sums + (warp * args.m + token) * padded_row(8 * kGroups) + 2 * t;
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) {
+                const Vector<float, 2> pair{sums[tile][i][2 * part], sums[tile][i][2 * part + 1]};
+                store_vector(to + 8 * i, pair);
+            }
+        }
+    }
+}
+
 // Adds up what the warps have, and writes the block's outputs.
 template <typename T, int kRows>
 __device__ void write_linear_rows(const LinearRowsArgs& args, const float* partial_sums) {
@@ -114,7 +150,7 @@ __device__ void write_linear_rows(const LinearRowsArgs& args, const float* parti
         auto sum_of = [&](int row, int weight_row) {
             float sum = 0.0f;
             for (int warp = 0; warp < warps; ++warp) {
-                sum += partial_sums[(warp * args.m + token) * kRows + row];
+                sum += partial_sums[(warp * args.m + token) * padded_row(kRows) + row];
             }
             return bias ? sum + to_float(bias[weight_row]) : sum;
         };
@@ -142,32 +178,22 @@ __device__ void write_linear_rows(const LinearRowsArgs& args, const float* parti
     }
 }
 
-// kGroups: eights of weight rows of the block. kOctets: eights of tokens, at least m / 8; 1, 2, 4
-// or 8. kDepth: chunks of weights in flight. grid: as many blocks as the outputs need.
+// kGroups: eights of weight rows of the block. kOctets: eights of tokens, at least m / 8; 1 or 2.
+// kDepth: chunks of weights in flight. grid: as many blocks as the outputs need.
 template <typename T, int kGroups, int kOctets, int kDepth, bool kNorm, int kMostWarps>
-__global__ void __launch_bounds__(kMostWarps* kWarp) linear_rows_kernel(LinearRowsArgs args) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, kOctets == 1 && kGroups * kDepth <= 8 ? 2 : 1)
+    linear_rows_kernel(LinearRowsArgs args) {
     constexpr int kRows = 8 * kGroups, kTiles = (kOctets + 1) / 2;
-    // Of x, as of the weights, the next chunks are on their way, where there are registers for it.
-    constexpr bool kPrefetchX = !kNorm && kOctets <= 2;
+    // Of x, as of the weights, the next chunks are on their way, unless it is in shared memory.
+    constexpr bool kPrefetchX = !kNorm;
     constexpr int kDepthX = kPrefetchX ? kDepth : 1;
     unsigned char* shared = dynamic_shared<unsigned char>();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     const int g = lane / 4, t = lane % 4;
     const LinearShared places = linear_shared(args.m, args.k, kRows, warps, kNorm);
 
-    // Rows beyond the last are read as the last, and not written.
     const T* weights[kGroups];
-    for (int i = 0; i < kGroups; ++i) {
-        int row = static_cast<int>(blockIdx.x) * kRows + 8 * i + g;
-        if (args.is_gated) {
-            constexpr int kHalf = kGroups / 2;
-            const int of_half = i < kHalf ? i : i - kHalf;
-            row = static_cast<int>(blockIdx.x) * (kRows / 2) + 8 * of_half + g;
-        }
-        row = min(row, args.n - 1);
-        if (args.is_gated && i >= kGroups / 2) row += args.n;
-        weights[i] = static_cast<const T*>(args.weight) + row * args.weight_stride;
-    }
+    for (int i = 0; i < kGroups; ++i) weights[i] = weight_row<T, kRows>(args, 8 * i + g);
     uint4 w[kDepth][kGroups][2];
     auto load_weights = [&](int stage, int chunk) {
         for (int half = 0; half < 2; ++half) {
@@ -246,17 +272,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) linear_rows_kernel(LinearRo
     }
 
     float* partial_sums = reinterpret_cast<float*>(shared + places.partial_sums);
-    for (int tile = 0; tile < kTiles; ++tile) {
-        for (int part = 0; part < 2; ++part) {
-            const int token = 16 * tile + 8 * part + g;
-            if (token >= args.m) continue;
-            float* to = partial_sums + (warp * args.m + token) * kRows + 2 * t;
-            for (int i = 0; i < kGroups; ++i) {
-                to[8 * i] = sums[tile][i][2 * part];
-                to[8 * i + 1] = sums[tile][i][2 * part + 1];
-            }
-        }
-    }
+    store_sums(args, partial_sums, sums);
     __syncthreads();
     write_linear_rows<T, kRows>(args, partial_sums);
 }
