@@ -91,6 +91,14 @@ struct RopeAndWriteKvArgs {
 
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
 
+// What a linear layer does beside its product, on CUDA alone.
+struct LinearFusion {
+    const void* norm_weight;  // [k] or null: else x is normalised first, as RmsNormArgs has it
+    float epsilon, weight_offset;
+    bool is_gated;  // weight and bias have 2 * n rows, gate, then up; out = activation(gate) * up
+    Activation activation;
+};
+
 struct GatedActivationArgs {
     void* out;      // [rows, width]
     const void* x;  // [rows, 2 * width]: gate, then up

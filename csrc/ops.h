@@ -35,6 +35,18 @@ void linear_plain(const Tensor& out, const Tensor& x, const std::vector<Tensor>&
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                   const std::optional<Tensor>& workspace);
 
+// Whether the CUDA kernel for few rows takes these: a dtype of 16 bits, rows that start at
+// multiples of 16 bytes. For others, and for many rows, there is torch.
+bool linear_takes(const Tensor& x, const std::vector<Tensor>& segments);
+
+// On CUDA: linear_plain of one weight with x normalised first (see rms_norm), where there is a
+// norm_weight; with an activation ("silu", "gelu", "gelu_tanh") the weight is [2 * n, k], gate,
+// then up, and out = activation(gate) * up, both rounded before.
+void linear_fused(const Tensor& out, const Tensor& x, const Tensor& weight,
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                  const std::optional<Tensor>& norm_weight, double epsilon, double weight_offset,
+                  const std::optional<std::string>& activation);
+
 // out[i] = table[ids[i]]. Shapes: ids [count], int64; table [n, k], packed or plain; out [count,
 // k].
 void embedding_packed(const Tensor& out, const Tensor& ids, const Tensor& storage, int64_t n,

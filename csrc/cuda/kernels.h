@@ -17,6 +17,8 @@ struct AttentionPlanArgs;
 
 struct Kernels {
     void (*rms_norm)(const RmsNormArgs&, Stream);
+    void (*linear)(const LinearArgs&, const LinearFusion&, Stream);
+    bool (*linear_takes)(const LinearArgs&);
     void (*embedding)(const EmbeddingArgs&, Stream);
     void (*apply_rope)(const RopeArgs&, Stream);
     void (*gated_activation)(const GatedActivationArgs&, Stream);

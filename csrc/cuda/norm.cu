@@ -9,7 +9,6 @@ namespace sglite::cuda {
 
 namespace {
 
-constexpr int kMostThreads = 1024;
 constexpr int kNarrowThreads = 128;  // of a block for several narrow rows
 
 template <typename T>
@@ -72,7 +71,7 @@ __global__ void __launch_bounds__(kNarrowThreads)
 
 // The sum over the block's threads, the same in all.
 __device__ float block_sum(float value) {
-    __shared__ float sums[kMostThreads / kWarp];
+    __shared__ float sums[kMostNormThreads / kWarp];
     value = warp_sum(value);
     if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = value;
     __syncthreads();
@@ -82,9 +81,9 @@ __device__ float block_sum(float value) {
 }
 
 // A block for each row. A thread keeps its first chunk in registers; further ones, of rows of more
-// than kMostThreads chunks, are read again.
+// than kMostNormThreads chunks, are read again.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kMostThreads) rms_norm_kernel(RmsNormArgs args) {
+__global__ void __launch_bounds__(kMostNormThreads) rms_norm_kernel(RmsNormArgs args) {
     const int64_t width = args.width, step = static_cast<int64_t>(blockDim.x) * kChunk<T>;
     const int64_t start = threadIdx.x * kChunk<T>;
     const Row<T> row(args, blockIdx.x);
@@ -119,8 +118,7 @@ void run(const RmsNormArgs& args, Stream stream) {
             {
                 .op = "rms_norm",
                 .grid = dim3(static_cast<unsigned>(args.rows)),
-                .threads = static_cast<int>(
-                    min(int64_t{kMostThreads}, (chunks + kWarp - 1) / kWarp * kWarp)),
+                .threads = norm_threads(chunks),
                 .stream = stream,
                 .overlaps = true,
             },

@@ -13,6 +13,16 @@ constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 using Chunk = Vector<T, kChunk<T>>;
 
+constexpr int kMostNormThreads = 1024;
+
+// Threads that share a row of so many chunks; thread i takes chunks i, i + threads and so on. Up to
+// two chunks for each lane, one warp does.
+inline __host__ __device__ int norm_threads(int64_t chunks) {
+    if (chunks <= 2 * kWarp) return kWarp;
+    const int64_t threads = (chunks + kWarp - 1) / kWarp * kWarp;
+    return static_cast<int>(threads < kMostNormThreads ? threads : kMostNormThreads);
+}
+
 // The chunk from element `start` of a row on; zeros beyond the row's end.
 template <bool kAligned, typename T>
 __device__ inline Chunk<T> load_chunk(const T* row, int64_t start, int64_t width) {

@@ -66,6 +66,13 @@ static void bind_linear(py::module_& m) {
         py::arg("workspace"));
 }
 
+static void bind_fused_linear(py::module_& m) {
+    m.def("linear_takes", &ops::linear_takes, py::arg("x"), py::arg("segments"));
+    m.def("linear_fused", &ops::linear_fused, py::arg("out"), py::arg("x"), py::arg("weight"),
+          py::arg("bias"), py::arg("residual"), py::arg("norm_weight"), py::arg("epsilon"),
+          py::arg("weight_offset"), py::arg("activation"));
+}
+
 static void bind_embedding(py::module_& m) {
     m.def(
         "embedding_packed",
@@ -238,6 +245,7 @@ static void bind_advance(py::module_& m) {
 void bind_ops(py::module_& m) {
     bind_norm(m);
     bind_linear(m);
+    bind_fused_linear(m);
     bind_embedding(m);
     bind_rope(m);
     bind_activation(m);

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from sglite import ops
 from sglite.interface.errors import UnsupportedModelError
-from sglite.layers.composite import add_part, is_plain
+from sglite.layers.composite import add_part, is_plain, norm_linear
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.linear import Linear, QKVLinear
 from sglite.layers.norm import RMSNorm
@@ -197,9 +197,13 @@ class SelfAttention(nn.Module):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
         residual: Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> Tensor:
-        """[T, hidden_size] -> [T, hidden_size], with `residual` added where it is given."""
-        qkv = self.qkv_proj(hidden_states)
+        """[T, hidden_size] -> [T, hidden_size].
+
+        Where they are given, `norm` is applied to the input and `residual` added to the result.
+        """
+        qkv = norm_linear(norm, self.qkv_proj, QKVLinear, hidden_states)
         if self._parts_are_plain():
             out = self.attn.attend(
                 self._rotate_and_write(qkv, positions, forward_batch), forward_batch

@@ -14,6 +14,7 @@ from sglite.ops.attention import (
     plan_attention,
 )
 from sglite.ops.embedding import embedding
+from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm_linear
 from sglite.ops.kv_cache import copy_kv_slots, write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
 from sglite.ops.norm import rms_norm
@@ -30,10 +31,14 @@ __all__ = [
     "attention_workspace",
     "copy_kv_slots",
     "embedding",
+    "gated",
+    "gated_linear",
     "gather_tokens",
     "gelu_and_mul",
     "linear",
     "log_probs",
+    "norm_gated_linear",
+    "norm_linear",
     "pack_weight",
     "paged_attention",
     "plan_attention",

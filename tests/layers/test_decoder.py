@@ -69,13 +69,32 @@ def parts(loaded):
     return {
         "layer": layer,
         "self_attn": layer.self_attn,
+        "qkv_proj": layer.self_attn.qkv_proj,
         "o_proj": layer.self_attn.o_proj,
         "mlp": layer.mlp,
+        "gate_up_proj": layer.mlp.gate_up_proj,
+        "act_fn": layer.mlp.act_fn,
         "down_proj": layer.mlp.down_proj,
+        "input_layernorm": layer.input_layernorm,
+        "post_attention_layernorm": layer.post_attention_layernorm,
     }
 
 
-@pytest.mark.parametrize("name", ["layer", "self_attn", "o_proj", "mlp", "down_proj"])
+PART_NAMES = [
+    "layer",
+    "self_attn",
+    "qkv_proj",
+    "o_proj",
+    "mlp",
+    "gate_up_proj",
+    "act_fn",
+    "down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+]
+
+
+@pytest.mark.parametrize("name", PART_NAMES)
 def test_a_hook_sees_the_parts_own_output_and_changes_no_bit(loaded, name):
     before = logits_of(loaded)
     seen = []
@@ -85,8 +104,8 @@ def test_a_hook_sees_the_parts_own_output_and_changes_no_bit(loaded, name):
     assert torch.equal(logits_of(loaded), before)
     hook.remove()
     (inputs, output) = seen[0]
-    if name in ("o_proj", "down_proj"):
-        # Without the residual: what the layer alone gives for its input.
+    if name not in ("layer", "self_attn", "qkv_proj"):  # whose output is rotated in place
+        # Without the norm in front or the residual: what the part alone gives for its input.
         assert torch.equal(output, parts(loaded)[name](inputs[0]))
     assert torch.equal(logits_of(loaded), before)
 
