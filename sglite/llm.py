@@ -1,9 +1,9 @@
 """`LLM`: load a model, generate text. The one class that most people ever see."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from sglite.cache.prefix_cache import PrefixCache
 from sglite.engine.driver import Call, Driver
 from sglite.engine.engine import Engine
 from sglite.engine.intake import Intake, Limits
-from sglite.engine.memory import kv_tokens_that_fit
+from sglite.engine.memory import check_kv_tokens, kv_tokens_that_fit
 from sglite.engine.model_runner import ModelRunner
 from sglite.engine.results import RequestGroup
 from sglite.engine.scheduler import Scheduler
 from sglite.engine.tokenizer import Tokenizer
+from sglite.interface import checks
 from sglite.interface.config import EngineConfig, LLMOptions
 from sglite.interface.errors import (
     ConfigError,
@@ -35,6 +36,8 @@ from sglite.models.loader import load_model
 
 # Floats of logits that one step may hold for prompt log-probabilities: 256 MB.
 _MAX_LOGITS = 1 << 26
+# The share of the free memory that the KV cache takes unless told otherwise.
+_MEM_FRACTION = 0.4
 
 
 class LLM:
@@ -102,6 +105,7 @@ class LLM:
         if model is None:
             del given["model"]
         options = LLMOptions.from_keywords({**given, **others})
+        num_threads = _resolve_num_threads(options.num_threads)
         device_name = _resolve_device(options.device)
         checkpoint = resolve_checkpoint(
             options.model,
@@ -126,8 +130,12 @@ class LLM:
             trust_remote_code=options.trust_remote_code,
         )
         bytes_per_token = sum(layer.bytes_per_token(loaded.dtype) for layer in loaded.kv_layers)
-        mem_fraction = options.mem_fraction or (0.4 if not options.kv_cache_tokens else None)
-        fitting = options.kv_cache_tokens or kv_tokens_that_fit(mem_fraction, bytes_per_token)
+        if options.kv_cache_tokens:
+            mem_fraction = None
+            fitting = check_kv_tokens(options.kv_cache_tokens, bytes_per_token)
+        else:
+            mem_fraction = options.mem_fraction or _MEM_FRACTION
+            fitting = kv_tokens_that_fit(mem_fraction, bytes_per_token)
         self.config = EngineConfig.resolve(
             options,
             model=str(options.model),
@@ -138,7 +146,7 @@ class LLM:
             context_limit=loaded.max_positions,
             kv_cache_tokens=fitting,
             mem_fraction=mem_fraction,
-            num_threads=options.num_threads or torch.get_num_threads(),
+            num_threads=num_threads,
             batch_invariant=True,
         )
         config = self.config
@@ -279,11 +287,12 @@ class LLM:
     def _wait(call: Call, groups: list[RequestGroup], progress: bool | None) -> None:
         if progress is None:
             progress = len(groups) > 1 and _someone_is_watching()
-        with tqdm(total=len(groups), unit="prompt", disable=not progress) as bar:
-            seen = 0
+        seen = 0
+        # Even a bar that is switched off would start a thread of tqdm's.
+        with tqdm(total=len(groups), unit="prompt") if progress else nullcontext() as bar:
             while not call.is_finished:
                 seen = call.wait(seen)
-                if progress:
+                if bar is not None:
                     bar.update(sum(group.is_finished for group in groups) - bar.n)
 
     def _stream(self, groups: list[RequestGroup]) -> Iterator[StreamChunk]:
@@ -408,13 +417,31 @@ def _resolve_device(device: str) -> str:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     found = "there is a GPU" if device == "auto" else f"device={device!r} was asked for"
-    raise ConfigError(f"{found}, but this version has kernels for the CPU only: pass device='cpu'")
+    if not _C.cuda_architectures:
+        raise ConfigError(
+            f"{found}, but the extension was built without CUDA: install it again with "
+            f"SGLITE_CUDA=1 in the environment, or pass device='cpu'"
+        )
+    raise ConfigError(f"{found}, but this version runs models on the CPU only: pass device='cpu'")
+
+
+def _resolve_num_threads(asked: int | None) -> int:
+    """Torch's number, or what was asked for; more than there are processors only cost time."""
+    processors = os.cpu_count() or 1
+    if asked is not None and asked > processors:
+        checks.refuse(
+            "num_threads",
+            asked,
+            f"at most {processors}, the processors of this machine",
+            ConfigError,
+        )
+    return asked or torch.get_num_threads()
 
 
 def _thread_state(num_threads: int):
     """Makes the context in which steps run: what it sets belongs to the thread alone."""
 
-    @contextlib.contextmanager
+    @contextmanager
     def state():
         _C.set_num_threads(num_threads)
         with torch.inference_mode():
