@@ -163,6 +163,7 @@ class DecodeState:
             page_table=self._page_table[:num_rows],
             logits_rows=self._rows[:num_rows],
             kv_cache=kv_cache,
+            max_query_tokens=1,
         )
         return self._input_ids[:num_rows], self._positions[:num_rows], batch
 

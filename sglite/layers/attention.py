@@ -110,6 +110,9 @@ class RadixAttention(nn.Module):
             self.scaling,
             window=self.sliding_window,
             soft_cap=self.logit_cap,
+            plan=forward_batch.attention_plan(
+                self.num_heads, self.num_kv_heads, self.head_dim, self.sliding_window
+            ),
         )
         return out.view(-1, self.width)
 
