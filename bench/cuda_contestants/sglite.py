@@ -37,12 +37,12 @@ class Sglite:
         self.device, self.decodes, self.prefill = device, decodes, prefill
         if device == "cuda":
             torch.empty(1, device="cuda")  # the GPU's context is torch's, not ours
-        # A page more for each request, as a request's last page may not be full.
-        kv_tokens = max(d.batch * (d.context + d.new_tokens + 32) for d in decodes)
-        kv_tokens = max(kv_tokens, 2 * prefill.tokens)
+        arguments = dict(arguments or {})
+        if device == "cpu":  # a trial; on a GPU the default belongs to what is measured
+            arguments["kv_cache_tokens"] = 16_384
         start = time.perf_counter()
         with self._weights_loaded_at() as loaded:
-            self.llm = LLM(folder, device=device, kv_cache_tokens=kv_tokens, **(arguments or {}))
+            self.llm = LLM(folder, device=device, **arguments)
         made = time.perf_counter()
         self._generate([list(range(1, 17))], 8)
         self.startup = {
