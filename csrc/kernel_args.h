@@ -115,9 +115,9 @@ struct SampleArgs {
     const int32_t* bias_ids;
     const float* bias_values;
     const int32_t* allowed_ids;
-    char* workspace;  // [workers, sampling_workspace_bytes(vocab)]
+    char* workspace;  // on the CPU one for each worker
     int64_t count, vocab, logits_stride;
-    int workers;
+    int workers;  // threads; read on the CPU
 };
 
 struct LogProbsArgs {
@@ -128,9 +128,30 @@ struct LogProbsArgs {
     const float* logits;         // [any, vocab]
     const int64_t* logits_rows;  // [count], or null: row i of `logits` is row i
     const int64_t* token_ids;    // [count]
-    char* workspace;             // [workers, sampling_workspace_bytes(vocab)]
+    char* workspace;             // on the CPU one for each worker
     int64_t count, vocab, top_n, logits_stride;
-    int workers;
+    int workers;  // threads; read on the CPU
+};
+
+struct GatherTokensArgs {
+    int64_t* input_ids;       // [count]
+    const int64_t* previous;  // [any]
+    const void* sources;      // [count] int32 or int64: a row of `previous`, negative for none
+    bool wide;                // whether sources are int64
+    int64_t count;
+};
+
+// The rows of decode steps; see sglite/ops/advance.py.
+struct AdvanceArgs {
+    const int64_t* token_ids;   // [rows]
+    int64_t* input_ids;         // [rows]
+    int64_t* positions;         // [rows]
+    int32_t* kv_lens;           // [rows]
+    int32_t* kv_end;            // [rows]
+    int64_t* slots;             // [rows]
+    int64_t* integers;          // [rows, kSampleIntegers]
+    const int32_t* page_table;  // [rows, max_pages]
+    int64_t rows, max_pages, page_table_stride, page_size;
 };
 
 }  // namespace sglite

@@ -63,6 +63,10 @@ struct TokenEdits {
     Tensor bias_ids, bias_values, allowed_ids;
 };
 
+// Bytes that sampling wants as its workspace (uint8) on the device of `like`, for so many rows of
+// logits. On the CPU it makes do with less: what cpu::sampling_workspace_bytes says for one thread.
+int64_t sampling_workspace_bytes(const Tensor& like, int64_t vocab, int64_t rows);
+
 // A token for each row of float32 logits [any, vocab], `rows` [count] int64 picking rows of them.
 // token_ids [count] int64 and status [count] int32 are written.
 void sample(const Tensor& token_ids, const Tensor& status, const Tensor& logits,
@@ -73,5 +77,14 @@ void sample(const Tensor& token_ids, const Tensor& status, const Tensor& logits,
 void log_probs(const Tensor& logprobs, const Tensor& ranks, const Tensor& top_ids,
                const Tensor& top_logprobs, const Tensor& logits, const std::optional<Tensor>& rows,
                const Tensor& token_ids, const Tensor& workspace);
+
+// input_ids[i] = previous[sources[i]] where sources[i] >= 0. Shapes: input_ids [count] int64;
+// previous [any] int64; sources [count] int32 or int64.
+void gather_tokens(const Tensor& input_ids, const Tensor& previous, const Tensor& sources);
+
+// Moves the rows of a decode batch on by the token that each has drawn; see sglite/ops/advance.py.
+void advance(const Tensor& token_ids, const Tensor& input_ids, const Tensor& positions,
+             const Tensor& kv_lens, const Tensor& kv_end, const Tensor& slots,
+             const Tensor& integers, const Tensor& page_table, int64_t page_size);
 
 }  // namespace sglite::ops

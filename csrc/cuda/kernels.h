@@ -18,6 +18,8 @@ struct Kernels {
     void (*apply_rope)(const RopeArgs&, Stream);
     void (*gated_activation)(const GatedActivationArgs&, Stream);
     void (*write_kv)(const WriteKvArgs&, Stream);
+    void (*gather_tokens)(const GatherTokensArgs&, Stream);
+    void (*advance)(const AdvanceArgs&, Stream);
 };
 
 // The kernels; throws, naming the op and how to build them, where there are none.

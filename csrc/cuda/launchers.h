@@ -10,5 +10,7 @@ void embedding(const EmbeddingArgs& args, Stream stream);
 void apply_rope(const RopeArgs& args, Stream stream);
 void gated_activation(const GatedActivationArgs& args, Stream stream);
 void write_kv(const WriteKvArgs& args, Stream stream);
+void gather_tokens(const GatherTokensArgs& args, Stream stream);
+void advance(const AdvanceArgs& args, Stream stream);
 
 }  // namespace sglite::cuda

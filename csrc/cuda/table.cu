@@ -9,6 +9,8 @@ const Kernels table = {
     .apply_rope = apply_rope,
     .gated_activation = gated_activation,
     .write_kv = write_kv,
+    .gather_tokens = gather_tokens,
+    .advance = advance,
 };
 
 }  // namespace sglite::cuda

@@ -5,17 +5,20 @@
 
 namespace sglite::ops {
 
-using cpu::sampling_workspace_bytes;
+int64_t sampling_workspace_bytes(const Tensor& like, int64_t vocab, int64_t) {
+    cpu::require_cpu("sampling_workspace", like);
+    return cpu::sampling_workspace_bytes(vocab) * cpu::num_threads();
+}
 
 // Rows that one thread takes at once when the vocabulary is small: a team of threads costs several
 // microseconds, the time of so many logits.
 static int worker_count(const char* op, int64_t rows, int64_t vocab, const Tensor& workspace) {
     constexpr int64_t kLogitsWorthAThread = 65536;
     Check(op, "workspace", workspace).dtype(DType::kUInt8).ndim(1).dense();
-    const int64_t room = workspace.size(0) / sampling_workspace_bytes(vocab);
+    const int64_t room = workspace.size(0) / cpu::sampling_workspace_bytes(vocab);
     if (room < 1) {
         Check(op, "workspace", workspace)
-            .fail("at least " + std::to_string(sampling_workspace_bytes(vocab)) + " bytes");
+            .fail("at least " + std::to_string(cpu::sampling_workspace_bytes(vocab)) + " bytes");
     }
     int64_t workers = 1 + rows * vocab / kLogitsWorthAThread;
     for (int64_t limit : {rows, room, static_cast<int64_t>(cpu::num_threads())}) {

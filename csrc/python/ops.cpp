@@ -143,7 +143,8 @@ static void bind_attention(py::module_& m) {
 }
 
 static void bind_sampling(py::module_& m) {
-    m.def("sampling_workspace_bytes", &cpu::sampling_workspace_bytes, py::arg("vocab"));
+    m.def("sampling_workspace_bytes", &ops::sampling_workspace_bytes, py::arg("like"),
+          py::arg("vocab"), py::arg("rows"));
     m.def(
         "sample",
         [](const Tensor& token_ids, const Tensor& status, const Tensor& logits,
@@ -172,6 +173,14 @@ static void bind_sampling(py::module_& m) {
         py::arg("logits"), py::arg("rows"), py::arg("token_ids"), py::arg("workspace"));
 }
 
+static void bind_advance(py::module_& m) {
+    m.def("gather_tokens", &ops::gather_tokens, py::arg("input_ids"), py::arg("previous"),
+          py::arg("sources"));
+    m.def("advance", &ops::advance, py::arg("token_ids"), py::arg("input_ids"),
+          py::arg("positions"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("slots"),
+          py::arg("integers"), py::arg("page_table"), py::arg("page_size"));
+}
+
 void bind_ops(py::module_& m) {
     bind_norm(m);
     bind_linear(m);
@@ -181,6 +190,7 @@ void bind_ops(py::module_& m) {
     bind_kv_cache(m);
     bind_attention(m);
     bind_sampling(m);
+    bind_advance(m);
 }
 
 }  // namespace sglite

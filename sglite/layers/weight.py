@@ -1,8 +1,9 @@
 """The matrix behind a linear layer or an embedding, allocated when it is first written.
 
-On the CPU it is packed in the order in which the kernel reads it; on a GPU it lies as the checkpoint
-has it. Late allocation means that a checkpoint's headers are compared with the whole model before
-any memory is taken for it, and that a model is built without knowing the dtype it will run in.
+On the CPU it is packed in the order in which the kernel reads it; on a GPU it lies as the
+checkpoint has it. Late allocation means that a checkpoint's headers are compared with the whole
+model before any memory is taken for it, and that a model is built without knowing the dtype it will
+run in.
 """
 
 from collections.abc import Callable

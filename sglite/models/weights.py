@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sglite.interface.errors import CheckpointError
 from sglite.layers.linear import StackedLinear
-from sglite.layers.weight import WeightModule, Weight
+from sglite.layers.weight import Weight, WeightModule
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
 
 # Tensors that old checkpoints hold and that are computed from the config.
@@ -63,7 +63,7 @@ class Target:
             stored = self.tensor.read_rows(self.start, self.start + self.shape[0])
         else:
             stored = self._place()
-        return torch.equal(stored, value.to(self.dtype))
+        return torch.equal(stored, value.to(stored.device, self.dtype))
 
     def _place(self) -> Tensor:
         whole = self.tensor.detach()

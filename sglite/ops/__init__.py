@@ -6,6 +6,7 @@ Every op has the same function in plain torch in `sglite.ops.reference`, which t
 import torch  # noqa: F401  (the extension resolves OpenMP and DLPack through the loaded torch)
 
 from sglite.ops.activation import gelu_and_mul, silu_and_mul
+from sglite.ops.advance import advance, gather_tokens
 from sglite.ops.attention import paged_attention
 from sglite.ops.embedding import embedding
 from sglite.ops.kv_cache import write_kv
@@ -18,8 +19,10 @@ __all__ = [
     "LogProbs",
     "PackedWeight",
     "TokenEdits",
+    "advance",
     "apply_rope",
     "embedding",
+    "gather_tokens",
     "gelu_and_mul",
     "linear",
     "log_probs",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sglite.ops.packed_weight import PackedWeight
 from sglite.ops.sampling import (
+    INTEGERS,
     NOT_A_NUMBER,
     NOTHING_LEFT,
     REALS,
@@ -134,6 +135,32 @@ def paged_attention(
         weights = weights.masked_fill(~visible, 0.0)  # rows that see nothing
         out[start:stop] = (weights.to(q.dtype) @ v).transpose(0, 1)
     return out
+
+
+def gather_tokens(input_ids: Tensor, previous_token_ids: Tensor, sources: Tensor) -> None:
+    """See `sglite.ops.gather_tokens`."""
+    chosen = sources >= 0
+    input_ids[chosen] = previous_token_ids[sources[chosen].long()].clamp(min=0)
+
+
+def advance(
+    token_ids: Tensor,
+    input_ids: Tensor,
+    positions: Tensor,
+    kv_lens: Tensor,
+    kv_end: Tensor,
+    slots: Tensor,
+    integers: Tensor,
+    page_table: Tensor,
+    page_size: int,
+) -> None:
+    """See `sglite.ops.advance`."""
+    rows = (kv_lens > 0).nonzero().flatten()
+    input_ids[rows] = token_ids[rows].clamp(min=0)
+    for counter in (positions, kv_lens, kv_end, integers[:, INTEGERS.index("position")]):
+        counter[rows] += 1
+    pages = page_table[rows, positions[rows] // page_size].long()
+    slots[rows] = pages * page_size + positions[rows] % page_size
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, ...]:

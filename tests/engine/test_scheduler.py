@@ -15,9 +15,7 @@ from sglite.interface.sampling_params import SamplingParams
 from tests.engine.fake_runner import FakeRunner, expected_output
 
 
-def make_engine(
-    num_pages=40, page_size=4, enabled=True, max_running=8, chunk=16, runs_ahead=False
-):
+def make_engine(num_pages=40, page_size=4, enabled=True, max_running=8, chunk=16, runs_ahead=False):
     cache = PrefixCache(num_pages + 1, page_size, enabled=enabled)
     scheduler = Scheduler(cache, max_running_requests=max_running, chunked_prefill_size=chunk)
     return Engine(scheduler, FakeRunner(num_pages + 1, page_size, runs_ahead))
