@@ -247,7 +247,15 @@ def print_table(result: dict, console: Console) -> None:
     """One row for each family, variant and phase."""
     table = Table(title=f"Log-probabilities in bfloat16, {result['device']}", title_justify="left")
     table.add_column("model, variant")
-    for heading in ("phase", "compared", "mean", "HF bf16 mean", "largest", "HF bf16 largest", "ok"):
+    for heading in (
+        "phase",
+        "compared",
+        "mean",
+        "HF bf16 mean",
+        "largest",
+        "HF bf16 largest",
+        "ok",
+    ):
         table.add_column(heading, justify="right")
     for name, record in result["cases"].items():
         for phase in ("prefill", "decode"):
@@ -308,7 +316,9 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     cases = result["cases"].values()
-    if not all(Differences(**case[phase]).is_close for case in cases for phase in ("prefill", "decode")):
+    if not all(
+        Differences(**case[phase]).is_close for case in cases for phase in ("prefill", "decode")
+    ):
         raise SystemExit("a difference is too large")
 
 
