@@ -2,7 +2,7 @@
 
 Hugging Face gives the names and shapes (its model is built without memory, on the meta device), and
 the tensors are drawn and written shard by shard, several at a time, on a GPU where there is one:
-16 GB take seconds. Which tensor gets which numbers depends on its name and the kind of device alone.
+16 GB take seconds. Which tensor gets which numbers depends on its name and the kind of device.
 
 Weights are normal with deviation 1 / sqrt(inputs), so that a layer keeps the size of what it gets.
 The residual stream then grows with the root of the depth, and what the layers add to it outweighs

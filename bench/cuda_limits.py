@@ -8,6 +8,7 @@ since a GPU is faster on zeros.
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -74,7 +75,7 @@ def seconds_of_runs(run: Callable[[], object], repeats: int) -> list[float]:
         run()
         mark.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
 def _random(num_bytes: int) -> Tensor:

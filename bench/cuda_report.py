@@ -50,7 +50,7 @@ def markdown(result: dict) -> str:
         lines += [f"{name} failed on {model}: `{error.strip().splitlines()[-1]}`", ""]
     lines += [
         "Times are medians. The limit is what reading the weights once and the KV cache, or the "
-        "matrix products if that is longer, take at the read bandwidth and the matrix rate measured "
+        "matrix products if that is longer, take at the read bandwidth and the matrix rate found "
         "in the same run. The context is the mean over the measured tokens. Kernel times and gaps "
         "are the profiler's, under which kernels are slower and do not overlap.",
         "",

@@ -9,6 +9,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -67,7 +68,7 @@ def describe_steps(events: Sequence[dict]) -> dict:
     idle = [_idle(events, end, start) for end, start in pairs]
     return {
         "steps": len(graphs),
-        "period_us": median(b - a for a, b in zip(starts, starts[1:], strict=False)),
+        "period_us": median(b - a for a, b in pairwise(starts)),
         "span_us": median(end - start for start, end in zip(starts, ends, strict=True)),
         "gap_us": median(start - end for end, start in pairs),
         "idle_us": median(idle),

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -98,7 +99,7 @@ class Sglite:
             if chunk.index == 0:
                 stamps += [time.perf_counter()] * len(chunk.token_ids)
         stamps = stamps[_NOT_COUNTED:]
-        return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+        return [b - a for a, b in pairwise(stamps)]
 
     def _mean_step(self, prompts: list[list[int]], new_tokens: int) -> float:
         """What one more token costs `generate`: a long call less a short one, over the tokens."""

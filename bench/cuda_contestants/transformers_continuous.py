@@ -3,6 +3,7 @@
 With SDPA, as its flash-attention packages have to be downloaded; CUDA graphs on.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -49,9 +50,7 @@ class TransformersContinuous:
             begin = max(output.timestamps[0] for output in outputs)
             end = min(output.timestamps[-1] for output in outputs)
             stamps = [time for time in outputs[0].timestamps if begin < time <= end]
-            result["decode"][decode.name] = {
-                "step_seconds": [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
-            }
+            result["decode"][decode.name] = {"step_seconds": [b - a for a, b in pairwise(stamps)]}
         return result
 
     def _generate(self, prompts: list[list[int]], new_tokens: int) -> list:

@@ -5,6 +5,7 @@ in the mode "reduce-overhead" (Inductor's kernels in CUDA graphs), one padded ba
 """
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,9 +35,9 @@ class StepClock(StoppingCriteria):
     def step_seconds(self) -> list[float]:
         """Times between tokens, the first ones left out."""
         if self.device != "cuda":
-            return [b - a for a, b in zip(self.marks[4:], self.marks[5:], strict=False)]
+            return [b - a for a, b in pairwise(self.marks[4:])]
         torch.cuda.synchronize()
-        pairs = zip(self.marks[4:], self.marks[5:], strict=False)
+        pairs = pairwise(self.marks[4:])
         return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
