@@ -69,9 +69,16 @@ def _variant(text: str) -> tuple[str, dict]:
     return name, json.loads(arguments)
 
 
-def run(options: argparse.Namespace, say) -> dict:
-    """Measures everything that the options ask for; gives all of it, ready for JSON."""
-    result = {**_about(options.device), "models": {}}
+def run(options: argparse.Namespace, about: dict, say, save) -> dict:
+    """Measures everything that the options ask for; gives all of it, ready for JSON.
+
+    Args:
+        options: of the command.
+        about: what the result begins with.
+        say: is told what is happening.
+        save: is handed the result as far as it has come, after each stage.
+    """
+    result = {**about, **_about(options.device), "models": {}}
     folders = {}
     for model in options.model or MODELS:
         start = time.monotonic()
@@ -89,11 +96,13 @@ def run(options: argparse.Namespace, say) -> dict:
                 say,
                 settings={"arguments": arguments},
             )
+            save(result)
     for peer in options.peer:
         stages = {
             model: (folder, result["models"][model]["runs"]) for model, folder in folders.items()
         }
         _run_side_by_side(peer, stages, options, say)
+        save(result)
     return result
 
 
@@ -178,18 +187,22 @@ def _shape(folder: Path, scale: int) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     progress = Console(stderr=True)
-    result = run(options, lambda text: progress.print(text, style="dim", highlight=False))
     words = sys.argv[1:] if arguments is None else arguments
-    result = {
+    about = {
         "command": shlex.join(["python", "-m", "bench.cuda_decode", *words]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **result,
     }
-    print_tables(result, Console(width=150))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(markdown(result))
+
+    def say(text: str) -> None:
+        progress.print(text, style="dim", highlight=False)
+
+    def save(result: dict) -> None:
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
+            options.output.with_suffix(".md").write_text(markdown(result))
+
+    print_tables(run(options, about, say, save), Console(width=150))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def scaled(scale: int, names: Sequence[str] | None = None) -> tuple[list[Decode]
         Decode(
             decode.name,
             max(1, decode.batch // scale),
-            decode.context // scale,
+            max(32, decode.context // scale),
             max(8, decode.new_tokens // scale),
         )
         for decode in DECODES
