@@ -1,8 +1,8 @@
 """Makes a checkpoint with random weights: `python -m bench.checkpoints llama-135m FOLDER`.
 
 Hugging Face gives the names and shapes (its model is built without memory, on the meta device), and
-the tensors are drawn and written shard by shard. Which tensor gets which numbers depends on its
-name alone.
+the tensors are drawn and written shard by shard, several at a time, on a GPU where there is one:
+16 GB take seconds. Which tensor gets which numbers depends on its name and the kind of device.
 
 Weights are normal with deviation 1 / sqrt(inputs), so that a layer keeps the size of what it gets.
 The residual stream then grows with the root of the depth, and what the layers add to it outweighs
@@ -12,9 +12,12 @@ again and again, and engines that compute wrongly would agree.
 
 import argparse
 import json
+import os
 import tempfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import sqrt
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from bench.models import CONFIGS
 
 _END = "<|end|>"
+_MAX_WRITERS = 8  # each holds a shard in memory
 
 
 def make_checkpoint(fields: dict, folder: Path, *, shard_bytes: int = 1 << 28) -> None:
@@ -57,13 +61,12 @@ def _write_weights(config: PreTrainedConfig, folder: Path, shard_bytes: int) -> 
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     shards = list(_shards(tensors, shard_bytes))
-    places, total = {}, 0
-    for index, shard in enumerate(shards, start=1):
-        file = f"model-{index:05}-of-{len(shards):05}.safetensors"
-        drawn = {name: _draw(name, tensors[name]) for name in shard}
-        save_file(drawn, folder / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys(shard, file))
-        total += sum(tensor.nbytes for tensor in drawn.values())
+    files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    write = partial(_write_shard, {name: tensor.shape for name, tensor in tensors.items()})
+    with ThreadPoolExecutor(min(_MAX_WRITERS, len(os.sched_getaffinity(0)))) as pool:
+        list(pool.map(write, shards, [folder / file for file in files]))
+    places = {name: file for shard, file in zip(shards, files, strict=True) for name in shard}
+    total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
@@ -80,9 +83,15 @@ def _shards(tensors: dict[str, torch.Tensor], shard_bytes: int) -> Iterator[list
     yield shard
 
 
-def _draw(name: str, like: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    tensor = torch.empty(like.shape, dtype=like.dtype)
+def _write_shard(shapes: dict[str, torch.Size], names: list[str], file: Path) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drawn = {name: _draw(name, shapes[name], device).cpu() for name in names}
+    save_file(drawn, file, metadata={"format": "pt"})
+
+
+def _draw(name: str, shape: torch.Size, device: str) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
     if tensor.dim() == 1:  # the weights of norms
         return tensor.normal_(1.0, 0.05, generator=generator)
     return tensor.normal_(0.0, 1 / sqrt(tensor.shape[-1]), generator=generator)

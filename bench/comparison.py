@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.engines import EngineProcess
+from bench.machine import processor
 from bench.models import vocab_size_of
 from bench.roofline import read_weights
 from bench.workloads import Workload
@@ -47,7 +48,7 @@ def compare(
     weights = read_weights(folder)
     result = {
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "system": f"{platform.system()} {platform.machine()}",
         },
         "python": platform.python_version(),
@@ -104,12 +105,3 @@ def _limits(num_threads: int) -> dict:
     """What the machine can do now, measured in a process that ends before an engine goes on."""
     command = [sys.executable, "-m", "bench.limits", "--num-threads", str(num_threads)]
     return json.loads(subprocess.run(command, cwd=_ROOT, check=True, stdout=-1).stdout)
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

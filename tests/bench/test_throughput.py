@@ -62,7 +62,13 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("llama-135m", 134_515_008), ("qwen3-0.6b", 596_049_920)]
+    ("name", "parameters"),
+    [
+        ("llama-135m", 134_515_008),
+        ("qwen3-0.6b", 596_049_920),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.1-8b", 8_030_261_248),
+    ],
 )
 def test_checkpoints_have_the_shapes_of_real_models(name, parameters):
     # The published models count as many parameters.

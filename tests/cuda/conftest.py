@@ -1,5 +1,7 @@
 """The GPU that these tests run on: a real one, or the emulator where it was built for that."""
 
+import os
+
 import pytest
 import torch
 
@@ -27,3 +29,22 @@ def gpu():
         pytest.fail("there is a GPU, but the extension was built without CUDA: SGLITE_CUDA=1")
     else:
         yield torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def engine_device():
+    """Where whole models run: "cuda". `SGLITE_ENGINE_TESTS=cpu` tries the tests out on the CPU."""
+    if os.environ.get("SGLITE_ENGINE_TESTS"):
+        return os.environ["SGLITE_ENGINE_TESTS"]
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if not _C.cuda_architectures:
+        pytest.fail("there is a GPU, but the extension was built without CUDA: SGLITE_CUDA=1")
+    return "cuda"
+
+
+@pytest.fixture
+def needs_gpu(engine_device):
+    """For what has no counterpart on the CPU."""
+    if engine_device != "cuda":
+        pytest.skip("needs an NVIDIA GPU")

@@ -1,0 +1,1 @@
+"""One short file for each contestant of `bench/cuda_decode.py`, run in a process of its own."""
