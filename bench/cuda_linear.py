@@ -101,12 +101,54 @@ def contestants(layer: str, rows: int, n: int, k: int, arena: Tensor) -> dict[st
     return runs
 
 
+def layer_calls(layers: dict, rows: int, arena: Tensor) -> dict[str, list[Callable]]:
+    """The linear layers of decoder layers one after the other, as they are in a decode step."""
+    used = {name: shape for name, shape in layers.items() if name != "head"}
+    width = used["qkv"][1]
+    hidden, norm = arena.new_empty(rows, width).normal_(), arena.new_ones(width)
+    attended = arena.new_empty(rows, used["o"][1]).normal_()
+    each = sum(n * k for n, k in used.values())
+    ours, theirs = [], []
+    for layer in range(min(16, arena.numel() // each)):
+        at, weights = layer * each, {}
+        for name, (n, k) in used.items():
+            weights[name] = arena[at : at + n * k].view(n, k)
+            at += n * k
+
+        def run(qkv, o, gate_up, down):
+            ops.norm_linear(hidden, norm, 1e-5, qkv)
+            x = ops.linear(attended, o, residual=hidden)
+            x = ops.norm_gated_linear(x, norm, 1e-5, gate_up, activation="silu")
+            return ops.linear(x, down, residual=hidden)
+
+        def run_torch(qkv, o, gate_up, down):
+            functional.linear(functional.rms_norm(hidden, (width,), norm), qkv)
+            x = functional.linear(attended, o) + hidden
+            gate, up = functional.linear(functional.rms_norm(x, (width,), norm), gate_up).chunk(
+                2, -1
+            )
+            return functional.linear(functional.silu(gate) * up, down) + hidden
+
+        ours.append(lambda weights=weights, run=run: run(**weights))
+        theirs.append(lambda weights=weights, run=run_torch: run(**weights))
+    return {"ours": ours, "torch": theirs}
+
+
 def measure(rows: list[int], repeats: int) -> dict:
     """All figures, in microseconds, with the machine's read bandwidth."""
     bandwidth = read_gigabytes_per_second()
     arena = torch.empty(ARENA_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
     table = []
     for model, layers in MODELS.items():
+        elements = sum(n * k for name, (n, k) in layers.items() if name != "head")
+        for count in rows:
+            times = {
+                name: microseconds(calls, repeats)
+                for name, calls in layer_calls(layers, count, arena).items()
+            }
+            table.append(
+                {"model": model, "layer": "all four", "rows": count, "n": elements, "k": 1} | times
+            )
         for layer, (n, k) in layers.items():
             for count in rows:
                 times = {

@@ -10,59 +10,74 @@ namespace {
 
 constexpr const char* kOp = "linear";
 constexpr int kMostTokens = 64;  // of one launch
-constexpr int kMostWarps = 8;
+// Warps that share k. The order of additions follows from it: it may depend on the weight's shape,
+// but on nothing else.
+constexpr int kWarps = 8;
+// Blocks of which a multiprocessor has room for two, so that the next kernel's can wait beside
+// those of this one.
+constexpr size_t kMostShared = 110 * 1024;
+// Weights that each block asks for before the previous kernel has ended.
+constexpr int64_t kPrefetchBytes = 128 * 1024;
 
-// How many warps share k. The order of additions follows from it, so that it may depend on the
-// weight's shape, and on nothing else.
-int warps_for(int64_t n, int64_t k) {
-    (void)n;
-    (void)k;
-    return kMostWarps;
+int multiprocessors(Stream stream) {
+#ifdef __CUDACC__
+    int count = 0;
+    check(kOp, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, stream.device));
+    return count;
+#else
+    (void)stream;
+    return 3;
+#endif
 }
 
-// Eights of weight rows of a block: enough blocks for every multiprocessor, and not many more.
-int groups_for(int64_t n, int tokens, bool is_gated) {
-    if (n <= 2048 && !is_gated) return 1;
-    return tokens <= 8 || n <= 4096 ? 2 : 4;
-}
-
-template <typename T, int kGroups, int kOctets, int kDepth, bool kNorm>
-void run(const LinearRowsArgs& args, int warps, Stream stream) {
+template <typename T, int kGroups, int kOctets, int kDepth, bool kHoldX>
+void run(LinearRowsArgs args, Stream stream) {
     constexpr int kRows = 8 * kGroups;
     const int width = args.is_gated ? kRows / 2 : kRows;
-    launch<linear_rows_kernel<T, kGroups, kOctets, kDepth, kNorm, kMostWarps>>(
+    const int tiles = (args.n + width - 1) / width;
+    // As many tiles for every block, as nearly as can be.
+    const int most = multiprocessors(stream);
+    const int each = (tiles + most - 1) / most;
+    args.prefetched_tiles =
+        static_cast<int>(min(int64_t{each}, kPrefetchBytes / (args.k * int64_t{2 * kRows})));
+    const bool is_normed = args.norm_weight != nullptr;
+    launch<linear_rows_kernel<T, kGroups, kOctets, kDepth, kHoldX, kWarps, 2>>(
         {
             .op = kOp,
-            .grid = dim3((args.n + width - 1) / width),
-            .threads = warps * kWarp,
-            .shared_bytes = linear_shared(args.m, args.k, kRows, warps, kNorm).bytes,
+            .grid = dim3((tiles + each - 1) / each),
+            .threads = kWarps * kWarp,
+            .shared_bytes = linear_shared(args.m, args.k, kRows, kWarps, kHoldX, is_normed).bytes,
             .stream = stream,
             .overlaps = true,
         },
         args);
 }
 
-template <typename T, int kOctets, bool kNorm>
-void run_groups(const LinearRowsArgs& args, int groups, int warps, Stream stream) {
-    switch (groups) {
-        case 1:
-            return run<T, 1, kOctets, 4, kNorm>(args, warps, stream);
-        case 2:
-            return run<T, 2, kOctets, kOctets == 1 ? 4 : 2, kNorm>(args, warps, stream);
-        default:
-            return run<T, 4, kOctets, 2, kNorm>(args, warps, stream);
+// Small tiles spread evenly over the multiprocessors; large ones read x less often.
+template <typename T, int kOctets, int kDepth>
+void run_tiles(const LinearRowsArgs& args, Stream stream) {
+    const bool is_normed = args.norm_weight != nullptr;
+    const bool holds_x =
+        linear_shared(args.m, args.k, 16, kWarps, true, is_normed).bytes <= kMostShared;
+    if (is_normed && !holds_x) {
+        throw std::invalid_argument("linear: norm_weight: too many rows of x");
     }
+    if (holds_x) {
+        if (args.n <= 3072 && !args.is_gated) return run<T, 1, kOctets, 4, true>(args, stream);
+        return run<T, 2, kOctets, kDepth, true>(args, stream);
+    }
+    run<T, 2, kOctets, 2, false>(args, stream);
 }
 
 template <typename T, int kGroups, int kOctets, int kStages>
-void run_wide(const LinearRowsArgs& args, int warps, Stream stream) {
+void run_wide(LinearRowsArgs args, Stream stream) {
     const int width = args.is_gated ? 4 * kGroups : 8 * kGroups;
-    launch<linear_wide_kernel<T, kGroups, kOctets, kStages, kMostWarps>>(
+    launch<linear_wide_kernel<T, kGroups, kOctets, kStages, kWarps>>(
         {
             .op = kOp,
             .grid = dim3((args.n + width - 1) / width),
-            .threads = warps * kWarp,
-            .shared_bytes = linear_wide_shared<kGroups, kOctets, kStages>(args.m, warps),
+            .threads = kWarps * kWarp,
+            .shared_bytes = linear_wide_shared<kGroups, kOctets, kStages>(args.m, kWarps),
             .stream = stream,
             .overlaps = true,
         },
@@ -71,22 +86,14 @@ void run_wide(const LinearRowsArgs& args, int warps, Stream stream) {
 
 template <typename T>
 void run_rows(const LinearRowsArgs& args, Stream stream) {
-    const int64_t weight_rows = args.is_gated ? 2 * args.n : args.n;
-    const int groups = groups_for(weight_rows, args.m, args.is_gated);
-    const int warps = warps_for(weight_rows, args.k);
-    if (args.norm_weight) {
-        if (args.m <= 8) return run_groups<T, 1, true>(args, groups, warps, stream);
-        if (args.m <= 16) return run_groups<T, 2, true>(args, groups, warps, stream);
-        throw std::invalid_argument("linear: norm_weight: expected at most 16 rows of x");
-    }
-    if (args.m <= 8) return run_groups<T, 1, false>(args, groups, warps, stream);
-    if (args.m <= 16) return run_groups<T, 2, false>(args, groups, warps, stream);
+    if (args.m <= 8) return run_tiles<T, 1, 4>(args, stream);
+    if (args.m <= 16) return run_tiles<T, 2, 4>(args, stream);
+    if (args.norm_weight) throw std::invalid_argument("linear: norm_weight: too many rows of x");
+    const bool is_narrow = (args.is_gated ? 2 * args.n : args.n) <= 4096;
     if (args.m <= 32) {
-        return weight_rows <= 4096 ? run_wide<T, 4, 4, 4>(args, warps, stream)
-                                   : run_wide<T, 8, 4, 4>(args, warps, stream);
+        return is_narrow ? run_wide<T, 4, 4, 4>(args, stream) : run_wide<T, 8, 4, 4>(args, stream);
     }
-    if (weight_rows <= 4096) return run_wide<T, 4, 8, 4>(args, warps, stream);
-    run_wide<T, 8, 8, 3>(args, warps, stream);
+    is_narrow ? run_wide<T, 4, 8, 4>(args, stream) : run_wide<T, 8, 8, 3>(args, stream);
 }
 
 template <typename T>

@@ -7,9 +7,10 @@
 // the fragments of x are taken from the same places. So nothing is shuffled or staged, and all that
 // a warp holds in registers may be in flight.
 //
-// A block owns 8 * kGroups outputs, and its warps take turns at k, 64 elements a time. The order in
-// which products are added up depends on the number of warps alone, which follows from n and k
-// (see linear.cu): an output's bits do not depend on how many tokens there are.
+// A block goes over tiles of 8 * kGroups outputs; its warps take turns at k, 64 elements a time,
+// and the weights of the next tile are on their way before this one is done. The order in which
+// products are added up depends on the number of warps alone, which follows from n and k (see
+// linear.cu): an output's bits do not depend on how many tokens there are.
 #pragma once
 
 #include "cuda/activation.cuh"
@@ -28,6 +29,7 @@ struct LinearRowsArgs {
     const void* norm_weight;  // [k] of T
     float epsilon, weight_offset;
     int m, n, k;
+    int prefetched_tiles;  // of every block; see linear_rows_kernel
     int64_t out_stride, x_stride, weight_stride, residual_stride;
     bool is_gated;  // out = activation(gate) * up
     Activation activation;
@@ -37,9 +39,9 @@ struct LinearRowsArgs {
 constexpr int kLinearChunk = 64;  // elements of k that a warp takes at a time
 constexpr int kLinearLane = 8;    // of which a lane takes twice so many
 
-// Elements between two normalised rows in shared memory: lanes of neighbouring rows find theirs in
+// Elements between two rows of x in shared memory: lanes of neighbouring rows find theirs in
 // different banks.
-inline __host__ __device__ int norm_row_stride(int k) {
+inline __host__ __device__ int x_row_stride(int k) {
     return (k + kLinearChunk - 1) / kLinearChunk * kLinearChunk + kLinearChunk / 2;
 }
 
@@ -49,20 +51,21 @@ inline __host__ __device__ constexpr int padded_row(int rows) { return rows + 8;
 
 struct LinearShared {
     size_t norm_weight, norm_sums, partial_sums, bytes;  // offsets; rows of x lie at 0
+    size_t tile;                                         // bytes of one tile's sums, of two
 };
 inline __host__ __device__ LinearShared linear_shared(int m, int k, int rows, int warps,
-                                                      bool is_normed) {
+                                                      bool holds_x, bool is_normed) {
     LinearShared shared{};
-    size_t at = 0;
+    size_t at = holds_x ? static_cast<size_t>(m) * x_row_stride(k) * 2 : 0;
     if (is_normed) {
-        at += static_cast<size_t>(m) * norm_row_stride(k) * 2;
         shared.norm_weight = at;
         at += (static_cast<size_t>(k) * 2 + 15) / 16 * 16;
         shared.norm_sums = at;
         at += static_cast<size_t>(m) * kWarp * sizeof(float);
     }
     shared.partial_sums = at;
-    shared.bytes = at + static_cast<size_t>(warps) * m * padded_row(rows) * sizeof(float);
+    shared.tile = static_cast<size_t>(warps) * m * padded_row(rows) * sizeof(float);
+    shared.bytes = at + 2 * shared.tile;
     return shared;
 }
 
@@ -71,7 +74,7 @@ inline __host__ __device__ LinearShared linear_shared(int m, int k, int rows, in
 template <typename T>
 __device__ void norm_rows(const LinearRowsArgs& args, T* rows, const T* norm_weight, float* sums) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    const int vectors = args.k / kLinearLane, stride = norm_row_stride(args.k);
+    const int vectors = args.k / kLinearLane, stride = x_row_stride(args.k);
     const int threads = norm_threads(vectors), norm_warps = threads / kWarp;
     const T* x = static_cast<const T*>(args.x);
     for (int pair = warp; pair < args.m * norm_warps; pair += warps) {
@@ -104,13 +107,13 @@ __device__ void norm_rows(const LinearRowsArgs& args, T* rows, const T* norm_wei
     __syncthreads();
 }
 
-// The weight's row that is row `i` of the block's kRows. Rows beyond the last are read as the last,
+// The weight's row that is row `i` of a tile's kRows. Rows beyond the last are read as the last,
 // and not written.
 template <typename T, int kRows>
-__device__ inline const T* weight_row(const LinearRowsArgs& args, int i) {
+__device__ inline const T* weight_row(const LinearRowsArgs& args, int tile, int i) {
     const int width = args.is_gated ? kRows / 2 : kRows;
     const bool is_up = i >= width;
-    const int row = min(static_cast<int>(blockIdx.x) * width + (is_up ? i - width : i), args.n - 1);
+    const int row = min(tile * width + (is_up ? i - width : i), args.n - 1);
     return static_cast<const T*>(args.weight) + (is_up ? row + args.n : row) * args.weight_stride;
 }
 
@@ -136,13 +139,13 @@ __device__ inline void store_sums(const LinearRowsArgs& args, float* partial_sum
     }
 }
 
-// Adds up what the warps have, and writes the block's outputs.
+// Adds up what the warps have, and writes a tile's outputs.
 template <typename T, int kRows>
-__device__ void write_linear_rows(const LinearRowsArgs& args, const float* partial_sums) {
+__device__ void write_outputs(const LinearRowsArgs& args, int tile, const float* partial_sums) {
     const int warps = blockDim.x / kWarp;
     const T* bias = static_cast<const T*>(args.bias);
-    const int width = args.is_gated ? kRows / 2 : kRows;  // outputs of the block
-    const int first = static_cast<int>(blockIdx.x) * width;
+    const int width = args.is_gated ? kRows / 2 : kRows;  // outputs of the tile
+    const int first = tile * width;
     for (int i = threadIdx.x; i < args.m * width; i += blockDim.x) {
         const int token = i / width, column = i % width, output = first + column;
         if (output >= args.n) continue;
@@ -177,57 +180,108 @@ __device__ void write_linear_rows(const LinearRowsArgs& args, const float* parti
     }
 }
 
-// kGroups: eights of weight rows of the block. kOctets: eights of tokens, at least m / 8; 1 or 2.
-// kDepth: chunks of weights in flight. grid: as many blocks as the outputs need.
-template <typename T, int kGroups, int kOctets, int kDepth, bool kNorm, int kMostWarps>
-__global__ void __launch_bounds__(kMostWarps* kWarp, kOctets == 1 && kGroups * kDepth <= 8 ? 2 : 1)
+// Copies the rows of x into shared memory.
+template <typename T>
+__device__ void copy_rows(const LinearRowsArgs& args, T* rows) {
+    const T* x = static_cast<const T*>(args.x);
+    const int vectors = args.k / kLinearLane;
+    for (int i = threadIdx.x; i < args.m * vectors; i += blockDim.x) {
+        const int row = i / vectors, at = i % vectors * kLinearLane;
+        copy_async(rows + row * x_row_stride(args.k) + at, x + row * args.x_stride + at, true);
+    }
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+}
+
+// kGroups: eights of weight rows of a tile. kOctets: eights of tokens, at least m / 8; 1 or 2.
+// kDepth: chunks of weights in flight. kHoldX: x lies in shared memory meanwhile. kBlocks: blocks
+// that a multiprocessor has room for. A grid of any size will do.
+template <typename T, int kGroups, int kOctets, int kDepth, bool kHoldX, int kMostWarps,
+          int kBlocks>
+__global__ void __launch_bounds__(kMostWarps* kWarp, kBlocks)
     linear_rows_kernel(LinearRowsArgs args) {
-    constexpr int kRows = 8 * kGroups, kTiles = (kOctets + 1) / 2;
-    // Of x, as of the weights, the next chunks are on their way, unless it is in shared memory.
-    constexpr bool kPrefetchX = !kNorm;
-    constexpr int kDepthX = kPrefetchX ? kDepth : 1;
+    constexpr int kRows = 8 * kGroups;
     unsigned char* shared = dynamic_shared<unsigned char>();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     const int g = lane / 4, t = lane % 4;
-    const LinearShared places = linear_shared(args.m, args.k, kRows, warps, kNorm);
+    const int width = args.is_gated ? kRows / 2 : kRows;
+    const int tiles = (args.n + width - 1) / width;
+    const bool is_normed = args.norm_weight != nullptr;
+    const LinearShared places =
+        linear_shared(args.m, args.k, kRows, warps, kHoldX, kHoldX && is_normed);
+    // Chunks of k, and turns of all warps at them.
+    const int chunks = (args.k + kLinearChunk - 1) / kLinearChunk;
+    const int turns = ((chunks + warps - 1) / warps + kDepth - 1) / kDepth * kDepth;
 
+    // The weights are loaded kDepth turns ahead, over the end of a tile into the next.
     const T* weights[kGroups];
-    for (int i = 0; i < kGroups; ++i) weights[i] = weight_row<T, kRows>(args, 8 * i + g);
-    uint4 w[kDepth][kGroups][2];
-    auto load_weights = [&](int stage, int chunk) {
-        for (int half = 0; half < 2; ++half) {
-            const int at = chunk * kLinearChunk + half * (kLinearChunk / 2) + t * kLinearLane;
-            for (int i = 0; i < kGroups; ++i) {
-                w[stage][i][half] = at < args.k ? load_streamed(weights[i] + at) : uint4{};
-            }
+    int next_tile = blockIdx.x, next_turn = 0;
+    auto point_at_tile = [&] {
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            weights[i] = weight_row<T, kRows>(args, next_tile, 8 * i + g);
         }
     };
-    // Weights do not depend on the kernel before, so that they are asked for while it still runs.
-    let_next_kernel_start();
+    uint4 w[kDepth][kGroups][2];
+    auto load_weights = [&](int stage) {
 #pragma unroll
-    for (int stage = 0; stage < kDepth; ++stage) load_weights(stage, warp + stage * warps);
+        for (int half = 0; half < 2; ++half) {
+            const int at = (warp + next_turn * warps) * kLinearChunk + half * (kLinearChunk / 2) +
+                           t * kLinearLane;
+            const bool valid = at < args.k && next_tile < tiles;
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) {
+                w[stage][i][half] = valid ? load_streamed(weights[i] + at) : uint4{};
+            }
+        }
+        if (++next_turn == turns) {
+            next_turn = 0;
+            next_tile += gridDim.x;
+            point_at_tile();
+        }
+    };
+    // Weights do not depend on the kernel before, so that they are asked for while it still runs:
+    // the first into registers, more of them into the L2 cache.
+    let_next_kernel_start();
+    point_at_tile();
+#pragma unroll
+    for (int stage = 0; stage < kDepth; ++stage) load_weights(stage);
+    for (int i = threadIdx.x; i < args.prefetched_tiles * kRows; i += blockDim.x) {
+        const int tile = blockIdx.x + i / kRows * gridDim.x;
+        if (tile < tiles) prefetch(weight_row<T, kRows>(args, tile, i % kRows), args.k * 2);
+    }
 
     const T* x = static_cast<const T*>(args.x);
     int64_t x_stride = args.x_stride;
-    if constexpr (kNorm) {
-        T* norm_weight = reinterpret_cast<T*>(shared + places.norm_weight);
-        for (int i = threadIdx.x * kLinearLane; i < args.k; i += blockDim.x * kLinearLane) {
-            copy_async(norm_weight + i, static_cast<const T*>(args.norm_weight) + i, true);
-        }
-        commit_copies();
-        wait_for_previous_kernel();
+    if constexpr (kHoldX) {
         T* rows = reinterpret_cast<T*>(shared);
-        norm_rows<T>(args, rows, norm_weight, reinterpret_cast<float*>(shared + places.norm_sums));
+        if (is_normed) {
+            T* norm_weight = reinterpret_cast<T*>(shared + places.norm_weight);
+            for (int i = threadIdx.x * kLinearLane; i < args.k; i += blockDim.x * kLinearLane) {
+                copy_async(norm_weight + i, static_cast<const T*>(args.norm_weight) + i, true);
+            }
+            commit_copies();
+            wait_for_previous_kernel();
+            norm_rows<T>(args, rows, norm_weight,
+                         reinterpret_cast<float*>(shared + places.norm_sums));
+        } else {
+            wait_for_previous_kernel();
+            copy_rows<T>(args, rows);
+        }
         x = rows;
-        x_stride = norm_row_stride(args.k);
+        x_stride = x_row_stride(args.k);
     } else {
         wait_for_previous_kernel();
     }
-
+    // Otherwise its fragments are loaded ahead as the weights are.
+    constexpr int kDepthX = kHoldX ? 1 : kDepth;
     uint4 fragments[kDepthX][kOctets][2];
     auto load_x = [&](int stage, int chunk) {
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int at = chunk * kLinearChunk + half * (kLinearChunk / 2) + t * kLinearLane;
+#pragma unroll
             for (int i = 0; i < kOctets; ++i) {
                 const int token = 8 * i + g;
                 fragments[stage][i][half] =
@@ -237,43 +291,48 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kOctets == 1 && kGroups * k
             }
         }
     };
-    if constexpr (kPrefetchX) {
+    if constexpr (!kHoldX) {
 #pragma unroll
         for (int stage = 0; stage < kDepth; ++stage) load_x(stage, warp + stage * warps);
     }
 
-    float sums[kTiles][kGroups][4] = {};
-    const int chunks = (args.k + kLinearChunk - 1) / kLinearChunk;
-    for (int next = warp; next < chunks; next += kDepth * warps) {
+    float* partial_sums = reinterpret_cast<float*>(shared + places.partial_sums);
+    for (int tile = blockIdx.x, parity = 0; tile < tiles; tile += gridDim.x, parity ^= 1) {
+        float sums[1][kGroups][4] = {};
+        for (int turn = 0; turn < turns; turn += kDepth) {
 #pragma unroll
-        for (int stage = 0; stage < kDepth; ++stage) {
-            const int chunk = next + stage * warps;
-            if (chunk >= chunks) break;
-            if constexpr (!kPrefetchX) load_x(0, chunk);
-            const auto& from = fragments[kPrefetchX ? stage : 0];
-            for (int half = 0; half < 2; ++half) {
-                for (int tile = 0; tile < kTiles; ++tile) {
-                    const uint4 top = from[2 * tile][half];
-                    const uint4 bottom =
-                        kOctets > 1 ? from[(2 * tile + 1) % kOctets][half] : uint4{};
-                    const uint32_t first[4] = {top.x, bottom.x, top.y, bottom.y};
-                    const uint32_t second[4] = {top.z, bottom.z, top.w, bottom.w};
-                    for (int i = 0; i < kGroups; ++i) {
-                        const uint4 column = w[stage][i][half];
-                        mma_16x8x16<T>(sums[tile][i], first, {column.x, column.y});
-                        mma_16x8x16<T>(sums[tile][i], second, {column.z, column.w});
+            for (int stage = 0; stage < kDepth; ++stage) {
+                const int chunk = warp + (turn + stage) * warps;
+                if constexpr (kHoldX) load_x(0, chunk);
+                const auto& from = fragments[kHoldX ? 0 : stage];
+                if (chunk < chunks) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        const uint4 top = from[0][half];
+                        const uint4 bottom = kOctets > 1 ? from[kOctets - 1][half] : uint4{};
+                        const uint32_t first[4] = {top.x, bottom.x, top.y, bottom.y};
+                        const uint32_t second[4] = {top.z, bottom.z, top.w, bottom.w};
+#pragma unroll
+                        for (int i = 0; i < kGroups; ++i) {
+                            const uint4 column = w[stage][i][half];
+                            mma_16x8x16<T>(sums[0][i], first, {column.x, column.y});
+                            mma_16x8x16<T>(sums[0][i], second, {column.z, column.w});
+                        }
                     }
                 }
+                load_weights(stage);
+                if constexpr (!kHoldX) {
+                    const int ahead = turn + stage + kDepth;  // past the end: the next tile's
+                    load_x(stage, warp + (ahead < turns ? ahead : ahead - turns) * warps);
+                }
             }
-            load_weights(stage, chunk + kDepth * warps);
-            if constexpr (kPrefetchX) load_x(stage, chunk + kDepth * warps);
         }
+        // One tile's sums are written while the one's before may still be read.
+        float* tile_sums = partial_sums + parity * (places.tile / sizeof(float));
+        store_sums(args, tile_sums, sums);
+        __syncthreads();
+        write_outputs<T, kRows>(args, tile, tile_sums);
     }
-
-    float* partial_sums = reinterpret_cast<float*>(shared + places.partial_sums);
-    store_sums(args, partial_sums, sums);
-    __syncthreads();
-    write_linear_rows<T, kRows>(args, partial_sums);
 }
 
 }  // namespace sglite::cuda

@@ -29,7 +29,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) linear_wide_kernel(LinearRo
     uint4* mine = reinterpret_cast<uint4*>(shared) + warp * (kStages * kPieces * kWarp) + lane;
 
     const T* weights[kGroups];
-    for (int i = 0; i < kGroups; ++i) weights[i] = weight_row<T, kRows>(args, 8 * i + g);
+    for (int i = 0; i < kGroups; ++i)
+        weights[i] = weight_row<T, kRows>(args, blockIdx.x, 8 * i + g);
     const T* x = static_cast<const T*>(args.x) + g * args.x_stride;
 
     // Step s of a warp is half a chunk of linear_rows_kernel's.
@@ -60,6 +61,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) linear_wide_kernel(LinearRo
     // Weights do not depend on the kernel before, so that they are asked for while it still runs.
     let_next_kernel_start();
     for (int step = 0; step < min(kStages - 1, steps); ++step) copy_weights(step);
+    for (int i = threadIdx.x; i < args.prefetched_tiles * kRows; i += blockDim.x) {
+        prefetch(weight_row<T, kRows>(args, blockIdx.x, i), args.k * 2);
+    }
     wait_for_previous_kernel();
     for (int step = 0; step < kStages - 1; ++step) {
         if (step < steps) copy_x(step);
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) linear_wide_kernel(LinearRo
     float* partial_sums = reinterpret_cast<float*>(shared);
     store_sums(args, partial_sums, sums);
     __syncthreads();
-    write_linear_rows<T, kRows>(args, partial_sums);
+    write_outputs<T, kRows>(args, blockIdx.x, partial_sums);
 }
 
 }  // namespace sglite::cuda

@@ -1,6 +1,7 @@
 """One Python function for each kernel: shapes and dtypes documented, outputs allocated, C++ called.
 
-Every op has the same function in plain torch in `sglite.ops.reference`, which the tests hold it to.
+Every op has the same function in plain torch in `sglite.ops.reference`, which the tests hold it to;
+a fused op is held to the bits of the ops that it is made of.
 """
 
 import torch  # noqa: F401  (the extension resolves OpenMP and DLPack through the loaded torch)

@@ -14,7 +14,7 @@ from sglite.ops.norm import rms_norm
 from sglite.ops.packed_weight import PackedWeight
 
 # Every block normalises all rows and keeps them in shared memory, which pays while they are few.
-_MOST_NORM_ROWS = 8
+_MOST_NORM_ROWS = 16
 _MOST_NORM_BYTES = 64 * 1024
 
 
