@@ -125,15 +125,8 @@ void log_probs(const LogProbsArgs& args, Stream stream) {
 }
 
 int64_t sampling_workspace_bytes(int64_t vocab, int64_t rows, int device) {
-    constexpr const char* kOp = "sampling_workspace";
-    const RowLimits limits = row_limits(kOp, device);
-    int64_t bytes = 0;
-    // A smaller batch may be split into more blocks for each row.
-    for (int64_t count = 1; count <= rows;
-         count = count < rows && count * 2 > rows ? rows : count * 2) {
-        bytes = max(bytes, spilled_bytes(limits, plan_rows(limits, count, vocab), count));
-    }
-    return bytes;
+    const RowLimits limits = row_limits("sampling_workspace", device);
+    return spilled_bytes(limits, plan_rows(limits, rows, vocab), rows);
 }
 
 }  // namespace sglite::cuda

@@ -95,6 +95,12 @@ def sample(
     token depends neither on the other rows nor on the number of threads. The vocabulary is not
     sorted. Logits of +inf share all the probability equally. Weights below e^-87.3 are 0.
 
+    On a GPU sums are of integers, multiples of 2^-44, and so exact in any order; weights below that
+    are 0. (Vocabularies of more than 2^18 tokens take away a bit each time they double.) Nothing
+    that a tensor there holds is checked, since the host would have to wait for it: token ids out of
+    range are ignored, other values out of range give unspecified tokens. Host and shapes alone
+    decide what is launched, so that a CUDA graph of a call serves any parameters.
+
     Args:
         logits: [L, vocab] float32, elements of a row side by side; not changed.
         reals: [R, 6] float32, columns as in `REALS`. temperature 0 or at least 1e-30, top_p in
