@@ -92,7 +92,7 @@ SGLITE_HOST_DEVICE constexpr int record_floats(int padded_dim) { return padded_d
 // Where things lie in the workspace, in bytes; multiples of 128.
 struct AttentionLayout {
     int64_t decode_units, extend_units, prefill_tiles, common, parts, counters, records, bytes;
-    int64_t counter_count, most_parts;
+    int64_t decode_places, extend_places, counter_count, most_parts;
 
     explicit AttentionLayout(const AttentionShape& shape) {
         // Enough parts to fill any machine; beyond that, tiles are cut less.
@@ -106,8 +106,10 @@ struct AttentionLayout {
                                                   : 0;
         counter_count = (shape.requests + tiles + shape.requests) * shape.kv_heads;
         bytes = sizeof(AttentionCounts);
-        decode_units = take(shape.requests * most_parts * sizeof(AttentionUnit));
-        extend_units = take(tiles * most_parts * sizeof(AttentionUnit));
+        decode_places = std::max<int64_t>(shape.requests * most_parts, 1);
+        extend_places = tiles * most_parts;
+        decode_units = take(decode_places * sizeof(AttentionUnit));
+        extend_units = take(extend_places * sizeof(AttentionUnit));
         prefill_tiles =
             take(shape.prefill_tile ? (shape.tokens / shape.prefill_tile + shape.requests) *
                                           static_cast<int64_t>(sizeof(PrefillTile))

@@ -36,7 +36,7 @@ struct DecodeShared {
     }
 };
 
-// The tiles of a block's units, one after the other.
+// The tiles of a block's units, one after the other. A unit without keys has one tile of zeros.
 template <typename T, int kD>
 struct UnitStream {
     const AttentionView<T>& view;
@@ -46,36 +46,41 @@ struct UnitStream {
     int work, works, next_tile = 0, next_queries = 0;
     bool is_first = true;  // tile of its unit
 
-    __device__ UnitStream(const AttentionView<T>& view, const DecodeShared<T, kD>& shared,
-                          int works)
-        : view(view), shared(shared), work(static_cast<int>(blockIdx.x)), works(works) {
-        if (work < works) next = view.units[work / view.kv_heads];
+    __device__ UnitStream(const AttentionView<T>& view, const DecodeShared<T, kD>& shared)
+        : view(view), shared(shared), work(static_cast<int>(blockIdx.x)) {
+        // Read side by side: the array is long enough, whatever the count.
+        next = load_unit(view, work / view.kv_heads);
+        works = load_counts(view).decode_units * view.kv_heads;
         enter();
     }
 
-    // Goes to the unit `work`, or the first one behind it that has keys.
     __device__ void enter() {
-        while (work < works) {
-            unit = next;
-            const int after = work + static_cast<int>(gridDim.x);
-            if (after < works) next = view.units[after / view.kv_heads];
-            if (unit.begin < unit.end) {
-                loader.position = unit.begin / kTile * kTile;
-                loader.begin = unit.begin;
-                loader.end = unit.end;
-                loader.head = work % view.kv_heads;
-                loader.look_up(view, unit.request);
-                is_first = true;
-                return;
-            }
-            work = after;
-        }
+        if (work >= works) return;
+        unit = next;
+        next = load_unit(view, (work + static_cast<int>(gridDim.x)) / view.kv_heads);
+        loader.position = unit.begin / kTile * kTile;
+        loader.begin = unit.begin;
+        loader.end = unit.end;
+        loader.head = work % view.kv_heads;
+        loader.look_up(view, unit.request);
+        is_first = true;
     }
 
-    // Starts the copies of the next tile. Always ends a group, which may be empty.
-    __device__ void copy_tile() {
+    // Whether the next tile's keys were in the cache before this step.
+    __device__ bool is_old() const {
+        return work < works && loader.position + kTile + kDecodeRows <= unit.end;
+    }
+
+    __device__ void copy_keys() {
+        T* keys = shared.ring + next_tile * DecodeShared<T, kD>::kStage;
+        loader.copy(view, keys, keys + SharedRows<kD>::kElements);
+    }
+
+    // Starts the copies of the next tile, of whose keys this may have been done. Always ends a
+    // group, which may be empty.
+    __device__ void copy_tile(bool has_keys = false) {
         if (work < works) {
-            T* keys = shared.ring + next_tile * DecodeShared<T, kD>::kStage;
+            if (!has_keys) copy_keys();
             if (is_first) {
                 copy_queries<T, kD, kRows>(
                     view, unit.first_row, unit.rows, loader.head,
@@ -83,7 +88,6 @@ struct UnitStream {
                 next_queries = next_queries + 1 == view.stages ? 0 : next_queries + 1;
                 is_first = false;
             }
-            loader.copy(view, keys, keys + SharedRows<kD>::kElements);
             next_tile = next_tile + 1 == view.stages ? 0 : next_tile + 1;
             loader.position += kTile;
             if (loader.position < unit.end) {
@@ -106,12 +110,17 @@ __global__ void __launch_bounds__(kThreads)
     const int row = lane / 4, column = lane % 4 * 2;
     const DecodeShared<T, kD> shared(view.stages);
 
+    // The kernel before this one may write queries and the keys of this step's tokens. The plan and
+    // older keys are there already.
+    UnitStream<T, kD> stream(view, shared);
+    const bool early = view.stages > 1 && stream.is_old();
+    if (early) stream.copy_keys();
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int works = *view.unit_count * view.kv_heads;
-    UnitStream<T, kD> stream(view, shared, works);
-    for (int stage = 1; stage < view.stages; ++stage) stream.copy_tile();
+    if (view.stages > 1) stream.copy_tile(early);
+    for (int stage = 2; stage < view.stages; ++stage) stream.copy_tile();
 
+    const int works = stream.works;
     int stage = 0, queries_at = 0;
     for (int work = static_cast<int>(blockIdx.x); work < works;
          work += static_cast<int>(gridDim.x)) {
@@ -123,7 +132,12 @@ __global__ void __launch_bounds__(kThreads)
         float o[kChunks][4] = {}, sum[4] = {}, largest[2] = {-INFINITY, -INFINITY};
 
         const int first = unit.begin / kTile * kTile;
-        for (int position = first; position < unit.end; position += kTile) {
+        int position = first;
+        do {
+            if (view.stages == 1) {
+                __syncthreads();  // the tile before has been read
+                stream.copy_tile();
+            }
             wait_for_stage(view.stages);
             __syncthreads();
             const T* keys = shared.ring + stage * DecodeShared<T, kD>::kStage;
@@ -135,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) load_left<kD>(q[step], queries, 0, step);
             }
-            stream.copy_tile();
+            if (view.stages > 1) stream.copy_tile();
 
             float scores[2][4] = {};
 #pragma unroll
@@ -202,8 +216,8 @@ __global__ void __launch_bounds__(kThreads)
                 add_values<kD>(o[n], weights, values, warp * kChunks + n);
             }
 
-            const int after = position + kTile;
-            if (after < unit.end && split_begin(split_of(after)) != after) continue;
+            position += kTile;
+            if (position < unit.end && split_begin(split_of(position)) != position) continue;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const MergeFactors merge(total_largest[i], largest[i]);
@@ -220,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
                 sum[2 * i] = sum[2 * i + 1] = 0.0f;
                 largest[i] = -INFINITY;
             }
-        }
+        } while (position < unit.end);
 
         const int channel = warp * kChunks * 8 + column;
 #pragma unroll

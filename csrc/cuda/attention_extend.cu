@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
 
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int works = *view.unit_count * view.kv_heads;
+    const int works = load_counts(view).extend_units * view.kv_heads;
     for (int work = static_cast<int>(blockIdx.x); work < works;
          work += static_cast<int>(gridDim.x)) {
         const AttentionUnit unit = view.units[work / view.kv_heads];

@@ -53,7 +53,7 @@ AttentionView<T> attention_view(const AttentionArgs& args, bool extends) {
         .kv_end = args.kv_end,
         .units = reinterpret_cast<AttentionUnit*>(
             workspace + (extends ? layout.extend_units : layout.decode_units)),
-        .unit_count = extends ? &counts->extend_units : &counts->decode_units,
+        .counts = counts,
         .parts = reinterpret_cast<int32_t*>(workspace + layout.parts),
         .counters = reinterpret_cast<int32_t*>(workspace + layout.counters),
         .records = reinterpret_cast<float*>(workspace + layout.records),
@@ -63,6 +63,7 @@ AttentionView<T> attention_view(const AttentionArgs& args, bool extends) {
         .q_head_stride = args.q.head_stride,
         .slot_stride = shape.kv_heads * shape.head_dim,
         .record_rows = shape.tokens * shape.q_heads,
+        .unit_places = static_cast<int>(extends ? layout.extend_places : layout.decode_places),
         .table_width = static_cast<int>(shape.table_width),
         .page_shift = std::countr_zero(static_cast<uint64_t>(shape.page_size)),
         .kv_heads = static_cast<int>(shape.kv_heads),

@@ -245,8 +245,8 @@ __device__ void add_tiles(const PlanView& view, int request, const Queries& quer
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanView view) {
     __shared__ int counts[3];
     __shared__ float scratch[kPlanThreads / kWarp];
+    // The next kernel may read the plan before it waits: it must not start before the end of this.
     wait_for_previous_kernel();
-    let_next_kernel_start();
     if (threadIdx.x < 3) counts[threadIdx.x] = 0;
     for (int i = threadIdx.x; i < view.counter_count; i += kPlanThreads) view.counters[i] = 0;
 
@@ -291,8 +291,10 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
             }
         }
     }
+    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) *view.counts = {counts[0], counts[1], counts[2], 0};
+    __threadfence();
 }
 
 }  // namespace

@@ -22,16 +22,34 @@ struct AttentionView {
     const int32_t* kv_lens;
     const int32_t* kv_end;
     const AttentionUnit* units;
-    const int32_t* unit_count;
+    const AttentionCounts* counts;
     const int32_t* parts;
     int32_t* counters;
     float* records;
     int64_t out_token_stride, out_head_stride, q_token_stride, q_head_stride, slot_stride;
     int64_t record_rows;  // of one part: tokens * q_heads
+    int unit_places;      // in the array
     int table_width, page_shift, kv_heads, group, head_dim, window, stages;
     float score_factor;  // turns q . k into an exponent of 2, or into tanh's argument
     float cap_factor;    // turns tanh into an exponent of 2; 0: no soft cap
 };
+
+// Read past this processor's own cache, since it may be that the plan has just been written.
+template <typename T>
+__device__ AttentionCounts load_counts(const AttentionView<T>& view) {
+    const float4 loaded = load_written_by_others(reinterpret_cast<const float*>(view.counts));
+    return {__float_as_int(loaded.x), __float_as_int(loaded.y), __float_as_int(loaded.z), 0};
+}
+// Behind the last unit: any unit.
+template <typename T>
+__device__ AttentionUnit load_unit(const AttentionView<T>& view, int index) {
+    const auto* from =
+        reinterpret_cast<const float*>(view.units + min(index, view.unit_places - 1));
+    const float4 first = load_written_by_others(from), second = load_written_by_others(from + 4);
+    return {__float_as_int(first.x),  __float_as_int(first.y),  __float_as_int(first.z),
+            __float_as_int(first.w),  __float_as_int(second.x), __float_as_int(second.y),
+            __float_as_int(second.z), __float_as_int(second.w)};
+}
 
 // Rows of kD 16-bit elements in shared memory, 16 bytes at a time, such that eight rows' chunks of
 // one column lie in different banks.

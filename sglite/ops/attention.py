@@ -17,7 +17,9 @@ class AttentionPlan:
     """How the attention of one batch is cut into work, on a GPU; made by `plan_attention`.
 
     It serves every layer with the same heads, head size and window, one layer after the other:
-    they share the workspace, which also takes their partial results.
+    they share the workspace, which also takes their partial results. Attention by a plan starts to
+    read older keys while the operation before it on the stream still runs: that one may write `q`
+    and the keys and values of the batch's own tokens, but no others.
     """
 
     workspace: Tensor  # [attention_workspace(...)] uint8
