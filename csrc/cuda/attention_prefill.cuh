@@ -10,6 +10,9 @@
 // a row sees nothing of leaves the row's state as it is: a row's bits do not depend on the tile.
 #pragma once
 
+#include <array>
+#include <atomic>
+
 #include "cuda/attention_prefill.h"
 #include "cuda/warpgroups.cuh"
 #include "cuda/wgmma.cuh"
@@ -19,13 +22,13 @@
 namespace sglite::cuda {
 
 // kGroups warpgroups of 64 rows; keys are taken kKeys at a time.
-template <int kDim_, int kGroups_, int kKeys_, int kFlags_ = 0>
+template <int kDim_, int kGroups_, int kKeys_, int kFlags_ = 0, int kStages_ = 2>
 struct PrefillShape {
     static constexpr int kDim = kDim_, kGroups = kGroups_, kKeys = kKeys_;
     static constexpr int kFlags = kFlags_;  // 1: no proxy fence, 2: weigh after PV, 4: skip shrink, 8: no turns
     static constexpr int kRows = 64 * kGroups;
     static constexpr int kThreads = kWarpgroup * (kGroups + 1);
-    static constexpr int kStages = 2;
+    static constexpr int kStages = kStages_;
     static constexpr int kColumnTiles = (kDim + 63) / 64;  // of 128 bytes
     static constexpr int kQueryTile = kRows * 128, kKeyTile = kKeys * 128;
     static constexpr int kQueryBytes = kQueryTile * kColumnTiles;
@@ -36,7 +39,7 @@ struct PrefillShape {
     static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
     static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 160;
     // Neighbouring keys that surely lie in one page.
-    static constexpr int kSpan = 16;
+    static constexpr int kSpan = kPrefillSpan;
     static constexpr int kSpans = kKeys / kSpan;
     static_assert(kKeys % kSpan == 0 && kSpans <= kWarp && kDim % 32 == 0);
 };
@@ -98,7 +101,7 @@ __device__ inline int nth_item(int n) {
 // one row.
 template <typename T, typename Shape>
 class Gatherer {
-    static constexpr int kChunks = Shape::kDim / 8;  // of 16 bytes in a row
+    static constexpr int kChunks = Shape::kDim / 8;  // of 16 bytes in a row, padded with zeros
     static constexpr int kRowThreads = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
     static constexpr int kRowsAtOnce = kWarpgroup / kRowThreads;
     using Barriers = prefill::Barriers<Shape::kStages>;
@@ -110,7 +113,8 @@ class Gatherer {
           barriers_(barriers),
           chunk_(threadIdx.x % kRowThreads),
           row_(threadIdx.x / kRowThreads),
-          stride_(static_cast<uint32_t>(args.kv_heads * Shape::kDim * sizeof(T))) {}
+          exists_(chunk_ < args.head_dim / 8),
+          stride_(static_cast<uint32_t>(args.kv_heads * args.head_dim * sizeof(T))) {}
 
     __device__ void run() {
         Work work;
@@ -152,11 +156,11 @@ class Gatherer {
 #pragma unroll 4
         for (int i = 0; i < Shape::kRows / kRowsAtOnce; ++i) {
             const int row = row_ + i * kRowsAtOnce, token = row / group;
-            const bool exists = token < work.tokens;
+            const bool exists = exists_ && token < work.tokens;
             const T* from = q + (exists ? token * args_.q.token_stride +
                                               (row - token * group) * args_.q.head_stride
                                         : 0);
-            if (chunk_ < kChunks) copy_async(place(0, Shape::kQueryTile, row), from, exists);
+            if (chunk_ < kChunks) copy_async(shared_ + place(Shape::kQueryTile, row), from, exists);
         }
         barrier_arrive_after_copies(barriers_.query_full);
         query_turn_.advance();
@@ -164,7 +168,8 @@ class Gatherer {
 
     __device__ void load_keys(const Work& work, int block, int rows) {
         barrier_wait(barriers_.key_empty[key_turn_.stage], key_turn_.parity ^ 1);
-        load(args_.k_cache, work, block, rows, Shape::kQueryBytes, key_turn_.stage);
+        load(args_.k_cache, work, block, rows,
+             shared_ + Shape::kQueryBytes + key_turn_.stage * Shape::kKeyBytes);
         barrier_arrive_after_copies(barriers_.key_full[key_turn_.stage]);
         key_turn_.advance();
     }
@@ -172,40 +177,58 @@ class Gatherer {
     __device__ void load_values(const Work& work, int block, int rows) {
         barrier_wait(barriers_.value_empty[value_turn_.stage], value_turn_.parity ^ 1);
         load(args_.v_cache, work, block, rows,
-             Shape::kQueryBytes + Shape::kStages * Shape::kKeyBytes, value_turn_.stage);
+             shared_ + Shape::kQueryBytes +
+                 (Shape::kStages + value_turn_.stage) * Shape::kKeyBytes);
         barrier_arrive_after_copies(barriers_.value_full[value_turn_.stage]);
         value_turn_.advance();
     }
 
     // Positions that no row sees become zeros: whatever lies there, NaN included, must not reach a
     // product.
-    __device__ void load(const void* cache, const Work& work, int block, int rows, int offset,
-                         int stage) {
+    __device__ void load(const void* cache, const Work& work, int block, int rows, char* to) {
+        const int start = block * Shape::kKeys;
+        if (exists_ && work.begin <= start && start + Shape::kKeys <= work.end) {
+            copy<false>(cache, work, start, rows, to);
+        } else {
+            copy<true>(cache, work, start, rows, to);
+        }
+    }
+
+    template <bool kPartly>
+    __device__ void copy(const void* cache, const Work& work, int start, int rows, char* to) {
         const char* from = static_cast<const char*>(cache) + row_ * stride_ +
-                           (work.kv_head * Shape::kDim + chunk_ * 8) * sizeof(T);
-        const int begin = work.begin - block * Shape::kKeys - row_;
-        const int end = work.end - block * Shape::kKeys - row_;
-        offset += stage * Shape::kKeyBytes;
+                           (work.kv_head * args_.head_dim + chunk_ * 8) * sizeof(T);
+        const int begin = work.begin - start - row_, end = work.end - start - row_;
+        to += place(Shape::kKeyTile, row_);
 #pragma unroll
         for (int i = 0; i < Shape::kKeys / kRowsAtOnce; ++i) {
             const int row = i * kRowsAtOnce;
             const uint32_t cache_row =
                 __shfl_sync(0xFFFFFFFFu, rows, row / Shape::kSpan) + row % Shape::kSpan;
             if (chunk_ < kChunks) {
-                copy_async(place(offset, Shape::kKeyTile, row_ + row),
-                           from + uint64_t{cache_row} * stride_, row >= begin && row < end);
+                copy_async(below(to, row), from + uint64_t{cache_row} * stride_,
+                           !kPartly || (exists_ && row >= begin && row < end));
             }
         }
     }
 
-    __device__ char* place(int offset, int tile_bytes, int row) const {
-        return shared_ + offset + chunk_ / 8 * tile_bytes + swizzled(row, chunk_ % 8);
+    // Where this thread's chunk of a row goes, in bytes from the start of a buffer.
+    __device__ int place(int tile_bytes, int row) const {
+        return chunk_ / 8 * tile_bytes + swizzled(row, chunk_ % 8);
+    }
+    // The same for a row that is so many below, a multiple of kRowsAtOnce.
+    __device__ static char* below(char* place, int rows) {
+        char* const straight = place + rows * 128;
+        if (rows % 8 == 0) return straight;
+        static_assert(kRowsAtOnce >= 4);
+        return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(straight) ^ 4 << 4);
     }
 
     const PrefillArgs& args_;
     char* const shared_;
     Barriers& barriers_;
     const int chunk_, row_;
+    const bool exists_;      // whether the head is so long
     const uint32_t stride_;  // of the cache's rows, in bytes
     Turn<1> query_turn_;
     Turn<Shape::kStages> key_turn_, value_turn_;
@@ -213,7 +236,7 @@ class Gatherer {
 
 // What the 128 threads do that hold 64 rows. A thread holds two of them, `row` and `row + 8`, and
 // of each a quarter of the columns.
-template <typename T, typename Shape, bool kCapped>
+template <typename T, typename Shape, bool kScaled>
 class Attender {
     static constexpr int kKeys = Shape::kKeys, kDim = Shape::kDim;
     using Barriers = prefill::Barriers<Shape::kStages>;
@@ -363,9 +386,12 @@ class Attender {
 
     // Turns the scores of a block into weights relative to the largest score so far.
     __device__ void weigh(float (&scores)[kKeys / 2], int block) {
-        if constexpr (kCapped) {
+        if constexpr (kScaled) {
 #pragma unroll
-            for (float& score : scores) score = tanh_exact(score * args_.cap_scale);
+            for (float& score : scores) {
+                score *= args_.score_scale;
+                if (args_.capped) score = tanh_exact(score);
+            }
         }
         const int start = block * kKeys;
         if (start < all_begin_ || start + kKeys > all_end_) hide(scores, start);
@@ -462,7 +488,7 @@ class Attender {
                     pairs[k] = pack_pair<T>(d[0] * inverse, d[1] * inverse);
                 }
                 transpose(pairs, lane);
-                if (token < work.tokens) {
+                if (token < work.tokens && 8 * (j + lane) < args_.head_dim) {
                     *reinterpret_cast<uint4*>(to + 8 * j) =
                         uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
                 }
@@ -498,7 +524,7 @@ class Attender {
 
 }  // namespace prefill
 
-template <typename T, typename Shape, bool kCapped>
+template <typename T, typename Shape, bool kScaled>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     prefill_kernel(const __grid_constant__ PrefillArgs args) {
 #ifdef SGLITE_HAS_WGMMA
@@ -524,12 +550,70 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         prefill::Gatherer<T, Shape>(args, shared, barriers).run();
     } else {
         raise_registers<Shape::kConsumerRegisters>();
-        prefill::Attender<T, Shape, kCapped>(args, shared, barriers, warpgroup - 1).run();
+        prefill::Attender<T, Shape, kScaled>(args, shared, barriers, warpgroup - 1).run();
     }
     let_next_kernel_start();
 #else
     __trap();
 #endif
+}
+
+template <int kDim>
+using PrefillShapeOf = PrefillShape<kDim, prefill_rows(kDim) / 64, kDim == 256 ? 80 : 128>;
+
+template <int kDim>
+void launch_prefill(const PrefillArgs& args, Stream stream) {
+    using Shape = PrefillShapeOf<kDim>;
+    const Launch settings{
+        .op = "paged_attention",
+        .grid = dim3(static_cast<unsigned>(args.max_tiles * args.kv_heads)),
+        .threads = Shape::kThreads,
+        .shared_bytes = Shape::kSharedBytes,
+        .stream = stream,
+        .overlaps = true,
+    };
+    const auto run = [&]<typename T>(T) {
+        if (args.scaled) {
+            launch<prefill_kernel<T, Shape, true>>(settings, args);
+        } else {
+            launch<prefill_kernel<T, Shape, false>>(settings, args);
+        }
+    };
+    args.dtype == DType::kBFloat16 ? run(BFloat16{}) : run(Half{});
+}
+
+// The kernel's body uses static shared memory; what stands in for it in code for other targets does
+// not. So its size tells whether this GPU would run the body: without launching anything.
+template <int kDim>
+bool prefill_is_built(int device) {
+    static std::array<std::atomic<int>, 64> answers{};  // 0: not asked yet, 1: no, 2: yes
+    std::atomic<int>& answer = answers[device % answers.size()];
+    if (!answer) {
+        const DeviceGuard guard("paged_attention", device);
+        cudaFuncAttributes attributes{};
+        const bool loads = cudaFuncGetAttributes(
+                               &attributes, prefill_kernel<BFloat16, PrefillShapeOf<kDim>, false>) ==
+                           cudaSuccess;
+        if (!loads) cudaGetLastError();  // no code at all for this GPU: not an error
+        answer = loads && attributes.sharedSizeBytes > 0 ? 2 : 1;
+    }
+    return answer == 2;
+}
+
+}  // namespace sglite::cuda
+
+#else
+
+namespace sglite::cuda {
+
+// The emulator has no warpgroups.
+template <int kDim>
+void launch_prefill(const PrefillArgs&, Stream) {
+    throw std::logic_error("paged_attention: no prefill kernel in an emulated build");
+}
+template <int kDim>
+bool prefill_is_built(int) {
+    return false;
 }
 
 }  // namespace sglite::cuda

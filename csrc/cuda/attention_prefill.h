@@ -1,44 +1,53 @@
-// Attention of many query rows on Hopper; see attention_prefill.cuh.
+// Attention of many query rows on Hopper's warpgroup matrix unit; see attention_prefill.cuh.
 #pragma once
 
-#include "cuda/kernels.h"
+#include "cuda/attention.h"
 
 namespace sglite::cuda {
 
-// Some neighbouring tokens of a request, whose rows (one for each token and query head of a KV
-// head) a block holds at once.
-struct PrefillTile {
-    int32_t request, first_token, tokens;  // first_token counts rows of q
-};
+// Tokens of a PrefillTile for batches of this shape on this GPU, by the plan's rule that all query
+// heads of a KV head go together; 0 where attention_prefill does not take them. Asks the GPU what
+// was compiled for it, and touches no stream.
+int64_t prefill_tile(const AttentionShape& shape, int device);
+
+// The tiles that the plan has made, for shapes that have prefill_tile().
+void attention_prefill(const AttentionArgs& args, Stream stream);
+
+// ---- between the files of the kernel ------------------------------------------------------------
+
+// Neighbouring keys that must lie in one page.
+constexpr int kPrefillSpan = 16;
+// Rows that a block holds at once, by the padded head size.
+constexpr int prefill_rows(int64_t padded_dim) { return padded_dim == 64 ? 192 : 128; }
 
 struct PrefillArgs {
-    struct Heads {
-        void* data;  // [tokens, heads, head_dim]
-        int64_t token_stride, head_stride;
-    };
-    Heads out, q;
+    AttentionArgs::Heads out, q;
     const void* k_cache;  // [pages, page_size, kv_heads, head_dim]
     const void* v_cache;
     const int32_t* page_table;   // [requests, table_width]
     const int32_t* query_start;  // [requests + 1]
     const int32_t* kv_lens;      // [requests]
     const int32_t* kv_end;       // [tokens]
-    const PrefillTile* tiles;    // [max_tiles], those with the most work first
+    const PrefillTile* tiles;    // [max_tiles]
     const int32_t* tile_count;   // how many there are
     int64_t table_width;
     int32_t max_tiles, page_size, q_heads, kv_heads, head_dim;
     int32_t window;        // 0: none
-    float exponent_scale;  // from a score to an exponent of 2
-    float cap_scale;       // from a score to the argument of tanh; 0: no cap
+    float score_scale;     // applied first, if `scaled`
+    float exponent_scale;  // from a score, or its tanh if `capped`, to an exponent of 2; positive
+    bool scaled, capped;
     DType dtype;
 
     // The first position that a token at `position` sees; it ends at kv_end.
-#ifdef __CUDACC__
-    __device__
-#endif
-    int32_t first_visible(int32_t position) const {
+    SGLITE_HOST_DEVICE int32_t first_visible(int32_t position) const {
         return window && position >= window ? position - window + 1 : 0;
     }
 };
+
+// Each head size has a file of its own.
+template <int kDim>
+void launch_prefill(const PrefillArgs& args, Stream stream);
+template <int kDim>
+bool prefill_is_built(int device);
 
 }  // namespace sglite::cuda
