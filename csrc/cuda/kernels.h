@@ -12,12 +12,18 @@ struct Stream {
     int device;
 };
 
+struct AttentionArgs;  // attention.h
+struct AttentionPlanArgs;
+
 struct Kernels {
     void (*rms_norm)(const RmsNormArgs&, Stream);
     void (*embedding)(const EmbeddingArgs&, Stream);
     void (*apply_rope)(const RopeArgs&, Stream);
     void (*gated_activation)(const GatedActivationArgs&, Stream);
     void (*write_kv)(const WriteKvArgs&, Stream);
+    void (*plan_attention)(const AttentionPlanArgs&, Stream);
+    bool (*planned_attention)(const AttentionArgs&);
+    void (*paged_attention)(const AttentionArgs&, Stream);
 };
 
 // The kernels; throws, naming the op and how to build them, where there are none.

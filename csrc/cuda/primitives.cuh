@@ -125,6 +125,15 @@ __device__ inline uint4 load_streamed(const void* from) {
 #endif
 }
 
+// 16 bytes that another block has written in this launch: read past this processor's own cache.
+__device__ inline float4 load_written_by_others(const float* from) {
+#ifdef __CUDACC__
+    return __ldcg(reinterpret_cast<const float4*>(from));
+#else
+    return *reinterpret_cast<const float4*>(from);
+#endif
+}
+
 // 2^x, to about 2 units in the last place; 0 for -infinity.
 __device__ inline float exp2_fast(float x) {
 #ifdef __CUDACC__

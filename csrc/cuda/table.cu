@@ -1,3 +1,4 @@
+#include "cuda/attention.h"
 #include "cuda/kernels.h"
 #include "cuda/launchers.h"
 
@@ -9,6 +10,9 @@ const Kernels table = {
     .apply_rope = apply_rope,
     .gated_activation = gated_activation,
     .write_kv = write_kv,
+    .plan_attention = plan_attention,
+    .planned_attention = planned_attention,
+    .paged_attention = paged_attention,
 };
 
 }  // namespace sglite::cuda

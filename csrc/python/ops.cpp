@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/attention.h"
+#include "ops/attention_cuda.h"
 #include "python/bindings.h"
 #include "python/torch_tensor.h"
 
@@ -123,6 +124,28 @@ static void bind_kv_cache(py::module_& m) {
 }
 
 static void bind_attention(py::module_& m) {
+    // The sizes of a plan: requests, tokens, table_width, page_size, num_heads, num_kv_heads,
+    // head_dim, window, max_query_tokens.
+    using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                             std::optional<int64_t>, int64_t>;
+    const auto named = [](const Sizes& sizes) {
+        return std::make_from_tuple<ops::AttentionSizes>(sizes);
+    };
+    m.def("attention_is_planned",
+          [](const Tensor& tensor) { return tensor.device == DeviceType::kCUDA; },
+          py::arg("tensor"));
+    m.def(
+        "attention_workspace",
+        [named](const Sizes& sizes) { return ops::attention_workspace(named(sizes)); },
+        py::arg("sizes"));
+    m.def(
+        "plan_attention",
+        [named](const Tensor& workspace, const Tensor& query_start, const Tensor& kv_lens,
+                const Tensor& kv_end, const Sizes& sizes) {
+            ops::plan_attention(workspace, query_start, kv_lens, kv_end, named(sizes));
+        },
+        py::arg("workspace"), py::arg("query_start"), py::arg("kv_lens"), py::arg("kv_end"),
+        py::arg("sizes"));
     // `empty` makes the workspace: a uint8 tensor of the given number of bytes.
     m.def(
         "paged_attention",
@@ -140,6 +163,19 @@ static void bind_attention(py::module_& m) {
         py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("page_table"),
         py::arg("query_start"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("scale"),
         py::arg("window"), py::arg("soft_cap"), py::arg("empty"));
+    m.def(
+        "paged_attention_cuda",
+        [](const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+           const Tensor& page_table, const Tensor& query_start, const Tensor& kv_lens,
+           const Tensor& kv_end, double scale, std::optional<int64_t> window,
+           std::optional<double> soft_cap, const Tensor& workspace, int64_t max_query_tokens) {
+            ops::paged_attention_cuda({out, q, k_cache, v_cache, page_table, query_start, kv_lens,
+                                       kv_end, scale, window, soft_cap},
+                                      workspace, max_query_tokens);
+        },
+        py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("page_table"),
+        py::arg("query_start"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("scale"),
+        py::arg("window"), py::arg("soft_cap"), py::arg("workspace"), py::arg("max_query_tokens"));
 }
 
 static void bind_sampling(py::module_& m) {
