@@ -54,6 +54,16 @@ struct alignas(16) AttentionUnit {
     int32_t part, parts;  // which of the tile's units
 };
 
+// Head sizes are padded to one that kernels are made for; 0: too large.
+SGLITE_HOST_DEVICE constexpr int64_t padded_head_dim(int64_t head_dim) {
+    return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : 0;
+}
+// Rows that a block of the kernel for large prefills holds at once.
+SGLITE_HOST_DEVICE constexpr int prefill_rows(int64_t padded_dim) {
+    return padded_dim == 64 ? 192 : 128;
+}
+constexpr int kLeastPrefillRows = 64;  // of a request that goes to that kernel
+
 // Tokens of one request for the kernel that takes large prefills.
 struct PrefillTile {
     int32_t request, first_token, tokens;
@@ -69,24 +79,23 @@ struct AttentionShape {
     int64_t requests, tokens, table_width, page_size, q_heads, kv_heads, head_dim;
     int64_t window;              // 0: none
     int64_t max_query_tokens;    // that a request has
-    int64_t prefill_tile;        // tokens of a PrefillTile; 0: none are made
-    int64_t least_prefill_rows;  // of a request whose tokens become PrefillTiles
+    bool prefills;               // whether many tokens of a request may become PrefillTiles
 
     SGLITE_HOST_DEVICE int64_t group() const { return q_heads / kv_heads; }
+    // Tokens of a PrefillTile; 0 where too many query heads share a KV head.
+    SGLITE_HOST_DEVICE int64_t prefill_tile() const {
+        return prefill_rows(padded_head_dim(head_dim)) / group();
+    }
     SGLITE_HOST_DEVICE bool has_extends() const { return max_query_tokens * group() > kDecodeRows; }
 };
 
-// Head sizes are padded to one that kernels are made for; 0: too large.
-constexpr int64_t padded_head_dim(int64_t head_dim) {
-    return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : 0;
-}
 // Floats of a record: the weighted sum of values, the largest score, the sum of weights, padding.
 SGLITE_HOST_DEVICE constexpr int record_floats(int padded_dim) { return padded_dim + 4; }
 
 // Where things lie in the workspace, in bytes; multiples of 128.
 struct AttentionLayout {
     int64_t decode_units, extend_units, prefill_tiles, counters, records, bytes;
-    int64_t counter_count, most_parts;
+    int64_t counter_count, most_parts, most_prefill_tiles;
 
     explicit AttentionLayout(const AttentionShape& shape) {
         // Enough parts to fill any machine; beyond that, tiles are cut less.
@@ -103,10 +112,10 @@ struct AttentionLayout {
         bytes = sizeof(AttentionCounts);
         decode_units = take(shape.requests * most_parts * sizeof(AttentionUnit));
         extend_units = take(tiles * most_parts * sizeof(AttentionUnit));
-        prefill_tiles = take(shape.prefill_tile
-                                 ? (shape.tokens / shape.prefill_tile + shape.requests) *
-                                       static_cast<int64_t>(sizeof(PrefillTile))
-                                 : 0);
+        most_prefill_tiles = shape.has_extends() && shape.prefill_tile()
+                                 ? shape.tokens / shape.prefill_tile() + shape.requests
+                                 : 0;
+        prefill_tiles = take(most_prefill_tiles * sizeof(PrefillTile));
         counters = take(counter_count * sizeof(int32_t));
         const int width = record_floats(static_cast<int>(padded_head_dim(shape.head_dim)));
         records = take(most_parts > 1 ? most_parts * rows * width * sizeof(float) : 0);

@@ -10,6 +10,9 @@ constexpr int kPlanThreads = 512;
 // Units should be small beside a block's share of the work, of which so many make one.
 constexpr int kUnitsPerBlock = 8;
 constexpr int kBlocksPerMultiprocessor = 2;
+// Prefills do not split keys: they are for batches that give this share of a machine's processors
+// a block.
+constexpr float kPrefillShare = 0.5f;
 
 struct PlanView {
     AttentionShape shape;
@@ -23,6 +26,7 @@ struct PlanView {
     int32_t* counters;
     int counter_count, most_parts, group;
     float slots;  // units of all heads that the machine should have at least
+    float least_prefills;  // tiles of a batch whose prefills have a kernel of their own
 };
 
 enum class Kind { kNothing, kDecode, kExtend, kPrefill };
@@ -32,7 +36,7 @@ struct Queries {
     int first_token, tokens, first_position;
     Kind kind;
 
-    __device__ Queries(const PlanView& view, int request) {
+    __device__ Queries(const PlanView& view, int request, bool prefills) {
         first_token = view.query_start[request];
         const int end = view.query_start[request + 1];
         tokens = end - first_token;
@@ -40,7 +44,7 @@ struct Queries {
         const int rows = tokens * view.group;
         kind = rows <= 0             ? Kind::kNothing
                : rows <= kDecodeRows ? Kind::kDecode
-               : view.shape.prefill_tile && rows >= view.shape.least_prefill_rows
+               : prefills && rows >= kLeastPrefillRows
                    ? Kind::kPrefill
                    : Kind::kExtend;
     }
@@ -96,7 +100,7 @@ __device__ float block_sum(float value, float* scratch) {
 __device__ void add_tiles(const PlanView& view, int request, const Queries& queries, int* counts,
                           float grain) {
     if (queries.kind == Kind::kPrefill) {
-        const int most = static_cast<int>(view.shape.prefill_tile);
+        const int most = static_cast<int>(view.shape.prefill_tile());
         const int tiles = (queries.tokens + most - 1) / most;
         for (int tile = threadIdx.x; tile < tiles; tile += kPlanThreads) {
             // Late tokens first: they see the most, and what starts last should be small.
@@ -134,9 +138,20 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     for (int i = threadIdx.x; i < view.counter_count; i += kPlanThreads) view.counters[i] = 0;
 
     const int requests = static_cast<int>(view.shape.requests);
+    bool prefills = view.shape.prefills;
+    if (prefills) {
+        const int tile = static_cast<int>(view.shape.prefill_tile());
+        float tiles = 0.0f;
+        for (int request = threadIdx.x; request < requests; request += kPlanThreads) {
+            const Queries queries(view, request, true);
+            if (queries.kind == Kind::kPrefill)
+                tiles += static_cast<float>((queries.tokens + tile - 1) / tile);
+        }
+        prefills = block_sum(tiles, scratch) >= view.least_prefills;
+    }
     float decode_keys = 0.0f, extend_keys = 0.0f;
     for (int request = threadIdx.x; request < requests; request += kPlanThreads) {
-        const Queries queries(view, request);
+        const Queries queries(view, request, prefills);
         const int seen = view.shape.window ? min(static_cast<int>(view.shape.window) + queries.tokens,
                                                  view.kv_lens[request])
                                            : view.kv_lens[request];
@@ -151,7 +166,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     const float extend_grain = block_sum(extend_keys, scratch) * heads / view.slots;
 
     for (int request = threadIdx.x; request < requests; request += kPlanThreads) {
-        const Queries queries(view, request);
+        const Queries queries(view, request, prefills);
         if (queries.kind != Kind::kDecode) continue;
         const Visible visible(view, queries, queries.first_token,
                               queries.first_token + queries.tokens);
@@ -169,12 +184,12 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
             const int mine = first + static_cast<int>(threadIdx.x % kWarp);
             bool large = false;
             if (mine < requests) {
-                const Queries queries(view, mine);
+                const Queries queries(view, mine, prefills);
                 large = queries.kind == Kind::kExtend || queries.kind == Kind::kPrefill;
             }
             for (unsigned left = __ballot_sync(0xFFFFFFFFu, large); left; left &= left - 1) {
                 const int request = first + __ffs(static_cast<int>(left)) - 1;
-                add_tiles(view, request, Queries(view, request), counts, extend_grain);
+                add_tiles(view, request, Queries(view, request, prefills), counts, extend_grain);
             }
         }
     }
@@ -187,6 +202,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
 void plan_attention(const AttentionPlanArgs& args, Stream stream) {
     const AttentionLayout layout(args.shape);
     char* workspace = static_cast<char*>(args.workspace);
+    const int multiprocessors = machine_of(stream.device).multiprocessors;
     const PlanView view{
         .shape = args.shape,
         .query_start = args.query_start,
@@ -200,8 +216,9 @@ void plan_attention(const AttentionPlanArgs& args, Stream stream) {
         .counter_count = static_cast<int>(layout.counter_count),
         .most_parts = static_cast<int>(layout.most_parts),
         .group = static_cast<int>(args.shape.group()),
-        .slots = static_cast<float>(machine_of(stream.device).multiprocessors *
-                                    kBlocksPerMultiprocessor * kUnitsPerBlock),
+        .slots = static_cast<float>(multiprocessors * kBlocksPerMultiprocessor * kUnitsPerBlock),
+        .least_prefills =
+            kPrefillShare * static_cast<float>(multiprocessors) / static_cast<float>(args.shape.kv_heads),
     };
     launch<plan_kernel>(
         {

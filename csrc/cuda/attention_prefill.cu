@@ -23,7 +23,7 @@ PrefillArgs prefill_args(const AttentionArgs& args) {
         .tiles = reinterpret_cast<const PrefillTile*>(workspace + layout.prefill_tiles),
         .tile_count = &reinterpret_cast<const AttentionCounts*>(workspace)->prefill_tiles,
         .table_width = shape.table_width,
-        .max_tiles = narrow(shape.tokens / shape.prefill_tile + shape.requests),
+        .max_tiles = narrow(layout.most_prefill_tiles),
         .page_size = narrow(shape.page_size),
         .q_heads = narrow(shape.q_heads),
         .kv_heads = narrow(shape.kv_heads),
@@ -50,11 +50,10 @@ PrefillArgs prefill_args(const AttentionArgs& args) {
 
 }  // namespace
 
-int64_t prefill_tile(const AttentionShape& shape, int device) {
-    const int64_t dim = padded_head_dim(shape.head_dim);
-    if (!dim || shape.head_dim % 8 || shape.page_size % kPrefillSpan || !prefill_is_built<128>(device))
-        return 0;
-    return prefill_rows(dim) / shape.group();
+bool takes_prefills(const AttentionShape& shape, int device) {
+    return shape.has_extends() && padded_head_dim(shape.head_dim) && shape.head_dim % 8 == 0 &&
+           shape.prefill_tile() && shape.page_size % kPrefillSpan == 0 &&
+           prefill_is_built<128>(device);
 }
 
 void attention_prefill(const AttentionArgs& args, Stream stream) {

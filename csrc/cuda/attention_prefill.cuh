@@ -28,6 +28,7 @@ struct PrefillShape {
     static constexpr int kFlags = kFlags_;  // 1: no proxy fence, 2: weigh after PV, 4: skip shrink, 8: no turns
     static constexpr int kRows = 64 * kGroups;
     static constexpr int kThreads = kWarpgroup * (kGroups + 1);
+    static constexpr int kCopiers = kFlags & 16 ? kWarpgroup / 2 : kWarpgroup;
     static constexpr int kStages = kStages_;
     static constexpr int kColumnTiles = (kDim + 63) / 64;  // of 128 bytes
     static constexpr int kQueryTile = kRows * 128, kKeyTile = kKeys * 128;
@@ -103,7 +104,8 @@ template <typename T, typename Shape>
 class Gatherer {
     static constexpr int kChunks = Shape::kDim / 8;  // of 16 bytes in a row, padded with zeros
     static constexpr int kRowThreads = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
-    static constexpr int kRowsAtOnce = kWarpgroup / kRowThreads;
+    static constexpr int kThreads = Shape::kCopiers;
+    static constexpr int kRowsAtOnce = kThreads / kRowThreads;
     using Barriers = prefill::Barriers<Shape::kStages>;
 
   public:
@@ -111,8 +113,9 @@ class Gatherer {
         : args_(args),
           shared_(shared),
           barriers_(barriers),
-          chunk_(threadIdx.x % kRowThreads),
-          row_(threadIdx.x / kRowThreads),
+          half_(threadIdx.x / kThreads),
+          chunk_(threadIdx.x % kThreads % kRowThreads),
+          row_(threadIdx.x % kThreads / kRowThreads),
           exists_(chunk_ < args.head_dim / 8),
           stride_(static_cast<uint32_t>(args.kv_heads * args.head_dim * sizeof(T))) {}
 
@@ -121,17 +124,29 @@ class Gatherer {
         for (int n = 0; find_work(args_, nth_item(n), work); ++n) {
             if (work.begin >= work.end) continue;
             const int first = work.begin / Shape::kKeys;
-            int block = (work.end - 1) / Shape::kKeys;
-            int rows = find_rows(work, block);
-            load_queries(work);
-            load_keys(work, block, rows);
-            for (; block > first; --block) {
-                const int next_rows = find_rows(work, block - 1);
-                load_keys(work, block - 1, next_rows);
-                load_values(work, block, rows);
-                rows = next_rows;
+            const int last = (work.end - 1) / Shape::kKeys;
+            // Found two blocks ahead, since reading the page table takes its time.
+            int rows = find_rows(work, last), next_rows = find_rows(work, last - 1);
+            if constexpr (Shape::kFlags & 16) {
+                if (half_ == 0) load_queries(work);
+                for (int block = last; block >= first; --block) {
+                    const int later_rows = find_rows(work, block - 2);
+                    half_ == 0 ? load_keys(work, block, rows) : load_values(work, block, rows);
+                    rows = next_rows;
+                    next_rows = later_rows;
+                }
+            } else {
+                load_queries(work);
+                load_keys(work, last, rows);
+                for (int block = last; block > first; --block) {
+                    const int later_rows = find_rows(work, block - 2);
+                    load_keys(work, block - 1, next_rows);
+                    load_values(work, block, rows);
+                    rows = next_rows;
+                    next_rows = later_rows;
+                }
+                load_values(work, first, rows);
             }
-            load_values(work, first, rows);
         }
     }
 
@@ -140,7 +155,7 @@ class Gatherer {
     __device__ int find_rows(const Work& work, int block) const {
         const int lane = threadIdx.x % kWarp;
         const int position = block * Shape::kKeys + lane * Shape::kSpan;
-        const bool read = lane < Shape::kSpans && position < work.end &&
+        const bool read = lane < Shape::kSpans && position >= 0 && position < work.end &&
                           position + Shape::kSpan > work.begin;
         if (!read) return 0;
         const int page = position / args_.page_size;
@@ -218,16 +233,14 @@ class Gatherer {
     }
     // The same for a row that is so many below, a multiple of kRowsAtOnce.
     __device__ static char* below(char* place, int rows) {
-        char* const straight = place + rows * 128;
-        if (rows % 8 == 0) return straight;
-        static_assert(kRowsAtOnce >= 4);
-        return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(straight) ^ 4 << 4);
+        return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(place + rows * 128) ^
+                                       (rows & 7) << 4);
     }
 
     const PrefillArgs& args_;
     char* const shared_;
     Barriers& barriers_;
-    const int chunk_, row_;
+    const int half_, chunk_, row_;
     const bool exists_;      // whether the head is so long
     const uint32_t stride_;  // of the cache's rows, in bytes
     Turn<1> query_turn_;
@@ -533,11 +546,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     char* const shared = unaligned + (-shared_address(unaligned) & (Shape::kAlignment - 1));
     if (threadIdx.x == 0) {
         constexpr int kConsumerWarps = 4 * Shape::kGroups;
-        barrier_init(barriers.query_full, kWarpgroup);
+        barrier_init(barriers.query_full, Shape::kCopiers);
         barrier_init(barriers.query_empty, kConsumerWarps);
         for (int i = 0; i < Shape::kStages; ++i) {
-            barrier_init(barriers.key_full[i], kWarpgroup);
-            barrier_init(barriers.value_full[i], kWarpgroup);
+            barrier_init(barriers.key_full[i], Shape::kCopiers);
+            barrier_init(barriers.value_full[i], Shape::kCopiers);
             barrier_init(barriers.key_empty[i], kConsumerWarps);
             barrier_init(barriers.value_empty[i], kConsumerWarps);
         }

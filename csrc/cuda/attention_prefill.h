@@ -5,20 +5,17 @@
 
 namespace sglite::cuda {
 
-// Tokens of a PrefillTile for batches of this shape on this GPU, by the plan's rule that all query
-// heads of a KV head go together; 0 where attention_prefill does not take them. Asks the GPU what
-// was compiled for it, and touches no stream.
-int64_t prefill_tile(const AttentionShape& shape, int device);
+// Whether attention_prefill takes batches of this shape on this GPU. Asks what was compiled for it,
+// and touches no stream.
+bool takes_prefills(const AttentionShape& shape, int device);
 
-// The tiles that the plan has made, for shapes that have prefill_tile().
+// The tiles that the plan has made, for shapes that it takes.
 void attention_prefill(const AttentionArgs& args, Stream stream);
 
 // ---- between the files of the kernel ------------------------------------------------------------
 
 // Neighbouring keys that must lie in one page.
 constexpr int kPrefillSpan = 16;
-// Rows that a block holds at once, by the padded head size.
-constexpr int prefill_rows(int64_t padded_dim) { return padded_dim == 64 ? 192 : 128; }
 
 struct PrefillArgs {
     AttentionArgs::Heads out, q;

@@ -26,6 +26,7 @@ class AttentionPlan:
     head_dim: int
     window: int | None
     max_query_tokens: int
+    batch_invariant: bool
 
 
 def attention_workspace(
@@ -48,7 +49,8 @@ def attention_workspace(
     most = num_tokens if max_query_tokens is None else max_query_tokens
     requests, width = table_shape
     heads = (num_heads, num_kv_heads, head_dim)
-    return _C.attention_workspace((requests, num_tokens, width, page_size, *heads, None, most))
+    sizes = (requests, num_tokens, width, page_size, *heads, None, most, False)
+    return _C.attention_workspace(sizes)
 
 
 def plan_attention(
@@ -63,14 +65,17 @@ def plan_attention(
     head_dim: int,
     window: int | None = None,
     max_query_tokens: int | None = None,
+    batch_invariant: bool = False,
     workspace: Tensor | None = None,
 ) -> AttentionPlan | None:
     """Cuts a batch's attention into units of work, on the GPU that the tensors lie on.
 
     One small kernel that reads the lengths from the device: captured in a CUDA graph together with
-    the attention, it is right for any lengths that the same tensors hold when the graph runs. A
-    row's bits do not depend on the plan: keys are split at absolute positions, and all that the
-    plan chooses is which splits, one after the other, are one block's work.
+    the attention, it is right for any lengths that the same tensors hold when the graph runs.
+    Keys are split at absolute positions, and all that the plan chooses is which splits, one after
+    the other, are one block's work: a row's bits do not depend on that. On Hopper, though, a batch
+    with enough query rows goes to a kernel that is faster and rounds in another order, unless the
+    plan is `batch_invariant`.
 
     On the CPU, where `paged_attention` plans for itself, this gives None.
 
@@ -80,6 +85,7 @@ def plan_attention(
         page_size, num_heads, num_kv_heads, head_dim, window: as in the calls that it is for.
         max_query_tokens: no request has more tokens in this batch; T when None. With 1 (decode) a
             kernel less is launched.
+        batch_invariant: whether rows have the same bits in every batch, however prompts are cut.
         workspace: [attention_workspace(...)] uint8 on the same device, aligned to 64 bytes;
             allocated when absent.
 
@@ -91,12 +97,14 @@ def plan_attention(
     most = kv_end.shape[0] if max_query_tokens is None else max_query_tokens
     requests, width = page_table.shape
     heads = (num_heads, num_kv_heads, head_dim)
-    sizes = (requests, kv_end.shape[0], width, page_size, *heads, window, most)
+    sizes = (requests, kv_end.shape[0], width, page_size, *heads, window, most, batch_invariant)
     if workspace is None:
         count = _C.attention_workspace(sizes)
         workspace = torch.empty(count, dtype=torch.uint8, device=query_start.device)
     _C.plan_attention(workspace, query_start, kv_lens, kv_end, sizes)
-    return AttentionPlan(workspace, num_heads, num_kv_heads, head_dim, window, most)
+    return AttentionPlan(
+        workspace, num_heads, num_kv_heads, head_dim, window, most, batch_invariant
+    )
 
 
 def paged_attention(
@@ -130,8 +138,9 @@ def paged_attention(
     Arithmetic is float32, rounded once at the end. A row's bits depend on its query, on the keys
     and values it sees and on their positions, never on the rest of the batch, on how a prompt is
     cut into chunks, on the page table, or on the number of threads: keys are split at absolute
-    positions and the parts merged in order. (Online softmax: Milakov and Gimelshein, 2018; paging:
-    Kwon et al., 2023; split keys: FlashDecoding, Dao et al., 2023.)
+    positions and the parts merged in order. On a GPU this needs a plan that is `batch_invariant`.
+    (Online softmax: Milakov and Gimelshein, 2018; paging: Kwon et al., 2023; split keys:
+    FlashDecoding, Dao et al., 2023; prefill on Hopper: FlashAttention-3, Shah et al., 2024.)
 
     Args:
         q: [T, q_heads, head_dim], float32, bfloat16 or float16; channels side by side, any strides
@@ -192,6 +201,7 @@ def paged_attention(
             soft_cap,
             plan.workspace,
             plan.max_query_tokens,
+            plan.batch_invariant,
         )
         return out
     _C.paged_attention(

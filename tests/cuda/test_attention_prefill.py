@@ -130,9 +130,7 @@ def test_a_row_that_sees_nothing_gives_zeros(hopper):
 def test_same_bits_however_a_prompt_is_cut(hopper):
     """Blocks of keys start at absolute positions: a tile's other rows do not matter."""
     generator = torch.Generator().manual_seed(1)
-    sequences = Sequences.draw(
-        [2900, 70], 8, 2, 128, torch.bfloat16, generator, treacherous=True
-    )
+    sequences = Sequences.draw([2900, 70], 8, 2, 128, torch.bfloat16, generator, treacherous=True)
     whole = run(hopper, sequences.batch([(0, 0, 2900)], 16, generator), 0.3)
     start = 0
     for stop in (100, 307, 1500, 2900):
