@@ -101,7 +101,7 @@ def decode_case(batch, context, heads, kv_heads, head_dim, dtype, with_torch, sh
     return ours, planning, theirs
 
 
-def extend_case(tokens, context, heads, kv_heads, head_dim, dtype):
+def extend_case(tokens, context, heads, kv_heads, head_dim, dtype, invariant=False):
     """Seconds of one layer for the last `tokens` positions of one request: ours, torch's."""
     pages, device = context // PAGE_SIZE, "cuda"
     q = torch.randn(tokens, heads, head_dim, device=device, dtype=dtype)
@@ -111,7 +111,9 @@ def extend_case(tokens, context, heads, kv_heads, head_dim, dtype):
     end = torch.arange(context - tokens, context, device=device, dtype=torch.int32) + 1
     k, v = torch.randn(2, pages, PAGE_SIZE, kv_heads, head_dim, device=device, dtype=dtype)
     sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
-    plan = ops.plan_attention(table, start, lens, end, page_size=PAGE_SIZE, **sizes)
+    plan = ops.plan_attention(
+        table, start, lens, end, page_size=PAGE_SIZE, batch_invariant=invariant, **sizes
+    )
     out = torch.empty_like(q)
     call = lambda: ops.paged_attention(  # noqa: E731
         q, k, v, table, start, lens, end, head_dim**-0.5, plan=plan, out=out
@@ -119,7 +121,7 @@ def extend_case(tokens, context, heads, kv_heads, head_dim, dtype):
     dense = [t.view(1, context, kv_heads, head_dim).transpose(1, 2) for t in (k, v)]
     query = q.transpose(0, 1)[None]
     theirs = None
-    if tokens == context:
+    if tokens == context and not invariant:
         theirs = graph_seconds(
             [lambda: scaled_dot_product_attention(query, *dense, is_causal=True, enable_gqa=True)]
             * 4
@@ -170,11 +172,12 @@ def main():
             if arguments.only not in name:
                 continue
             own, other = extend_case(tokens, context, *shape, dtype)
+            same, _ = extend_case(tokens, context, *shape, dtype, True)
             seen = sum(range(context - tokens + 1, context + 1))
-            rate = 4 * seen * heads * head_dim / own / 1e12
-            rows.append({"work": name, "us": own * 1e6, "tflops": rate})
+            rate, same_rate = (4 * seen * heads * head_dim / t / 1e12 for t in (own, same))
+            rows.append({"work": name, "us": own * 1e6, "tflops": rate, "same_tflops": same_rate})
             print(
-                f"{name:28} {own * 1e6:9.2f} {rate:6.0f} TFLOP/s"
+                f"{name:28} {own * 1e6:9.2f} {rate:6.0f} TFLOP/s, batch-invariant {same_rate:.0f}"
                 f"{'':9} {other * 1e6 if other else float('nan'):9.2f}",
                 flush=True,
             )

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "cuda/attention_launch.cuh"
+#include "cuda/attention_prefill.h"
 
 namespace sglite::cuda {
 
@@ -54,6 +55,7 @@ void paged_attention(const AttentionArgs& args, Stream stream) {
     if (!args.workspace) return attention_plain(args, stream);
     attention_decode(args, stream);
     if (args.shape.has_extends()) attention_extend(args, stream);
+    if (args.shape.prefills) attention_prefill(args, stream);
 }
 
 }  // namespace sglite::cuda

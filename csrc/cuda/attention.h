@@ -56,6 +56,20 @@ struct alignas(16) AttentionUnit {
                           // tiles tile, ..., tile + n - 1 AttentionLayout::parts counts them
 };
 
+// Head sizes are padded to one that kernels are made for; 0: too large.
+SGLITE_HOST_DEVICE constexpr int64_t padded_head_dim(int64_t head_dim) {
+    return head_dim <= 64    ? 64
+           : head_dim <= 96  ? 96
+           : head_dim <= 128 ? 128
+           : head_dim <= 256 ? 256
+                             : 0;
+}
+// Rows that a block of the kernel for large prefills holds at once.
+SGLITE_HOST_DEVICE constexpr int prefill_rows(int64_t padded_dim) {
+    return padded_dim == 64 ? 192 : 128;
+}
+constexpr int kLeastPrefillRows = 64;  // of a request that goes to that kernel
+
 // Tokens of one request for the kernel that takes large prefills.
 struct PrefillTile {
     int32_t request, first_token, tokens;
@@ -69,30 +83,25 @@ struct AttentionCounts {
 // The sizes that a plan is made for. The workspace's layout depends on nothing else.
 struct AttentionShape {
     int64_t requests, tokens, table_width, page_size, q_heads, kv_heads, head_dim;
-    int64_t window;              // 0: none
-    int64_t max_query_tokens;    // that a request has
-    int64_t prefill_tile;        // tokens of a PrefillTile; 0: none are made
-    int64_t least_prefill_rows;  // of a request whose tokens become PrefillTiles
+    int64_t window;            // 0: none
+    int64_t max_query_tokens;  // that a request has
+    bool prefills;             // whether many tokens of a request may become PrefillTiles
 
     SGLITE_HOST_DEVICE int64_t group() const { return q_heads / kv_heads; }
+    // Tokens of a PrefillTile; 0 where too many query heads share a KV head.
+    SGLITE_HOST_DEVICE int64_t prefill_tile() const {
+        return prefill_rows(padded_head_dim(head_dim)) / group();
+    }
     SGLITE_HOST_DEVICE bool has_extends() const { return max_query_tokens * group() > kDecodeRows; }
 };
 
-// Head sizes are padded to one that kernels are made for; 0: too large.
-constexpr int64_t padded_head_dim(int64_t head_dim) {
-    return head_dim <= 64    ? 64
-           : head_dim <= 96  ? 96
-           : head_dim <= 128 ? 128
-           : head_dim <= 256 ? 256
-                             : 0;
-}
 // Floats of a record: the weighted sum of values, the largest score, the sum of weights, padding.
 SGLITE_HOST_DEVICE constexpr int record_floats(int padded_dim) { return padded_dim + 4; }
 
 // Where things lie in the workspace, in bytes; multiples of 128.
 struct AttentionLayout {
     int64_t decode_units, extend_units, prefill_tiles, common, parts, counters, records, bytes;
-    int64_t decode_places, extend_places, counter_count, most_parts;
+    int64_t decode_places, extend_places, counter_count, most_parts, most_prefill_tiles;
 
     explicit AttentionLayout(const AttentionShape& shape) {
         // Enough parts to fill any machine; beyond that, tiles are cut less.
@@ -110,10 +119,10 @@ struct AttentionLayout {
         extend_places = tiles * most_parts;
         decode_units = take(decode_places * sizeof(AttentionUnit));
         extend_units = take(extend_places * sizeof(AttentionUnit));
-        prefill_tiles =
-            take(shape.prefill_tile ? (shape.tokens / shape.prefill_tile + shape.requests) *
-                                          static_cast<int64_t>(sizeof(PrefillTile))
-                                    : 0);
+        most_prefill_tiles = shape.has_extends() && shape.prefill_tile()
+                                 ? shape.tokens / shape.prefill_tile() + shape.requests
+                                 : 0;
+        prefill_tiles = take(most_prefill_tiles * sizeof(PrefillTile));
         common = take(shape.requests * sizeof(int32_t));
         parts = take(shape.requests * sizeof(int32_t));
         counters = take(counter_count * sizeof(int32_t));

@@ -12,6 +12,9 @@ constexpr int kPlanThreads = 512;
 // Units should be small beside a block's share of the work, of which so many make one.
 constexpr int kUnitsPerBlock = 8;
 constexpr int kBlocksPerMultiprocessor = 2;
+// Prefills do not split keys: they are for batches that give this share of a machine's processors
+// a block.
+constexpr float kPrefillShare = 0.5f;
 
 struct PlanView {
     AttentionShape shape;
@@ -27,8 +30,9 @@ struct PlanView {
     int32_t* parts;
     int32_t* counters;
     int counter_count, most_parts, group;
-    bool shares;  // whether shared splits are looked for
-    float slots;  // units of all heads that the machine should have at least
+    bool shares;           // whether shared splits are looked for
+    float slots;           // units of all heads that the machine should have at least
+    float least_prefills;  // tiles of a batch whose prefills have a kernel of their own
 };
 
 enum class Kind { kNothing, kDecode, kExtend, kPrefill };
@@ -38,16 +42,16 @@ struct Queries {
     int first_token, tokens, first_position;
     Kind kind;
 
-    __device__ Queries(const PlanView& view, int request) {
+    __device__ Queries(const PlanView& view, int request, bool prefills = false) {
         first_token = view.query_start[request];
         const int end = view.query_start[request + 1];
         tokens = end - first_token;
         first_position = view.kv_lens[request] - tokens;
         const int rows = tokens * view.group;
-        kind = rows <= 0                                                          ? Kind::kNothing
-               : rows <= kDecodeRows                                              ? Kind::kDecode
-               : view.shape.prefill_tile && rows >= view.shape.least_prefill_rows ? Kind::kPrefill
-                                                                                  : Kind::kExtend;
+        kind = rows <= 0                               ? Kind::kNothing
+               : rows <= kDecodeRows                   ? Kind::kDecode
+               : prefills && rows >= kLeastPrefillRows ? Kind::kPrefill
+                                                       : Kind::kExtend;
     }
 };
 
@@ -208,7 +212,7 @@ __device__ float block_sum(float value, float* scratch) {
 __device__ void add_tiles(const PlanView& view, int request, const Queries& queries, int* counts,
                           float grain) {
     if (queries.kind == Kind::kPrefill) {
-        const int most = static_cast<int>(view.shape.prefill_tile);
+        const int most = static_cast<int>(view.shape.prefill_tile());
         const int tiles = (queries.tokens + most - 1) / most;
         for (int tile = threadIdx.x; tile < tiles; tile += kPlanThreads) {
             // Late tokens first: they see the most, and what starts last should be small.
@@ -254,10 +258,21 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     for (int request = threadIdx.x; request < requests; request += kPlanThreads)
         view.common[request] = common_splits(view, request);
     __syncthreads();
+    bool prefills = view.shape.prefills;
+    if (prefills) {
+        const int tile = static_cast<int>(view.shape.prefill_tile());
+        float tiles = 0.0f;
+        for (int request = threadIdx.x; request < requests; request += kPlanThreads) {
+            const Queries queries(view, request, true);
+            if (queries.kind == Kind::kPrefill)
+                tiles += static_cast<float>((queries.tokens + tile - 1) / tile);
+        }
+        prefills = block_sum(tiles, scratch) >= view.least_prefills;
+    }
 
     float decode_keys = 0.0f, extend_keys = 0.0f;
     for (int request = threadIdx.x; request < requests; request += kPlanThreads) {
-        const Queries queries(view, request);
+        const Queries queries(view, request, prefills);
         int seen = view.kv_lens[request];
         if (view.shape.window)
             seen = min(seen, static_cast<int>(view.shape.window) + queries.tokens);
@@ -282,12 +297,12 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
             const int mine = first + static_cast<int>(threadIdx.x % kWarp);
             bool large = false;
             if (mine < requests) {
-                const Queries queries(view, mine);
+                const Queries queries(view, mine, prefills);
                 large = queries.kind == Kind::kExtend || queries.kind == Kind::kPrefill;
             }
             for (unsigned left = __ballot_sync(0xFFFFFFFFu, large); left; left &= left - 1) {
                 const int request = first + __ffs(static_cast<int>(left)) - 1;
-                add_tiles(view, request, Queries(view, request), counts, extend_grain);
+                add_tiles(view, request, Queries(view, request, prefills), counts, extend_grain);
             }
         }
     }
@@ -302,6 +317,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
 void plan_attention(const AttentionPlanArgs& args, Stream stream) {
     const AttentionLayout layout(args.shape);
     char* workspace = static_cast<char*>(args.workspace);
+    const int multiprocessors = machine_of(stream.device).multiprocessors;
     const PlanView view{
         .shape = args.shape,
         .query_start = args.query_start,
@@ -320,8 +336,9 @@ void plan_attention(const AttentionPlanArgs& args, Stream stream) {
         .group = static_cast<int>(args.shape.group()),
         .shares = args.shape.requests > 1 && args.shape.window == 0 && layout.most_parts > 1 &&
                   args.shape.group() <= kDecodeRows / 2,
-        .slots = static_cast<float>(machine_of(stream.device).multiprocessors *
-                                    kBlocksPerMultiprocessor * kUnitsPerBlock),
+        .slots = static_cast<float>(multiprocessors * kBlocksPerMultiprocessor * kUnitsPerBlock),
+        .least_prefills = kPrefillShare * static_cast<float>(multiprocessors) /
+                          static_cast<float>(args.shape.kv_heads),
     };
     launch<plan_kernel>(
         {

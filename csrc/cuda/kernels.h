@@ -14,6 +14,7 @@ struct Stream {
 
 struct AttentionArgs;  // attention.h
 struct AttentionPlanArgs;
+struct AttentionShape;
 
 struct Kernels {
     void (*rms_norm)(const RmsNormArgs&, Stream);
@@ -33,6 +34,7 @@ struct Kernels {
     bool (*rope_and_write_kv)(const RopeAndWriteKvArgs&, Stream);
     void (*plan_attention)(const AttentionPlanArgs&, Stream);
     bool (*planned_attention)(const AttentionArgs&);
+    bool (*takes_prefills)(const AttentionShape&, int device);
     void (*paged_attention)(const AttentionArgs&, Stream);
 };
 

@@ -1,4 +1,4 @@
-#include "cuda/attention.h"
+#include "cuda/attention_prefill.h"
 #include "cuda/kernels.h"
 #include "cuda/launchers.h"
 
@@ -21,6 +21,7 @@ const Kernels table = {
     .rope_and_write_kv = rope_and_write_kv,
     .plan_attention = plan_attention,
     .planned_attention = planned_attention,
+    .takes_prefills = takes_prefills,
     .paged_attention = paged_attention,
 };
 

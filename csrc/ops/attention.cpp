@@ -100,7 +100,7 @@ AttentionSizes check_attention(const AttentionInputs& in) {
         .head_dim = head_dim,
         .window = in.window,
         .max_query_tokens = tokens,
-        .same_arithmetic = true,
+        .batch_invariant = false,
     };
 }
 

@@ -28,7 +28,7 @@ struct AttentionSizes {
     int64_t requests, tokens, table_width, page_size, q_heads, kv_heads, head_dim;
     std::optional<int64_t> window;
     int64_t max_query_tokens;  // no request has more
-    bool same_arithmetic;      // on a GPU: the same for a row in any chunk, prefill and decode
+    bool batch_invariant;      // on a GPU: one arithmetic for every number of rows
 };
 
 // Checks all that can be known without reading the tensors.

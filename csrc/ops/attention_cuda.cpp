@@ -40,8 +40,7 @@ cuda::AttentionShape shape_of(const AttentionSizes& sizes) {
         .head_dim = sizes.head_dim,
         .window = sizes.window.value_or(0),
         .max_query_tokens = sizes.max_query_tokens,
-        .prefill_tile = 0,
-        .least_prefill_rows = 0,
+        .prefills = false,
     };
 }
 
@@ -82,9 +81,12 @@ void plan_attention(const Tensor& workspace, const Tensor& page_table, const Ten
     Check(kPlan, "workspace", workspace).same_device(query_start);
     if (query_start.device != DeviceType::kCUDA)
         refuse("query_start: expected a tensor on a CUDA device, got " + query_start.describe());
-    const cuda::AttentionShape shape = shape_of(sizes);
+    const cuda::Kernels& kernels = cuda::kernels(kPlan);
+    const cuda::Stream stream = cuda::stream_of(query_start);
+    cuda::AttentionShape shape = shape_of(sizes);
+    shape.prefills = !sizes.batch_invariant && kernels.takes_prefills(shape, stream.device);
     check_workspace(kPlan, workspace, cuda::AttentionLayout(shape).bytes);
-    cuda::kernels(kPlan).plan_attention(
+    kernels.plan_attention(
         {
             .shape = shape,
             .query_start = query_start.ptr<const int32_t>(),
@@ -93,17 +95,19 @@ void plan_attention(const Tensor& workspace, const Tensor& page_table, const Ten
             .page_table = page_table.ptr<const int32_t>(),
             .workspace = workspace.data,
         },
-        cuda::stream_of(query_start));
+        stream);
 }
 
 void paged_attention_cuda(const AttentionInputs& in, const Tensor& workspace,
-                          int64_t max_query_tokens, bool same_arithmetic) {
+                          int64_t max_query_tokens, bool batch_invariant) {
     constexpr const char* kOp = "paged_attention";
     AttentionSizes sizes = check_attention(in);
     sizes.max_query_tokens = max_query_tokens;
-    sizes.same_arithmetic = same_arithmetic;
-    const cuda::AttentionShape shape = shape_of(sizes);
+    cuda::AttentionShape shape = shape_of(sizes);
     if (shape.tokens == 0) return;
+    const cuda::Kernels& kernels = cuda::kernels(kOp);
+    const cuda::Stream stream = cuda::stream_of(in.q);
+    shape.prefills = !batch_invariant && kernels.takes_prefills(shape, stream.device);
     cuda::AttentionArgs args{
         .shape = shape,
         .out = {in.out.data, in.out.stride(0), in.out.stride(1)},
@@ -119,14 +123,13 @@ void paged_attention_cuda(const AttentionInputs& in, const Tensor& workspace,
         .dtype = in.q.dtype,
         .workspace = workspace.data,
     };
-    const cuda::Kernels& kernels = cuda::kernels(kOp);
     if (kernels.planned_attention(args)) {
         Check(kOp, "workspace", workspace).same_device(in.q);
         check_workspace(kOp, workspace, cuda::AttentionLayout(shape).bytes);
     } else {
         args.workspace = nullptr;
     }
-    kernels.paged_attention(args, cuda::stream_of(in.q));
+    kernels.paged_attention(args, stream);
 }
 
 }  // namespace sglite::ops

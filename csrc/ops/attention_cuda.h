@@ -14,6 +14,6 @@ void plan_attention(const Tensor& workspace, const Tensor& page_table, const Ten
 
 // For `in.q` on a GPU. `workspace` holds a plan for the same lengths, sizes and window.
 void paged_attention_cuda(const AttentionInputs& in, const Tensor& workspace,
-                          int64_t max_query_tokens, bool same_arithmetic);
+                          int64_t max_query_tokens, bool batch_invariant);
 
 }  // namespace sglite::ops

@@ -147,7 +147,7 @@ static void bind_kv_cache(py::module_& m) {
 
 static void bind_attention(py::module_& m) {
     // The sizes of a plan: requests, tokens, table_width, page_size, num_heads, num_kv_heads,
-    // head_dim, window, max_query_tokens, same_arithmetic.
+    // head_dim, window, max_query_tokens, batch_invariant.
     using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                              std::optional<int64_t>, int64_t, bool>;
     const auto named = [](const Sizes& sizes) {
@@ -191,15 +191,15 @@ static void bind_attention(py::module_& m) {
            const Tensor& page_table, const Tensor& query_start, const Tensor& kv_lens,
            const Tensor& kv_end, double scale, std::optional<int64_t> window,
            std::optional<double> soft_cap, const Tensor& workspace, int64_t max_query_tokens,
-           bool same_arithmetic) {
+           bool batch_invariant) {
             ops::paged_attention_cuda({out, q, k_cache, v_cache, page_table, query_start, kv_lens,
                                        kv_end, scale, window, soft_cap},
-                                      workspace, max_query_tokens, same_arithmetic);
+                                      workspace, max_query_tokens, batch_invariant);
         },
         py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("page_table"),
         py::arg("query_start"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("scale"),
         py::arg("window"), py::arg("soft_cap"), py::arg("workspace"), py::arg("max_query_tokens"),
-        py::arg("same_arithmetic"));
+        py::arg("batch_invariant"));
 }
 
 static void bind_sampling(py::module_& m) {

@@ -76,11 +76,12 @@ def plan_attention(
     """Cuts a batch's attention into units of work, on the GPU that the tensors lie on.
 
     One small kernel that reads the lengths from the device: captured in a CUDA graph together with
-    the attention, it is right for any lengths that the same tensors hold when the graph runs. A
-    row's bits do not depend on the plan: keys are split at absolute positions, and all that the
-    plan chooses is which splits, one after the other, are one block's work. Neighbouring requests
-    of one token whose rows of `page_table` start with the same pages read whole splits of these
-    once for several.
+    the attention, it is right for any lengths that the same tensors hold when the graph runs. Keys
+    are split at absolute positions, and all that the plan chooses is which splits, one after the
+    other, are one block's work: a row's bits do not depend on that. On Hopper, though, a batch with
+    enough query rows goes to a kernel that is faster and rounds in another order, unless the plan
+    is `batch_invariant`. Neighbouring requests of one token whose rows of `page_table` start with
+    the same pages read whole splits of these once for several.
 
     On the CPU, where `paged_attention` plans for itself, this gives None.
 
@@ -90,9 +91,7 @@ def plan_attention(
         page_size, num_heads, num_kv_heads, head_dim, window: as in the calls that it is for.
         max_query_tokens: no request has more tokens in this batch; T when None. With 1 (decode) a
             kernel less is launched.
-        batch_invariant: also the kernel is the same for every number of tokens, so that a row has
-            the same bits in a decode, in any chunk of a prefill and in the whole; long prefills
-            are slower.
+        batch_invariant: whether rows have the same bits in every batch, however prompts are cut.
         workspace: [attention_workspace(...)] uint8 on the same device, aligned to 64 bytes;
             allocated when absent.
 
@@ -143,8 +142,9 @@ def paged_attention(
     Arithmetic is float32, rounded once at the end. A row's bits depend on its query, on the keys
     and values it sees and on their positions, never on the rest of the batch, on how a prompt is
     cut into chunks, on the page table, or on the number of threads: keys are split at absolute
-    positions and the parts merged in order. (Online softmax: Milakov and Gimelshein, 2018; paging:
-    Kwon et al., 2023; split keys: FlashDecoding, Dao et al., 2023.)
+    positions and the parts merged in order. On a GPU this needs a plan that is `batch_invariant`.
+    (Online softmax: Milakov and Gimelshein, 2018; paging: Kwon et al., 2023; split keys:
+    FlashDecoding, Dao et al., 2023; prefill on Hopper: FlashAttention-3, Shah et al., 2024.)
 
     Args:
         q: [T, q_heads, head_dim], float32, bfloat16 or float16; channels side by side, any strides

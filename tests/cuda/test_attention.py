@@ -20,9 +20,18 @@ EXAMPLES = 12 if IS_EMULATED else 60
 
 def run(gpu, arguments, scale, **options):
     """The op on the GPU, into a result that held NaN; gives it on the CPU."""
-    arguments = [tensor.to(gpu) for tensor in arguments]
-    out = torch.full_like(arguments[0], torch.nan)
-    return ops.paged_attention(*arguments, scale, out=out, **options).cpu()
+    q, k_cache, _, *batch = arguments = [tensor.to(gpu) for tensor in arguments]
+    plan = ops.plan_attention(
+        *batch,
+        page_size=k_cache.shape[1],
+        num_heads=q.shape[1],
+        num_kv_heads=k_cache.shape[2],
+        head_dim=q.shape[2],
+        window=options.get("window"),
+        batch_invariant=True,
+    )
+    out = torch.full_like(q, torch.nan)
+    return ops.paged_attention(*arguments, scale, plan=plan, out=out, **options).cpu()
 
 
 def check_close(gpu, arguments, scale, **options):
