@@ -9,15 +9,22 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <Activation kActivation>
+// x / (1 + exp(-y)), to the precision of the result's type: exact division and exponential would
+// take longer than the memory does.
+template <typename T>
+__device__ float gate_by(float x, float y) {
+    if constexpr (sizeof(T) == 4) return x / (1.0f + expf(-y));
+    return __fdividef(x, 1.0f + __expf(-y));
+}
+
+template <typename T, Activation kActivation>
 __device__ float activate(float x) {
     if constexpr (kActivation == Activation::kSilu) {
-        return x / (1.0f + expf(-x));
+        return gate_by<T>(x, x);
     } else if constexpr (kActivation == Activation::kGelu) {
         return x * 0.5f * erfcf(x * -0.70710678118654752f);
     } else {
-        const float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-        return x / (1.0f + expf(-2.0f * u));
+        return gate_by<T>(x, 2.0f * 0.79788456080286536f * (x + 0.044715f * x * x * x));
     }
 }
 
@@ -25,6 +32,7 @@ __device__ float activate(float x) {
 template <typename T, Activation kActivation, int kWidth>
 __global__ void gated_activation_kernel(GatedActivationArgs args) {
     wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
     if (i >= args.width) return;
     const T* gate = static_cast<const T*>(args.x) + blockIdx.y * args.x_stride + i;
@@ -32,7 +40,7 @@ __global__ void gated_activation_kernel(GatedActivationArgs args) {
     const auto ups = load_vector<kWidth>(gate + args.width);
     Vector<T, kWidth> result;
     for (int j = 0; j < kWidth; ++j) {
-        result[j] = from_float<T>(activate<kActivation>(to_float(gates[j])) * to_float(ups[j]));
+        result[j] = from_float<T>(activate<T, kActivation>(to_float(gates[j])) * to_float(ups[j]));
     }
     store_vector(static_cast<T*>(args.out) + blockIdx.y * args.out_stride + i, result);
 }

@@ -9,7 +9,8 @@ namespace sglite::cuda {
 
 namespace {
 
-constexpr int kMostThreads = 1024;
+// Registers are left to as many blocks as memory wants requests in flight from.
+constexpr int kMostThreads = 512;
 constexpr int kNarrowThreads = 128;  // of a block for several narrow rows
 
 template <typename T>
@@ -41,7 +42,7 @@ struct Row {
 
 // A group of lanes for each row, one or two chunks for each lane.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kNarrowThreads)
+__global__ void __launch_bounds__(kNarrowThreads, 9)
     narrow_rms_norm_kernel(RmsNormArgs args, int lanes) {
     const int64_t at =
         static_cast<int64_t>(blockIdx.x) * (kNarrowThreads / lanes) + threadIdx.x / lanes;
@@ -84,7 +85,7 @@ __device__ float block_sum(float value) {
 // A block for each row. A thread keeps its first chunk in registers; further ones, of rows of more
 // than kMostThreads chunks, are read again.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kMostThreads) rms_norm_kernel(RmsNormArgs args) {
+__global__ void __launch_bounds__(kMostThreads, 3) rms_norm_kernel(RmsNormArgs args) {
     const int64_t width = args.width, step = static_cast<int64_t>(blockDim.x) * kChunk<T>;
     const int64_t start = threadIdx.x * kChunk<T>;
     const Row<T> row(args, blockIdx.x);
