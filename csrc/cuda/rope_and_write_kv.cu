@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     const int first = layout.first(lane) * kChunk<T>, second = layout.second(lane) * kChunk<T>;
     const T* q_weight = static_cast<const T*>(args.q_weight);
     const T* k_weight = static_cast<const T*>(args.k_weight);
-    const auto table_row = [&](int64_t position) {
-        return args.cos_sin + max(int64_t{0}, min(position, args.table_rows - 1)) * args.rotary_dim;
+    const auto row_of = [&](int64_t position) {
+        return table_row(args.cos_sin, args.table_rows, args.rotary_dim, position);
     };
 
     // All that the kernel before this one hardly writes is fetched while that one still runs. It
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     int64_t rotation_of = -1;
     if (starts_early) {
         rotation_of = load_relaxed(args.positions + token);
-        rotation.load(table_row(rotation_of), layout, lane);
+        rotation.load(row_of(rotation_of), layout, lane);
         if (place == 0) {
             prefetch_line(args.slots + token);
             if (q_weight) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
             b = load_vector<kChunk<T>>(x + second);
         }
         if (position != rotation_of) {
-            rotation.load(table_row(position), layout, lane);
+            rotation.load(row_of(position), layout, lane);
             rotation_of = position;
         }
         if (q_weight) {
