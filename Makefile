@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 # Pinned here, not in the package: an unpinned torch pulls several GB of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: build demo test test-cuda test-emulated lint format build-cuda wheel bench clean
+.PHONY: build demo test test-cuda sanitize-cuda test-emulated lint format build-cuda wheel bench clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,14 @@ test: build
 # The CUDA kernels on a GPU; on the CPU, run by the emulator.
 test-cuda: build
 	$(RUN) -m pytest tests/cuda tests/test_cuda_device.py
+
+# Memory errors and races of the kernels that write the KV cache, on a GPU. Without torch's caching
+# every tensor is an allocation of its own, whose ends the tool knows.
+sanitize-cuda: build
+	for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	        $(RUN) -m pytest tests/cuda -k "kv or side_stream" || exit 1; \
+	done
 
 test-emulated: $(VENV)/.installed
 	SGLITE_CUDA=emulate $(RUN) setup.py --quiet build_ext \

@@ -67,8 +67,8 @@ struct RopeArgs {
         int64_t count, token_stride, head_stride;
     } heads[2];
     const int64_t* positions;  // [tokens], rows of cos_sin
-    const float* cos_sin;      // [positions, rotary_dim]: cosines, then sines
-    int64_t tokens, head_dim, rotary_dim;
+    const float* cos_sin;      // [table_rows, rotary_dim]: cosines, then sines
+    int64_t table_rows, tokens, head_dim, rotary_dim;
     bool interleaved;
     DType dtype;
 };

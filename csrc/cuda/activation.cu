@@ -14,6 +14,7 @@ constexpr int kThreads = 256;
 template <typename T, Activation kActivation, int kWidth>
 __global__ void gated_activation_kernel(GatedActivationArgs args) {
     wait_for_previous_kernel();
+    let_next_kernel_start();
     const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
     if (i >= args.width) return;
     const T* gate = static_cast<const T*>(args.x) + blockIdx.y * args.x_stride + i;
@@ -21,7 +22,7 @@ __global__ void gated_activation_kernel(GatedActivationArgs args) {
     const auto ups = load_vector<kWidth>(gate + args.width);
     Vector<T, kWidth> result;
     for (int j = 0; j < kWidth; ++j) {
-        result[j] = from_float<T>(activate<kActivation>(to_float(gates[j])) * to_float(ups[j]));
+        result[j] = from_float<T>(activate<T, kActivation>(to_float(gates[j])) * to_float(ups[j]));
     }
     store_vector(static_cast<T*>(args.out) + blockIdx.y * args.out_stride + i, result);
 }

@@ -12,24 +12,25 @@ template <typename Unit>
 __global__ void embedding_kernel(const Unit* table, const int64_t* ids, Unit* out, int64_t width,
                                  int64_t table_stride, int64_t out_stride) {
     wait_for_previous_kernel();
+    let_next_kernel_start();
     const Unit* from = table + ids[blockIdx.x] * table_stride;
     Unit* to = out + blockIdx.x * out_stride;
     for (int64_t i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
-    let_next_kernel_start();
 }
 
 template <typename Unit>
 void run(const EmbeddingArgs& args, int64_t elements, Stream stream) {
+    const int64_t units = args.width / elements;
     launch<embedding_kernel<Unit>>(
         {
             .op = "embedding",
             .grid = dim3(static_cast<unsigned>(args.count)),
-            .threads = 256,
+            .threads = static_cast<int>(min(int64_t{256}, (units + kWarp - 1) / kWarp * kWarp)),
             .stream = stream,
             .overlaps = true,
         },
-        static_cast<const Unit*>(args.table), args.ids, static_cast<Unit*>(args.out),
-        args.width / elements, args.table_stride / elements, args.out_stride / elements);
+        static_cast<const Unit*>(args.table), args.ids, static_cast<Unit*>(args.out), units,
+        args.table_stride / elements, args.out_stride / elements);
 }
 
 }  // namespace

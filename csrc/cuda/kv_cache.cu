@@ -99,14 +99,16 @@ void run_copy(const CopyKvSlotsArgs& args, Stream stream) {
 }  // namespace
 
 void write_kv(const WriteKvArgs& args, Stream stream) {
+    const bool wide = fits(args, sizeof(uint4));
+    const int64_t units = args.heads * args.head_bytes / (wide ? sizeof(uint4) : sizeof(uint16_t));
     const Launch settings{
         .op = "write_kv",
         .grid = dim3(static_cast<unsigned>(args.tokens), 2),
-        .threads = 128,
+        .threads = static_cast<int>(min(int64_t{128}, (units + kWarp - 1) / kWarp * kWarp)),
         .stream = stream,
         .overlaps = true,
     };
-    if (fits(args, sizeof(uint4))) {
+    if (wide) {
         launch<write_kv_kernel<uint4>>(settings, args);
     } else {
         launch<write_kv_kernel<uint16_t>>(settings, args);

@@ -169,7 +169,7 @@ __device__ void write_outputs(const LinearRowsArgs& args, int tile, const float*
         T value = from_float<T>(sum);
         if (args.is_gated) {
             const T up = from_float<T>(sum_of(width + column, args.n + output));
-            value = from_float<T>(activate(args.activation, to_float(value)) * to_float(up));
+            value = from_float<T>(activate<T>(args.activation, to_float(value)) * to_float(up));
         }
         if (args.residual) {
             const T* residual = static_cast<const T*>(args.residual);

@@ -40,23 +40,28 @@ struct Row {
 
 // A group of lanes for each row, one or two chunks for each lane.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kNarrowThreads)
-    narrow_rms_norm_kernel(RmsNormArgs args, int lanes) {
+__global__ void __launch_bounds__(kNarrowThreads, 9)
+    narrow_rms_norm_kernel(RmsNormArgs args, int lanes, bool starts_early) {
     const int64_t at =
         static_cast<int64_t>(blockIdx.x) * (kNarrowThreads / lanes) + threadIdx.x / lanes;
     const int64_t first = threadIdx.x % lanes * kChunk<T>, second = first + lanes * kChunk<T>;
     const bool has_first = at < args.rows && first < args.width;
     const bool has_second = at < args.rows && second < args.width;
     const T* weight = static_cast<const T*>(args.weight);
-    Chunk<T> a{}, b{}, weight_a{}, weight_b{};
-    if (has_first) weight_a = load_chunk<kAligned>(weight, first, args.width);
-    if (has_second) weight_b = load_chunk<kAligned>(weight, second, args.width);
-
+    if (starts_early && has_first) prefetch_line(weight + first);
+    if (starts_early && has_second) prefetch_line(weight + second);
     wait_for_previous_kernel();
     let_next_kernel_start();
     const Row<T> row(args, at);
-    if (has_first) a = row.template take<kAligned>(first, args.width);
-    if (has_second) b = row.template take<kAligned>(second, args.width);
+    Chunk<T> a{}, b{}, weight_a{}, weight_b{};
+    if (has_first) {
+        a = row.template take<kAligned>(first, args.width);
+        weight_a = load_chunk<kAligned>(weight, first, args.width);
+    }
+    if (has_second) {
+        b = row.template take<kAligned>(second, args.width);
+        weight_b = load_chunk<kAligned>(weight, second, args.width);
+    }
     const float squares = group_sum(sum_of_squares<T>(a) + sum_of_squares<T>(b), lanes);
     const float scale = inverse_rms(squares, args.width, args.epsilon);
     if (has_first) {
@@ -83,17 +88,20 @@ __device__ float block_sum(float value) {
 // A block for each row. A thread keeps its first chunk in registers; further ones, of rows of more
 // than kMostNormThreads chunks, are read again.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kMostNormThreads) rms_norm_kernel(RmsNormArgs args) {
+__global__ void __launch_bounds__(kMostNormThreads, 3)
+    rms_norm_kernel(RmsNormArgs args, bool starts_early) {
     const int64_t width = args.width, step = static_cast<int64_t>(blockDim.x) * kChunk<T>;
     const int64_t start = threadIdx.x * kChunk<T>;
     const Row<T> row(args, blockIdx.x);
     const T* weight = static_cast<const T*>(args.weight);
-    Chunk<T> first{}, first_weight{};
-    if (start < width) first_weight = load_chunk<kAligned>(weight, start, width);
-
+    if (starts_early && start < width) prefetch_line(weight + start);
     wait_for_previous_kernel();
     let_next_kernel_start();
-    if (start < width) first = row.template take<kAligned>(start, width);
+    Chunk<T> first{}, first_weight{};
+    if (start < width) {
+        first = row.template take<kAligned>(start, width);
+        first_weight = load_chunk<kAligned>(weight, start, width);
+    }
     float squares = sum_of_squares<T>(first);
     for (int64_t i = start + step; i < width; i += step) {
         squares += sum_of_squares<T>(row.template take<kAligned>(i, width));
@@ -113,6 +121,8 @@ __global__ void __launch_bounds__(kMostNormThreads) rms_norm_kernel(RmsNormArgs 
 template <typename T, bool kAligned>
 void run(const RmsNormArgs& args, Stream stream) {
     const int64_t chunks = (args.width + kChunk<T> - 1) / kChunk<T>;
+    // Blocks beyond the first wave start late, and find the weight in the caches.
+    const bool starts_early = args.rows <= 256;
     if (chunks > 2 * kWarp) {
         return launch<rms_norm_kernel<T, kAligned>>(
             {
@@ -122,7 +132,7 @@ void run(const RmsNormArgs& args, Stream stream) {
                 .stream = stream,
                 .overlaps = true,
             },
-            args);
+            args, starts_early);
     }
     int lanes = 1;
     while (lanes < kWarp && lanes < chunks) lanes *= 2;
@@ -135,7 +145,7 @@ void run(const RmsNormArgs& args, Stream stream) {
             .stream = stream,
             .overlaps = true,
         },
-        args, lanes);
+        args, lanes, starts_early);
 }
 
 }  // namespace

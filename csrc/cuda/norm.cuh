@@ -13,7 +13,8 @@ constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 using Chunk = Vector<T, kChunk<T>>;
 
-constexpr int kMostNormThreads = 1024;
+// Registers are left to as many blocks as memory wants requests in flight from.
+constexpr int kMostNormThreads = 512;
 
 // Threads that share a row of so many chunks; thread i takes chunks i, i + threads and so on. Up to
 // two chunks for each lane, one warp does.

@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kMostThreads)
     const int at_once = blockDim.x / layout.lanes;
     if (place >= at_once) return;
     Rotation<T, kInterleaved> rotation;
-    rotation.load(args.cos_sin + args.positions[token] * args.rotary_dim, layout, lane);
+    rotation.load(table_row(args.cos_sin, args.table_rows, args.rotary_dim, args.positions[token]),
+                  layout, lane);
     const int queries = static_cast<int>(args.heads[0].count);
     const int heads = queries + static_cast<int>(args.heads[1].count);
     for (int head = place; head < heads; head += at_once) {
@@ -44,7 +45,8 @@ __global__ void unaligned_rope_kernel(const __grid_constant__ RopeArgs args) {
     let_next_kernel_start();
     const int64_t token = blockIdx.x;
     const int half = static_cast<int>(args.rotary_dim / 2);
-    const float* cosines = args.cos_sin + args.positions[token] * args.rotary_dim;
+    const float* cosines =
+        table_row(args.cos_sin, args.table_rows, args.rotary_dim, args.positions[token]);
     const int query_pairs = static_cast<int>(args.heads[0].count) * half;
     const int pairs = query_pairs + static_cast<int>(args.heads[1].count) * half;
     for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {

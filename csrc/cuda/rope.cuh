@@ -16,6 +16,13 @@ __device__ inline void rotate(T& first, T& second, float cosine, float sine) {
     second = from_float<T>(add(multiply(b, cosine), multiply(a, sine)));
 }
 
+// The row of a position. One outside the table gets the nearest: a step that runs ahead of its
+// request's end computes a token that nobody reads.
+__device__ inline const float* table_row(const float* cos_sin, int64_t rows, int64_t rotary_dim,
+                                         int64_t position) {
+    return cos_sin + max(int64_t{0}, min(position, rows - 1)) * rotary_dim;
+}
+
 // Which two chunks of a head each of its lanes takes: channels that rotate together meet in one
 // lane.
 struct HeadLayout {

@@ -7,12 +7,12 @@ namespace sglite::cuda {
 
 namespace {
 
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 384;
 
 // One block for each token; a group of lanes for each head, two chunks for each lane.
 template <typename T, bool kInterleaved>
-__global__ void __launch_bounds__(kMostThreads)
-    rope_and_write_kv_kernel(RopeAndWriteKvArgs args, HeadLayout layout) {
+__global__ void __launch_bounds__(kMostThreads, 3)
+    rope_and_write_kv_kernel(RopeAndWriteKvArgs args, HeadLayout layout, bool starts_early) {
     const int64_t token = blockIdx.x;
     const int queries = static_cast<int>(args.q_heads), keys = static_cast<int>(args.kv_heads);
     const int rotated = queries + keys, heads = rotated + keys;
@@ -22,28 +22,30 @@ __global__ void __launch_bounds__(kMostThreads)
     const int first = layout.first(lane) * kChunk<T>, second = layout.second(lane) * kChunk<T>;
     const T* q_weight = static_cast<const T*>(args.q_weight);
     const T* k_weight = static_cast<const T*>(args.k_weight);
-    const auto table_row = [&](int64_t position) {
-        return args.cos_sin + max(int64_t{0}, min(position, args.table_rows - 1)) * args.rotary_dim;
+    const auto row_of = [&](int64_t position) {
+        return table_row(args.cos_sin, args.table_rows, args.rotary_dim, position);
     };
 
     // All that the kernel before this one hardly writes is fetched while that one still runs. It
     // might write the positions, though: the one read here counts only if it is still there after.
-    const int64_t guess = load_relaxed(args.positions + token);
     Rotation<T, kInterleaved> rotation;
-    rotation.load(table_row(guess), layout, lane);
-    if (place == 0) {
-        prefetch_line(args.slots + token);
-        if (q_weight) {
-            prefetch_line(q_weight + first);
-            prefetch_line(q_weight + second);
-            prefetch_line(k_weight + first);
-            prefetch_line(k_weight + second);
+    int64_t rotation_of = -1;
+    if (starts_early) {
+        rotation_of = load_relaxed(args.positions + token);
+        rotation.load(row_of(rotation_of), layout, lane);
+        if (place == 0) {
+            prefetch_line(args.slots + token);
+            if (q_weight) {
+                prefetch_line(q_weight + first);
+                prefetch_line(q_weight + second);
+                prefetch_line(k_weight + first);
+                prefetch_line(k_weight + second);
+            }
         }
     }
     wait_for_previous_kernel();
     let_next_kernel_start();
     const int64_t position = load_relaxed(args.positions + token);
-    if (position != guess) rotation.load(table_row(position), layout, lane);
     const int64_t slot = args.slots[token];
 
     for (int base = 0; base < heads; base += at_once) {
@@ -54,6 +56,10 @@ __global__ void __launch_bounds__(kMostThreads)
         if (active) {
             a = load_vector<kChunk<T>>(x + first);
             b = load_vector<kChunk<T>>(x + second);
+        }
+        if (position != rotation_of) {
+            rotation.load(row_of(position), layout, lane);
+            rotation_of = position;
         }
         if (q_weight) {
             const float squares =
@@ -88,6 +94,8 @@ bool run(const RopeAndWriteKvArgs& args, Stream stream) {
     if (!fits) return false;
     const auto layout = HeadLayout::of<T>(args.head_dim, args.rotary_dim, args.interleaved);
     const int64_t threads = (args.q_heads + 2 * args.kv_heads) * layout.lanes;
+    // Blocks beyond the first wave start late, and would only wait for the early reads.
+    const bool starts_early = args.tokens <= 256;
     const Launch settings{
         .op = "rope_and_write_kv",
         .grid = dim3(static_cast<unsigned>(args.tokens)),
@@ -97,9 +105,9 @@ bool run(const RopeAndWriteKvArgs& args, Stream stream) {
         .overlaps = true,
     };
     if (args.interleaved) {
-        launch<rope_and_write_kv_kernel<T, true>>(settings, args, layout);
+        launch<rope_and_write_kv_kernel<T, true>>(settings, args, layout, starts_early);
     } else {
-        launch<rope_and_write_kv_kernel<T, false>>(settings, args, layout);
+        launch<rope_and_write_kv_kernel<T, false>>(settings, args, layout, starts_early);
     }
     return true;
 }

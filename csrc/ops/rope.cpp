@@ -14,6 +14,7 @@ static void check_table(const char* op, const Tensor& cos_sin, int64_t head_dim,
     if (rotary_dim % 2 || rotary_dim > head_dim) {
         table.fail("an even number of columns, at most the head size " + std::to_string(head_dim));
     }
+    if (cos_sin.device == DeviceType::kCUDA && cos_sin.size(0) == 0) table.fail("a row or more");
 }
 
 void apply_rope(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& cos_sin,
@@ -29,6 +30,7 @@ void apply_rope(const Tensor& q, const Tensor& k, const Tensor& positions, const
                   {k.data, k.size(1), k.stride(0), k.stride(1)}},
         .positions = positions.ptr<const int64_t>(),
         .cos_sin = cos_sin.ptr<const float>(),
+        .table_rows = cos_sin.size(0),
         .tokens = tokens,
         .head_dim = head_dim,
         .rotary_dim = cos_sin.size(1),
@@ -83,6 +85,7 @@ void run_parts(const RopeAndWriteKvArgs& args, Norm&& norm, Rotate&& rotate, Wri
                   {head(0, args.q_heads), args.kv_heads, args.token_stride, args.head_dim}},
         .positions = args.positions,
         .cos_sin = args.cos_sin,
+        .table_rows = args.table_rows,
         .tokens = args.tokens,
         .head_dim = args.head_dim,
         .rotary_dim = args.rotary_dim,
@@ -158,7 +161,6 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
         .dtype = qkv.dtype,
     };
     if (qkv.device == DeviceType::kCUDA) {
-        if (tokens && !args.table_rows) Check(kOp, "cos_sin", cos_sin).fail("a row or more");
         const cuda::Kernels& kernels = cuda::kernels(kOp);
         const cuda::Stream stream = cuda::stream_of(qkv);
         if (kernels.rope_and_write_kv(args, stream)) return;

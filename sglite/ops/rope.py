@@ -26,7 +26,8 @@ def apply_rope(
         interleaved: which channels form a pair.
 
     Raises:
-        IndexError: a position is negative or not below `max_positions`; nothing has been rotated.
+        IndexError: a position is negative or not below `max_positions` (on the CPU; on a GPU it
+            gets the nearest row); nothing has been rotated.
     """
     _C.apply_rope(q, k, positions, cos_sin, interleaved)
 
@@ -69,7 +70,8 @@ def rope_and_write_kv(
         The queries, [tokens, heads, head_dim], a view of `qkv`.
 
     Raises:
-        IndexError: a position or slot that does not exist (on the CPU); nothing has been changed.
+        IndexError: a position or slot that does not exist (on the CPU; on a GPU such a position
+            gets the nearest row); nothing has been changed.
     """
     _C.rope_and_write_kv(
         qkv,

@@ -47,6 +47,20 @@ def test_more_heads_than_a_block_takes_at_once(gpu, head_dim, rotary_dim, interl
         assert torch.equal(fused, separate)
 
 
+def test_positions_beyond_the_table_get_its_last_row(gpu):
+    table = make_table(8, 64).to(gpu)
+    qkv = torch.randn(2, 4 * 64, device=gpu).bfloat16()
+    caches = torch.zeros(2, 1, 4, 1, 64, device=gpu).bfloat16()
+    slots = torch.tensor([0, 3], device=gpu)
+
+    def run(function, positions):
+        rotated = qkv.clone()
+        return function(rotated, torch.tensor(positions, device=gpu), table, *caches, slots)
+
+    for function in (ops.rope_and_write_kv, by_parts):
+        assert torch.equal(run(function, [-3, 1 << 40]), run(function, [0, 7]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=25, deadline=None)
 @given(
