@@ -252,6 +252,7 @@ __device__ inline uint64_t narrow(Row& row, uint64_t cut, float bottom, const Am
                 break;
             } else if (++bin == kBins) {
                 clear_list(row);
+                cluster_barrier();
                 return cut;
             }
             clear_list(row);
