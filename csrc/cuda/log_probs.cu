@@ -103,7 +103,8 @@ __global__ __launch_bounds__(kRowThreads, kResidentBlocks) void log_probs_kernel
     cluster_wait();
     if (listed > kListSize) {
         clear_list(row);
-        const uint64_t cut = narrow(row, 0, Measure::kCount, wanted, all.least);
+        const uint64_t cut =
+            narrow<Measure::kCount>(row, 0, all.least, [&](uint64_t) { return uint64_t{wanted}; });
         for_each_logit(row, [&](float x, uint32_t id) {
             if (x > -kInfinity && token_key(x, id) >= cut) list_token(row, x, id);
         });

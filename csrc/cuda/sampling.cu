@@ -205,11 +205,12 @@ __global__ __launch_bounds__(kRowThreads, kResidentBlocks) void sample_kernel(Sa
     const float bottom = fmaxf(all.least, floor);
     uint64_t cut = 0;
     if (top_k > 0 && top_k < args.vocab) {
-        cut = narrow(row, cut, Measure::kCount, static_cast<uint64_t>(top_k), bottom);
+        cut = narrow<Measure::kCount>(row, cut, bottom,
+                                      [&](uint64_t) { return static_cast<uint64_t>(top_k); });
     }
     if (top_p < 1.0f) {
-        const uint64_t amount = share_up(total_weight(row, cut), top_p);
-        cut = narrow(row, cut, Measure::kWeight, amount, bottom);
+        cut = narrow<Measure::kWeight>(row, cut, bottom,
+                                       [&](uint64_t total) { return share_up(total, top_p); });
     }
     locate(
         row,

@@ -46,7 +46,6 @@ struct RowShared {
     alignas(16) unsigned char inbox[2][kMostBlocks][48];  // what each block says
     alignas(16) unsigned char warps[kRowWarps][48];       // what each warp says
     uint64_t cut;
-    uint64_t above;
     int bin;
     uint32_t listed;
 };

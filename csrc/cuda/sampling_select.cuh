@@ -52,11 +52,11 @@ __device__ inline void clear_bins(const Row& row) {
     for (int i = threadIdx.x; i < kBins; i += kRowThreads) row.shared->bins[i] = 0;
 }
 
-// The bin in which, from bin 0 on, `amount` is reached, kBins if it never is; `above` is what the
-// bins before it hold. mass(bin, sum) says what a bin's number stands for. The bins of all blocks
-// are complete, and stay as they are until the next barrier of the cluster.
-template <typename Mass>
-__device__ inline int find_bin(const Row& row, uint64_t amount, uint64_t& above, const Mass& mass) {
+// The bin in which, from bin 0 on, amount(total of all bins) is reached, kBins if it never is.
+// mass(bin, sum) says what a bin's number stands for. The bins of all blocks are complete, and stay
+// as they are until the next barrier of the cluster.
+template <typename Amount, typename Mass>
+__device__ inline int find_bin(const Row& row, const Amount& amount, const Mass& mass) {
     constexpr int kEach = kBins / kRowThreads;
     uint64_t masses[kEach] = {}, sum = 0;
     const int first = threadIdx.x * kEach;
@@ -71,19 +71,14 @@ __device__ inline int find_bin(const Row& row, uint64_t amount, uint64_t& above,
     }
     uint64_t total;
     uint64_t before = sum_before(row.shared, sum, total);
-    if (before < amount && before + sum >= amount) {
+    const uint64_t wanted = amount(total);
+    if (before < wanted && before + sum >= wanted) {
         int i = 0;
-        for (; i < kEach - 1 && before + masses[i] < amount; ++i) before += masses[i];
+        for (; i < kEach - 1 && before + masses[i] < wanted; ++i) before += masses[i];
         row.shared->bin = first + i;
-        row.shared->above = before;
     }
     __syncthreads();
-    if (total < amount) {
-        above = total;
-        return kBins;
-    }
-    above = row.shared->above;
-    return row.shared->bin;
+    return total < wanted ? kBins : row.shared->bin;
 }
 
 // Puts a token on the list of the cluster's first block, as long as there is room.
@@ -101,8 +96,8 @@ __device__ inline uint32_t list_first(Row& row, const Summary& all, float best, 
     const Bins bins(row.max, all.least_best, row.max == kInfinity);
     if (best > -kInfinity) atomicAdd(&row.shared->bins[bins(best)], 1u);
     cluster_barrier();
-    uint64_t above;
-    const int bin = find_bin(row, count, above, [](int, uint64_t sum) { return sum; });
+    const int bin = find_bin(
+        row, [&](uint64_t) { return uint64_t{count}; }, [](int, uint64_t sum) { return sum; });
     const float lowest = bin < kBins ? bins.floor(bin) : -FLT_MAX;
     for_each_logit(row, [&](float x, uint32_t id) {
         if (x >= lowest) list_token(row, x, id);
@@ -150,13 +145,14 @@ __device__ inline Listed rank_list(const Row& row, uint32_t count) {
 
 // What a bin of the histogram holds, exactly.
 struct BinContent {
-    uint64_t above = 0, inside = 0;
+    uint64_t above = 0, inside = 0, total = 0;  // the last of all bins
     float most = -kInfinity, least = kInfinity;
     uint32_t count = 0;
 
     __device__ void add(const BinContent& other) {
         above += other.above;
         inside += other.inside;
+        total += other.total;
         most = fmaxf(most, other.most);
         least = fminf(least, other.least);
         count += other.count;
@@ -165,6 +161,7 @@ struct BinContent {
         BinContent other;
         other.above = shuffle(above, lane);
         other.inside = shuffle(inside, lane);
+        other.total = shuffle(total, lane);
         other.most = shuffle(most, lane);
         other.least = shuffle(least, lane);
         other.count = shuffle(count, lane);
@@ -182,51 +179,63 @@ __device__ inline void clear_list(const Row& row) {
     if (row.leads() && threadIdx.x == 0) row.shared->listed = 0;
 }
 
+// Tells all blocks the cut; they know it after the next barrier of the cluster.
+__device__ inline void publish_cut(const Row& row, uint64_t cut) {
+    for (unsigned rank = 0; rank < row.blocks; ++rank) {
+        *cluster_shared(&row.shared->cut, rank) = cut;
+    }
+}
+
 // The cut that keeps the fewest first ones of the tokens that `cut` keeps whose measure reaches
-// `amount`; `cut` itself if all of those from `bottom` up do not. The list is empty.
-__device__ inline uint64_t narrow(Row& row, uint64_t cut, Measure measure, uint64_t amount,
-                                  float bottom) {
-    float top = row.max;
+// amount(measure of them all); `cut` itself if those from `bottom` up do not reach it. What lies
+// below `bottom` measures nothing. The list is empty, before and afterwards.
+template <Measure kMeasure, typename Amount>
+__device__ inline uint64_t narrow(Row& row, uint64_t cut, float bottom, const Amount& amount) {
     const auto measure_of = [&](float x) {
-        return measure == Measure::kCount ? uint64_t{1} : row.fixed(row.weight(x));
+        return kMeasure == Measure::kCount ? uint64_t{1} : row.fixed(row.weight(x));
     };
+    const float quantum = static_cast<float>(1 << row.quantum_bits);
+    float top = row.max;
+    uint64_t done = 0;   // what lies above `top`
+    uint64_t total = 0;  // once it is known exactly
     for (bool by_key = top == kInfinity;; by_key = true) {
         const Bins bins(top, bottom, by_key);
         const auto belongs = [&](float x, uint32_t id) {
             return x >= bottom && x <= top && keeps(cut, x, id);
         };
-        const float quantum = static_cast<float>(1 << row.quantum_bits);
         clear_bins(row);
         __syncthreads();
         for_each_logit(row, [&](float x, uint32_t id) {
             if (!belongs(x, id)) return;
             const int bin = bins(x);
             uint32_t part = 1;
-            if (measure == Measure::kWeight) {
+            if constexpr (kMeasure == Measure::kWeight) {
                 part = static_cast<uint32_t>(
                     fminf(exp2_fast((x - bins.top(bin)) * row.scale), 1.0f) * quantum);
             }
             atomicAdd(&row.shared->bins[bin], part);
         });
         cluster_barrier();
-        uint64_t above;
-        int bin = find_bin(row, amount, above, [&](int i, uint64_t sum) {
-            if (measure == Measure::kCount) return sum;
-            return row.fixed(row.weight(bins.top(i)) * (static_cast<float>(sum) / quantum));
-        });
+        int bin = find_bin(
+            row, [&](uint64_t sum) { return amount(total ? total : sum) - done; },
+            [&](int i, uint64_t sum) {
+                if constexpr (kMeasure == Measure::kCount) return sum;
+                return row.fixed(row.weight(bins.top(i)) * (static_cast<float>(sum) / quantum));
+            });
         bin = min(bin, kBins - 1);
-        // The sums of weights by bins were rounded: the exact ones may reach `amount` next door.
+        // The sums of weights by bins were rounded: the exact ones may reach the amount next door.
         BinContent content;
+        uint64_t wanted;
         for (;;) {
             BinContent mine;
             for_each_logit(row, [&](float x, uint32_t id) {
                 if (!belongs(x, id)) return;
                 const int at = bins(x);
-                if (at > bin) return;
                 const uint64_t part = measure_of(x);
+                mine.total += part;
                 if (at < bin) {
                     mine.above += part;
-                } else {
+                } else if (at == bin) {
                     mine.inside += part;
                     mine.most = fmaxf(mine.most, x);
                     mine.least = fminf(mine.least, x);
@@ -235,64 +244,53 @@ __device__ inline uint64_t narrow(Row& row, uint64_t cut, Measure measure, uint6
                 }
             });
             content = gather_all(row, mine);
-            if (content.above >= amount) {
+            if (total == 0) total = content.total;
+            wanted = amount(total) - done;
+            if (content.above >= wanted) {
                 --bin;
-            } else if (content.above + content.inside < amount) {
-                if (++bin == kBins) break;
-            } else {
+            } else if (content.above + content.inside >= wanted) {
                 break;
+            } else if (++bin == kBins) {
+                clear_list(row);
+                cluster_barrier();
+                return cut;
             }
             clear_list(row);
             cluster_barrier();
         }
-        if (bin == kBins || content.count <= kListSize || content.most == content.least) {
-            amount -= min(content.above, amount);
-            if (bin == kBins) {
-                if (row.leads() && threadIdx.x == 0) row.shared->cut = cut;
-            } else if (content.count <= kListSize) {
-                if (row.leads()) {
-                    const Listed own = rank_list(row, content.count);
-                    const uint64_t before =
-                        measure == Measure::kCount ? own.before : own.weight_before;
-                    const uint64_t part = measure == Measure::kCount ? 1 : own.weight;
-                    if (threadIdx.x < content.count && before < amount && before + part >= amount) {
-                        row.shared->cut = own.key;
-                    }
+        wanted -= content.above;
+        if (content.count <= kListSize) {
+            if (row.leads()) {
+                const Listed own = rank_list(row, content.count);
+                const bool counts = kMeasure == Measure::kCount;
+                const uint64_t before = counts ? own.before : own.weight_before;
+                const uint64_t part = counts ? 1 : own.weight;
+                if (threadIdx.x < content.count && before < wanted && before + part >= wanted) {
+                    publish_cut(row, own.key);
                 }
-            } else {
-                const float tie = content.most;
-                const uint64_t part = measure_of(tie), kept = (amount + part - 1) / part;
-                locate(
-                    row,
-                    [&](float x, uint32_t id) {
-                        return static_cast<uint64_t>(x == tie && keeps(cut, x, id));
-                    },
-                    [&](uint64_t) { return kept - 1; },
-                    [&](uint32_t id) {
-                        *cluster_shared(&row.shared->cut, 0) = token_key(tie, id);
-                    });
             }
+        } else if (content.most == content.least) {
+            const float tie = content.most;
+            const uint64_t part = measure_of(tie), kept = (wanted + part - 1) / part;
+            locate(
+                row,
+                [&](float x, uint32_t id) {
+                    return static_cast<uint64_t>(x == tie && keeps(cut, x, id));
+                },
+                [&](uint64_t) { return kept - 1; },
+                [&](uint32_t id) { publish_cut(row, token_key(tie, id)); });
+        } else {
+            done += content.above;
+            top = content.most;
+            bottom = content.least;
             clear_list(row);
             cluster_barrier();
-            const uint64_t found = *cluster_shared(&row.shared->cut, 0);
-            cluster_barrier();
-            return found;
+            continue;
         }
-        amount -= content.above;
-        top = content.most;
-        bottom = content.least;
         clear_list(row);
         cluster_barrier();
+        return row.shared->cut;
     }
-}
-
-// The sum of the weights that the cut keeps.
-__device__ inline uint64_t total_weight(Row& row, uint64_t cut) {
-    Sum mine;
-    for_each_logit(row, [&](float x, uint32_t id) {
-        if (keeps(cut, x, id)) mine.value += row.fixed(row.weight(x));
-    });
-    return gather_all(row, mine).value;
 }
 
 }  // namespace sglite::cuda
