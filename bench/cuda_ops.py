@@ -12,21 +12,24 @@ same pages as ours. FlashInfer takes part where it is installed.
 import argparse
 import importlib.util
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.cuda_limits import cuda_limits, seconds_of_runs
 from bench.cuda_machine import cuda_machine
+from bench.report import Rows, markdown_rows, print_rows
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 PREFILL_TOKENS = 8192
@@ -236,15 +239,14 @@ def graph_or_plain_seconds(run: Callable) -> list[float]:
     return [seconds / 4 for seconds in seconds_of_runs(graph.replay, 30)]
 
 
-def print_table(result: dict, console: Console) -> None:
-    limits = result["limits"]
-    table = Table(title=f"Ops on {result['machine']['gpu']}", title_justify="left")
-    for heading in ("op", "who", "us", "rate", "of the limit"):
-        table.add_column(heading, justify="left" if heading in ("op", "who") else "right")
+def table(result: dict) -> Rows:
+    """For each op and contestant its time, and its rate as a share of the machine's."""
+    limits, cells = result["limits"], []
     for op, record in result["ops"].items():
         for who, seconds in record["seconds"].items():
+            name = f"{op}: {who}"
             if isinstance(seconds, str):
-                table.add_row(op, who, "failed", seconds, "")
+                cells.append([name, "failed", seconds.replace("\n", " "), ""])
                 continue
             if record["operations"]:
                 rate, unit = record["operations"] / seconds / 1e12, "TFLOP/s"
@@ -252,8 +254,20 @@ def print_table(result: dict, console: Console) -> None:
             else:
                 rate, unit = record["bytes"] / seconds / 1e12, "TB/s"
                 share = rate * 1e3 / limits["read_gigabytes_per_second"]
-            table.add_row(op, who, f"{seconds * 1e6:.1f}", f"{rate:.2f} {unit}", f"{share:.0%}")
-    console.print(table)
+            cells.append([name, f"{seconds * 1e6:.1f}", f"{rate:.2f} {unit}", f"{share:.0%}"])
+    return Rows(
+        f"Ops on {result['machine']['gpu']}", ["op: who", "us", "rate", "of the limit"], cells
+    )
+
+
+def machine_table(result: dict) -> Rows:
+    """Whose figures these are."""
+    facts = {**result["machine"], **result["limits"]}
+    cells = [
+        [name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else f"{value}"]
+        for name, value in facts.items()
+    ]
+    return Rows("Machine", ["what", "figure"], cells)
 
 
 def main() -> None:
@@ -264,11 +278,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     torch.manual_seed(0)
-    result = measure(options)
-    print_table(result, Console(width=140))
+    result = {
+        "command": shlex.join(["python", "-m", "bench.cuda_ops", *sys.argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **measure(options),
+    }
+    print_rows(table(result), Console(width=140))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
+        lines = [
+            "# Ops beside torch and FlashInfer",
+            "",
+            f"`{result['command']}`, {result['date']}",
+        ]
+        lines += ["", *markdown_rows(table(result)), *markdown_rows(machine_table(result))]
+        options.output.with_suffix(".md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
