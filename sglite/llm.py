@@ -3,13 +3,14 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from sglite.engine.assembly import make_engine
-from sglite.engine.device import EngineThread, resolve_device
+from sglite.engine.device import EngineThread, resolve_device, resolve_num_threads
 from sglite.engine.driver import Call, Driver
 from sglite.engine.gpu_memory import free_memory
 from sglite.engine.intake import Intake, Limits
@@ -95,6 +96,7 @@ class LLM:
         if model is None:
             del given["model"]
         options = LLMOptions.from_keywords({**given, **others})
+        num_threads = resolve_num_threads(options.num_threads)
         device = resolve_device(options.device)
         options = options.with_defaults_of(device.type)
         checkpoint = resolve_checkpoint(
@@ -120,7 +122,6 @@ class LLM:
             context_length=options.context_length,
             trust_remote_code=options.trust_remote_code,
         )
-        num_threads = options.num_threads or torch.get_num_threads()
         thread = EngineThread(device, num_threads)
         with thread():
             fitting = kv_tokens(
@@ -278,11 +279,12 @@ class LLM:
     def _wait(call: Call, groups: list[RequestGroup], progress: bool | None) -> None:
         if progress is None:
             progress = len(groups) > 1 and _someone_is_watching()
-        with tqdm(total=len(groups), unit="prompt", disable=not progress) as bar:
-            seen = 0
+        seen = 0
+        # Even a bar that is switched off would start a thread of tqdm's.
+        with tqdm(total=len(groups), unit="prompt") if progress else nullcontext() as bar:
             while not call.is_finished:
                 seen = call.wait(seen)
-                if progress:
+                if bar is not None:
                     bar.update(sum(group.is_finished for group in groups) - bar.n)
 
     def _stream(self, groups: list[RequestGroup]) -> Iterator[StreamChunk]:

@@ -349,6 +349,22 @@ class TestRefusals:
         ):
             small.generate([5] * 60, max_new_tokens=20)
 
+    def test_a_cache_beyond_the_memory_is_refused(self):
+        with pytest.raises(sglite.OutOfMemoryError, match=r"kv_cache_tokens=10000000000000 needs"):
+            LLM("demo", kv_cache_tokens=10**13)
+
+    def test_more_threads_than_processors_are_refused(self):
+        with pytest.raises(sglite.ConfigError, match=r"num_threads=100000 .* at most \d+"):
+            LLM("demo", num_threads=100_000)
+
+    def test_a_gpu_is_never_passed_over_in_silence(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        if sglite.llm._C.cuda_architectures:
+            pytest.skip("this build runs on a GPU")
+        for device in ("auto", "cuda"):
+            with pytest.raises(sglite.ConfigError, match="SGLITE_CUDA=1"):
+                LLM("demo", device=device)
+
     def test_foreign_names_are_refused_with_ours(self):
         with pytest.raises(sglite.ConfigError, match="mem_fraction"):
             LLM("demo", gpu_memory_utilization=0.9)
@@ -436,6 +452,12 @@ class TestLife:
         with LLM("demo", kv_cache_tokens=512) as one, LLM("demo", dtype="float32") as two:
             answers = [model.generate(QUESTIONS[0], temperature=0).text for model in (one, two)]
         assert all("42" in answer for answer in answers)
+
+    def test_without_a_progress_bar_there_is_no_thread_of_tqdms(self, llm, monkeypatch):
+        monkeypatch.setattr(sglite.llm, "tqdm", None)
+        assert len(llm.generate(QUESTIONS, temperature=0, progress=False)) == 3
+        with pytest.raises(TypeError):
+            llm.generate(QUESTIONS, temperature=0, progress=True)
 
     def test_threads_share_batches(self, llm):
         expected = [llm.generate(question, temperature=0).text for question in QUESTIONS]

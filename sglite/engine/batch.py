@@ -107,6 +107,7 @@ def to_forward(
             page_table=page_table,
             logits_rows=wanted,
             kv_cache=kv_cache,
+            max_query_tokens=int(np.diff(layout.query_start).max()),
         ),
     )
 

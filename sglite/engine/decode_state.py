@@ -24,7 +24,8 @@ _UPLOADED = {
     "integers": (np.int64, len(INTEGERS)),
     "reals": (np.float32, len(REALS)),
 }
-_OUTPUT_INDEX = INTEGERS.index("position")
+# How rows without a request sample: the most probable token.
+_GREEDY = [1.0 if name in ("top_p", "repetition_penalty") else 0.0 for name in REALS]
 
 
 class DecodeState:
@@ -126,6 +127,7 @@ class DecodeState:
         views["reals"][:count], views["integers"][:count] = parameters(
             states, [item.output_index - 1 for item in items]
         )
+        views["reals"][count:] = _GREEDY
         width = max(item.request.num_pages for item in items)
         page_table = np.zeros((count, width), np.int32)
         for row, item in enumerate(items):
@@ -161,6 +163,7 @@ class DecodeState:
             page_table=self._page_table[:num_rows],
             logits_rows=self._rows[:num_rows],
             kv_cache=kv_cache,
+            max_query_tokens=1,
         )
         return self._input_ids[:num_rows], self._positions[:num_rows], batch
 

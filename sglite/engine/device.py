@@ -1,11 +1,13 @@
 """Where the engine runs: the CPU, or one GPU with a stream of its own."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
 
 from sglite import _C
+from sglite.interface import checks
 from sglite.interface.errors import ConfigError
 
 # Streams that closed engines have left, by GPU: torch and its libraries keep memory for each
@@ -24,8 +26,8 @@ def resolve_device(name: str) -> torch.device:
     found = "there is a GPU" if name == "auto" else f"device={name!r} was asked for"
     if not _C.cuda_architectures:
         raise ConfigError(
-            f"{found}, but this installation was built without CUDA: install again with "
-            f"SGLITE_CUDA=1 in the environment and the CUDA toolkit at hand, or pass device='cpu'"
+            f"{found}, but the extension was built without CUDA: install it again with "
+            f"SGLITE_CUDA=1 in the environment, or pass device='cpu'"
         )
     if not torch.cuda.is_available():
         raise ConfigError(
@@ -39,6 +41,19 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"{found}, but there are {torch.cuda.device_count()} GPUs here")
     _check_architecture(device)
     return device
+
+
+def resolve_num_threads(asked: int | None) -> int:
+    """Torch's number, or what was asked for; more than there are processors only cost time."""
+    processors = os.cpu_count() or 1
+    if asked is not None and asked > processors:
+        checks.refuse(
+            "num_threads",
+            asked,
+            f"at most {processors}, the processors of this machine",
+            ConfigError,
+        )
+    return asked or torch.get_num_threads()
 
 
 def _check_architecture(device: torch.device) -> None:

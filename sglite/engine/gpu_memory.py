@@ -117,6 +117,7 @@ def _run_step(
         page_table=page_table[None],
         logits_rows=tokens[-num_requests:],
         kv_cache=pool.layers,
+        max_query_tokens=num_tokens,
     )
     model(torch.zeros_like(tokens), tokens % context_length, batch)
     torch.cuda.synchronize(device)

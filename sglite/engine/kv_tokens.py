@@ -7,7 +7,7 @@ from torch import nn
 
 from sglite.cache.kv_pool import LayerSpec
 from sglite.engine.gpu_memory import check_kv_cache_fits, kv_tokens_on_gpu, step_memory
-from sglite.engine.memory import kv_tokens_that_fit
+from sglite.engine.memory import check_kv_tokens, kv_tokens_that_fit
 from sglite.interface.config import LLMOptions
 
 
@@ -37,7 +37,8 @@ def kv_tokens(
     if options.kv_cache_tokens is not None:
         if device.type == "cuda":
             check_kv_cache_fits(options.kv_cache_tokens, bytes_per_token, device)
-        return options.kv_cache_tokens
+            return options.kv_cache_tokens
+        return check_kv_tokens(options.kv_cache_tokens, bytes_per_token)
     if device.type == "cpu":
         return kv_tokens_that_fit(options.mem_fraction, bytes_per_token)
     step_bytes = step_memory(

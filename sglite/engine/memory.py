@@ -32,6 +32,22 @@ def kv_tokens_that_fit(mem_fraction: float, bytes_per_token: int) -> int:
     return tokens
 
 
+def check_kv_tokens(tokens: int, bytes_per_token: int) -> int:
+    """Gives back `tokens` if the memory that is available holds so many tokens' keys and values.
+
+    Raises:
+        OutOfMemoryError: it does not.
+    """
+    available = available_memory()
+    if tokens * bytes_per_token > available:
+        raise OutOfMemoryError(
+            f"kv_cache_tokens={tokens} needs {tokens * bytes_per_token} bytes, {bytes_per_token} "
+            f"for each token; {available} bytes are available, enough for "
+            f"{available // bytes_per_token} tokens"
+        )
+    return tokens
+
+
 def _machine_available() -> int:
     if _MEMINFO.exists():
         for line in _MEMINFO.read_text().splitlines():

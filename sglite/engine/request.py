@@ -178,6 +178,7 @@ class Request:
         """Marks the request as done; its pages are the scheduler's affair."""
         self.finish_reason = reason
         self.error = error
-        self.state = RequestState.FINISHED
         self.stop_checker.finish()
         self.finished_at = time.perf_counter()
+        # Last, since the thread that waits reads everything else once it sees this.
+        self.state = RequestState.FINISHED

@@ -7,6 +7,7 @@ import numpy as np
 
 from sglite.interface.errors import RequestError
 from sglite.interface.sampling_params import SamplingParams
+from sglite.ops.sampling import INTEGERS, REALS
 
 _NO_SEEN = np.empty((0, 3), np.int32)
 _NO_IDS = np.empty(0, np.int32)
@@ -166,8 +167,10 @@ def parameters(
         states: of R requests.
         output_indices: for each which of its output tokens is drawn, from 0 on.
     """
-    return np.stack([state.reals for state in states]), np.stack(
-        [state.integers(index) for state, index in zip(states, output_indices, strict=True)]
+    rows = [state.integers(index) for state, index in zip(states, output_indices, strict=True)]
+    return (
+        np.array([state.reals for state in states], np.float32).reshape(-1, len(REALS)),
+        np.array(rows, np.int64).reshape(-1, len(INTEGERS)),
     )
 
 

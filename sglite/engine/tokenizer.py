@@ -55,10 +55,23 @@ class IncrementalDetokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special: bool):
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._window = [int(token) for token in prompt_token_ids[-_CONTEXT:]]
+        self._window = self._context(prompt_token_ids)
         self._num_settled = len(self._window)  # tokens of the window whose text is out
         # A character that the prompt has begun counts as not out yet.
         self._settled_text = self._decode(self._window).rstrip("\ufffd")
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, from the start of a character on.
+
+        What is left of a character at the front would look like one that the prompt has begun at
+        its end. A character has up to four bytes, and a token at least one.
+        """
+        context: list[int] = []
+        for length in range(_CONTEXT, _CONTEXT + 4):
+            context = [int(token) for token in prompt_token_ids[-length:]]
+            if not self._decode(context).startswith("\ufffd"):
+                break
+        return context
 
     def add(self, token_id: int) -> str:
         """Takes a token and returns the text that is now certain."""

@@ -33,16 +33,17 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 
 
 class Download:
-    """Copies of tensors on their way to the host.
+    """Copies of tensors on their way to the host; the tensors may change at once.
 
     Args:
-        tensors: on one device; on the CPU they are handed on as they are.
+        tensors: on one device.
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
         self._event = None
-        self._host = list(tensors)
-        if tensors and tensors[0].is_cuda:
+        if not tensors or not tensors[0].is_cuda:
+            self._host = [tensor.clone() for tensor in tensors]
+        else:
             self._host = [
                 torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
                     tensor, non_blocking=True

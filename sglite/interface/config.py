@@ -68,7 +68,7 @@ class LLMOptions:
             8192 on a GPU.
         prefix_cache: whether prompts reuse the cached prefixes of others.
         cuda_graphs: whether decode steps run as CUDA graphs; of no effect on the CPU.
-        num_threads: threads of the CPU kernels; None: the cores that this process may use.
+        num_threads: threads of the CPU kernels; None: as many as torch uses.
         seed: makes the seeds that requests without one draw reproducible, 0 to 2**64 - 1.
         trust_remote_code: whether Python code of a checkpoint may run (tokenizers, configs).
         batch_invariant: whether a prompt's result is independent of what shares its batch, to
@@ -374,7 +374,8 @@ def _device(name: str, value: Any) -> str:
 def _token(name: str, value: Any) -> str | bool:
     # The value stays out of the message: it may be a secret of another form.
     if not isinstance(value, str | bool) or value == "":
-        raise ConfigError(f"{name} must be a string, True or False, not a {type(value).__name__}.")
+        given = "an empty string" if value == "" else f"a {type(value).__name__}"
+        raise ConfigError(f"{name} must be a string, True or False, not {given}.")
     return value
 
 

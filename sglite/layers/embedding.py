@@ -19,7 +19,12 @@ class Embedding(WeightModule):
         embedding_dim: width of a row.
         quant_config: must be None.
         prefix: module path, for messages.
+
+    Attributes:
+        batch_invariant: as for `Linear`, where this table is also the output head.
     """
+
+    batch_invariant: bool = False
 
     def __init__(
         self,
@@ -72,4 +77,10 @@ class LMHead(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, embedding_dim] -> [R, num_embeddings] float32, not rounded to the dtype of `x`."""
-        return ops.linear(x, self.matrix.stored, self.bias, out_dtype=torch.float32)
+        return ops.linear(
+            x,
+            self.matrix.stored,
+            self.bias,
+            out_dtype=torch.float32,
+            batch_invariant=self.batch_invariant,
+        )

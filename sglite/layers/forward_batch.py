@@ -1,9 +1,11 @@
 """What one forward pass works on, beside the token ids and positions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from sglite import ops
 
 
 @dataclass(slots=True, frozen=True)
@@ -17,13 +19,36 @@ class ForwardBatch:
     """
 
     query_start: Tensor  # [B + 1] int32
-    kv_lens: Tensor  # [B] int32, positions in the cache once this step's tokens are written
+    kv_lens: Tensor  # [B] int32, positions in the cache once this step's tokens are written; 0
+    # marks a request that is padding
     kv_end: Tensor  # [T] int32
     slots: Tensor  # [T] int64, page * page_size + offset: where each token's key and value go
     page_table: Tensor  # [B, max_pages] int32, the pages of each request in order
     logits_rows: Tensor  # [R] int64, ascending, the tokens whose next-token logits are wanted
     kv_cache: Sequence[tuple[Tensor, Tensor]]  # per layer (keys, values), each
     # [num_pages, page_size, num_kv_heads, head_dim]
+    max_query_tokens: int | None = None  # no request has more tokens; None: nobody counted
+    _plans: dict[tuple, ops.AttentionPlan | None] = field(default_factory=dict, repr=False)
+
+    def attention_plan(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+    ) -> ops.AttentionPlan | None:
+        """What `sglite.ops.paged_attention` takes, made once for all layers with the same heads."""
+        key = (num_heads, num_kv_heads, head_dim, window)
+        if key not in self._plans:
+            self._plans[key] = ops.plan_attention(
+                self.page_table,
+                self.query_start,
+                self.kv_lens,
+                self.kv_end,
+                page_size=self.kv_cache[0][0].shape[1],
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                window=window,
+                max_query_tokens=self.max_query_tokens,
+            )
+        return self._plans[key]
 
     @property
     def batch_size(self) -> int:

@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from sglite.models.hub import download_checkpoint, download_tokenizer
-from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, read_index
+from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, no_weights, read_index
 
 _SHIPPED = Path(__file__).parent.parent / "checkpoints"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -139,9 +138,10 @@ def _find_folder(name: str, *, is_path: bool) -> Path | None:
     if name == "demo" and not is_path:
         return _SHIPPED / "demo"
     path = Path(name).expanduser()
-    if path.is_dir():
+    # Not `Path.is_dir`, which raises OSError for a name that is too long to be one.
+    if os.path.isdir(path):
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(
             f"{name} is a file; a model is a folder with config.json, a tokenizer and safetensors "
             f"files"
@@ -182,19 +182,5 @@ def _find_weight_files(folder: Path) -> tuple[Path, ...]:
         file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated")
     )
     if not files:
-        raise CheckpointError(_no_weights(folder))
+        raise no_weights(str(folder), [file.name for file in folder.iterdir()])
     return tuple(files)
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-    if pickles:
-        return (
-            f"the weights in {folder} are pickles ({pickles[0]}), which may run code when they are "
-            f"read, and are not loaded; convert them to safetensors once, in an environment you "
-            f"trust: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-            f".save_pretrained(NEW_FOLDER)"
-        )
-    if any(folder.glob("*.gguf")):
-        return f"the weights in {folder} are GGUF files, which are not read; expected safetensors"
-    return f"no weights in {folder}: expected {WEIGHT_FILE} or {INDEX_FILE} and its files"

@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
 )
 
 from sglite.interface.errors import CheckpointError
-from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, read_index
+from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, no_weights, read_index
 
 # Configuration and tokenizer: everything but weights.
 _SMALL_FILES = [
@@ -50,7 +50,8 @@ def download_checkpoint(
         token: access token, or whether to send the one that is logged in.
 
     Raises:
-        CheckpointError: there is no such model or revision, no access to it, or no connection.
+        CheckpointError: there is no such model or revision, no access to it, no connection, or no
+            weights in safetensors.
     """
     folder = _download(repo_id, _SMALL_FILES, revision, cache_dir, token)
     # The second download is pinned to what the first one found, whatever is pushed in between.
@@ -61,6 +62,8 @@ def download_checkpoint(
         weights = [WEIGHT_FILE]
     if not all((folder / name).exists() for name in weights):
         _download(repo_id, weights, commit, cache_dir, token)
+    if not any((folder / name).exists() for name in weights):
+        raise no_weights(repo_id, _files_on_the_hub(repo_id, commit, token))
     return folder
 
 
@@ -69,6 +72,14 @@ def download_tokenizer(
 ) -> Path:
     """As `download_checkpoint`, without the weights."""
     return _download(repo_id, _TOKENIZER_FILES, None, cache_dir, token)
+
+
+def _files_on_the_hub(repo_id: str, commit: str, token: str | bool | None) -> list[str]:
+    """Names of all files of a model; none where the hub cannot be asked."""
+    try:
+        return huggingface_hub.list_repo_files(repo_id, revision=commit, token=token)
+    except OSError:  # all of the hub's errors are, and those of the network
+        return []
 
 
 def _download(repo_id, patterns, revision, cache_dir, token) -> Path:

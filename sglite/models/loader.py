@@ -158,6 +158,9 @@ def _check_counts(config: Any, num_tensors: int) -> None:
     vocab_size = getattr(config, "vocab_size", None)
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise CheckpointError(f"config.json: vocab_size={vocab_size!r} must be 1 or more")
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < 1:
+        raise CheckpointError(f"config.json: max_position_embeddings={positions} must be 1 or more")
     num_layers = getattr(config, "num_hidden_layers", 0)
     if num_layers > num_tensors:
         raise CheckpointError(
@@ -224,4 +227,7 @@ def _end_token_ids(config: Any) -> tuple[int, ...]:
     ids = getattr(config, "eos_token_id", None)
     if ids is None:
         return ()
-    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    ids = ids if isinstance(ids, list | tuple) else [ids]
+    return checks.token_ids(
+        "eos_token_id", ids, error=lambda message: CheckpointError(f"config.json: {message}")
+    )

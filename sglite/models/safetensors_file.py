@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LONGEST_HEADER = 100_000_000  # as the format's own library has it
 
 
@@ -179,6 +181,31 @@ class SafetensorsFile:
         return CheckpointError(
             f"{self.path}: the header's entry of tensor {name!r} is unsound: {str(fields)[:200]}"
         )
+
+
+def no_weights(place: str, files: Iterable[str]) -> CheckpointError:
+    """The error for a folder or hub model without safetensors, by what is there instead.
+
+    Args:
+        place: the folder or the hub id.
+        files: names of the files in it.
+    """
+    files = sorted(files)
+    pickles = [name for name in files if name.endswith(_PICKLES)]
+    if pickles:
+        return CheckpointError(
+            f"the weights in {place} are pickles ({pickles[0]}), which may run code when they are "
+            f"read, and are not loaded; convert them to safetensors once, in an environment you "
+            f"trust: transformers.AutoModelForCausalLM.from_pretrained({place!r})"
+            f".save_pretrained(NEW_FOLDER)"
+        )
+    if any(name.endswith(".gguf") for name in files):
+        return CheckpointError(
+            f"the weights in {place} are GGUF files, which are not read; expected safetensors"
+        )
+    return CheckpointError(
+        f"no weights in {place}: expected {WEIGHT_FILE} or {INDEX_FILE} and its files"
+    )
 
 
 def read_index(path: Path) -> set[str]:

@@ -98,6 +98,39 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     v_cache.flatten(0, 1)[slots] = v
 
 
+def rope_and_write_kv(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    epsilon: float = 1e-6,
+    weight_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """See `sglite.ops.rope_and_write_kv`."""
+    kv_heads, head_dim = k_cache.shape[2:]
+    heads = qkv.unflatten(1, (-1, head_dim))
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    if q_norm is not None:
+        q.copy_(rms_norm(q, q_norm, epsilon, weight_offset=weight_offset))
+        k.copy_(rms_norm(k, k_norm, epsilon, weight_offset=weight_offset))
+    apply_rope(q, k, positions, cos_sin, interleaved=interleaved)
+    write_kv(k, v, k_cache, v_cache, slots)
+    return q
+
+
+def copy_kv_slots(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> None:
+    """See `sglite.ops.copy_kv_slots`."""
+    for cache in caches:
+        slots = cache.flatten(0, 1)
+        slots[destinations] = slots[sources]
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

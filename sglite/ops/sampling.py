@@ -95,6 +95,12 @@ def sample(
     token depends neither on the other rows nor on the number of threads. The vocabulary is not
     sorted. Logits of +inf share all the probability equally. Weights below e^-87.3 are 0.
 
+    On a GPU sums are of integers, multiples of 2^-44, and so exact in any order; weights below that
+    are 0. (Vocabularies of more than 2^18 tokens take away a bit each time they double.) Nothing
+    that a tensor there holds is checked, since the host would have to wait for it: token ids out of
+    range are ignored, other values out of range give unspecified tokens. Host and shapes alone
+    decide what is launched, so that a CUDA graph of a call serves any parameters.
+
     Args:
         logits: [L, vocab] float32, elements of a row side by side; not changed.
         reals: [R, 6] float32, columns as in `REALS`. temperature 0 or at least 1e-30, top_p in
@@ -152,6 +158,10 @@ def log_probs(
     count, device = token_ids.shape[0], logits.device
     if workspace is None:
         workspace = sampling_workspace(logits.shape[-1], count, device)
+    sorted_apart = _C.most_top_tokens(logits) < top_n <= logits.shape[-1]
+    if sorted_apart:
+        top = _sorted(logits if rows is None else logits[rows], top_n)
+        top_n = 0
     result = LogProbs(
         torch.empty(count, device=device),
         torch.empty(count, dtype=torch.int64, device=device),
@@ -159,4 +169,13 @@ def log_probs(
         torch.empty(count, top_n, device=device),
     )
     _C.log_probs(*result, logits, rows, token_ids, workspace)
-    return result
+    return result._replace(top_ids=top[0], top_logprobs=top[1]) if sorted_apart else result
+
+
+def _sorted(logits: Tensor, top_n: int) -> tuple[Tensor, Tensor]:
+    """The `top_ids` and `top_logprobs` of more tokens than a GPU finds without sorting them all."""
+    certain = (logits == torch.inf).any(-1, keepdim=True)
+    shared = torch.where(logits == torch.inf, 0.0, -torch.inf)
+    every = torch.log_softmax(torch.where(certain, shared, logits).double(), -1)
+    top_ids = torch.sort(logits, descending=True, stable=True).indices[:, :top_n].contiguous()
+    return top_ids, every.gather(1, top_ids).float()

@@ -77,7 +77,7 @@ def results(outputs):
     return [(out.token_ids, out.finish_reason, out.logprobs) for out in outputs]
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 160}, {"max_running_requests": 3}])
+@pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 96}, {"max_running_requests": 3}])
 def test_the_same_tokens_as_step_by_step(options):
     chosen = [params(index) for index in range(len(PROMPTS))]
     expected = results(LLM("demo", device="cpu", seed=3, **options).generate(PROMPTS, chosen))

@@ -50,6 +50,15 @@ def test_this_machine_has_some():
     assert 1 << 20 < memory.available_memory() < 1 << 50
 
 
+def test_kv_tokens_that_were_asked_for_must_fit(tmp_path, monkeypatch):
+    make_machine(tmp_path, monkeypatch)
+    assert memory.check_kv_tokens(1000, 1024) == 1000
+    with pytest.raises(
+        OutOfMemoryError, match=r"kv_cache_tokens=1001 needs 1025024 bytes.* enough for 1000 tokens"
+    ):
+        memory.check_kv_tokens(1001, 1024)
+
+
 def test_kv_tokens_are_a_share(tmp_path, monkeypatch):
     make_machine(tmp_path, monkeypatch)
     assert memory.kv_tokens_that_fit(0.5, 1024) == 500

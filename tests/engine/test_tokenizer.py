@@ -1,7 +1,7 @@
 """Text in pieces: whatever the tokens, the pieces add up to the whole."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -38,6 +38,7 @@ def whole(tokenizer, prompt, output, skip_special=True):
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=40), split=st.integers(0, 40))
+@example(text="0𐀀𐀀𘋀", split=12)  # the context begins and ends inside characters of single bytes
 def test_pieces_of_any_text_add_up(byte_level, text, split):
     token_ids = byte_level.encode(text, add_special_tokens=False)
     prompt, output = token_ids[:split], token_ids[split:]

@@ -113,6 +113,7 @@ def test_a_token_is_shown_nowhere():
         with pytest.raises(ConfigError, match="token must be a string") as caught:
             LLMOptions(model="demo", token=wrong)
         assert "secret" not in str(caught.value)
+    assert "not an empty string" in str(caught.value)
 
 
 def test_every_option_is_documented_and_checked():

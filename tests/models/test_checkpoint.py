@@ -59,6 +59,11 @@ def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
         resolve_checkpoint(name)
 
 
+def test_a_name_that_is_too_long_for_a_file():
+    with pytest.raises(CheckpointError):
+        resolve_checkpoint("/" + 300 * "x")
+
+
 def test_a_path_object_is_never_a_hub_id():
     with pytest.raises(CheckpointError, match="there is no folder"):
         resolve_checkpoint(Path("owner/name"))

@@ -58,12 +58,18 @@ class TestConfig:
             {"head_dim": 15},
             {"head_dim": 10**12},
             {"max_position_embeddings": "many"},
+            {"max_position_embeddings": 0},
             {"rms_norm_eps": "small"},
             {"tie_word_embeddings": "yes"},
         ],
     )
     def test_values_that_cannot_be(self, folder, values):
         self.refused(folder, values, CheckpointError)
+
+    @pytest.mark.parametrize("value", ["</s>", [1, "</s>"], -1])
+    def test_an_end_token_that_is_none(self, folder, value):
+        (folder / "generation_config.json").unlink()
+        self.refused(folder, {"eos_token_id": value}, match="config.json: eos_token_id")
 
     def test_more_layers_than_tensors(self, folder):
         self.refused(

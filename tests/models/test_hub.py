@@ -105,8 +105,18 @@ def test_pickles_are_not_even_downloaded(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with serve(folder, REPO) as (endpoint, asked):
         answer = resolve(tmp_path / "cache", endpoint=endpoint)
-    assert "refused: no weights in" in answer
+    assert f"refused: the weights in {REPO} are pickles (pytorch_model.bin)" in answer
+    assert f"from_pretrained({REPO!r}).save_pretrained" in answer
     assert "pytorch_model.bin" not in asked
+
+
+def test_no_weights_at_all(tmp_path):
+    folder = make_checkpoint(tmp_path / "repository")
+    (folder / "model.safetensors").unlink()
+    with serve(folder, REPO) as (endpoint, _):
+        answer = resolve(tmp_path / "cache", endpoint=endpoint)
+    assert f"refused: no weights in {REPO}: expected model.safetensors" in answer
+    assert resolve(tmp_path / "cache", offline=True) == answer
 
 
 def test_what_is_not_there(repository, tmp_path):
