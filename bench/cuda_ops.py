@@ -6,7 +6,13 @@
 
 All on random bfloat16 (logits: float32) data, with events, medians; inputs rotate over more than
 the L2 cache holds. torch's attention gets dense keys and values, what suits it best; FlashInfer the
-same pages as ours. FlashInfer takes part where it is installed.
+same pages as ours. Plans are made beforehand, as a step makes them once for all its layers.
+
+FlashInfer takes part where it is installed: version 0.7.2 is a wheel of 62 MB that compiles what it
+runs with nvcc at first use. There are no compiled kernels of that version on PyPI
+(`flashinfer-cubin` ends at 0.6.13 and holds Blackwell's; `flashinfer-jit-cache` is not there).
+Where nothing can be downloaded its Python files, csrc, CUTLASS and CCCL headers are enough, 14 MB
+compressed, with `FLASHINFER_CUDA_ARCH_LIST=9.0a` and curand's headers on `CPATH`.
 """
 
 import argparse
@@ -36,6 +42,12 @@ PREFILL_TOKENS = 8192
 BATCH, POSITIONS = 64, 4096
 VOCAB, TOP_K, TOP_P = 131072, 50, 0.9
 _SCALE = HEAD_DIM**-0.5
+PLANNED = {
+    "page_size": PAGE_SIZE,
+    "num_heads": HEADS,
+    "num_kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+}
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,9 @@ def prefill_runs(ours: bool, flashinfer: bool) -> dict[str, Callable]:
             caches[index][table.long()] = dense.view(pages, PAGE_SIZE, KV_HEADS, HEAD_DIM)
         start, lens = integers([0, PREFILL_TOKENS]), integers([PREFILL_TOKENS])
         end = integers(range(1, PREFILL_TOKENS + 1))
-        runs["sglite"] = lambda: ops.paged_attention(
-            q, *caches, table[None], start, lens, end, _SCALE
-        )
+        rows = (table[None], start, lens, end)
+        plan = ops.plan_attention(*rows, **PLANNED)
+        runs["sglite"] = lambda: ops.paged_attention(q, *caches, *rows, _SCALE, plan=plan)
     dense = [x.transpose(0, 1)[None] for x in (q, k, v)]
     repeated = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in dense[1:]]
     for name, backend, arguments in (
@@ -125,9 +137,15 @@ def decode_runs(ours: bool, flashinfer: bool) -> dict[str, Callable]:
         from sglite import ops
 
         start, lens = integers(range(BATCH + 1)), integers([POSITIONS] * BATCH)
-        runs["sglite"] = rotating(
-            lambda k, v: ops.paged_attention(q, k, v, table, start, lens, lens, _SCALE), caches
-        )
+        rows = (table, start, lens, lens)
+        for name, invariant in (("sglite", False), ("sglite, batch invariant", True)):
+            plan = ops.plan_attention(
+                *rows, **PLANNED, max_query_tokens=1, batch_invariant=invariant
+            )
+            runs[name] = rotating(
+                lambda k, v, plan=plan: ops.paged_attention(q, k, v, *rows, _SCALE, plan=plan),
+                caches,
+            )
     dense = [
         [x.view(BATCH, POSITIONS, KV_HEADS, HEAD_DIM).transpose(1, 2) for x in pair]
         for pair in caches
