@@ -6,7 +6,8 @@ RUN := $(VENV)/bin/python
 # Pinned here, not in the package: an unpinned torch pulls several GB of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: build demo test test-cuda sanitize-cuda test-emulated lint format build-cuda wheel bench clean
+.PHONY: build demo test test-cuda sanitize-cuda soak-cuda test-emulated lint format build-cuda wheel \
+    bench bench-cuda clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +39,9 @@ sanitize-cuda: build
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	        $(RUN) -m pytest tests/cuda -k "kv or side_stream" || exit 1; \
 	done
+# Ten thousand requests through a small cache; `test-cuda` holds a short version.
+soak-cuda: build
+	SGLITE_SOAK_REQUESTS=10000 $(RUN) -m pytest tests/cuda/test_soak.py
 
 test-emulated: $(VENV)/.installed
 	SGLITE_CUDA=emulate $(RUN) setup.py --quiet build_ext \
@@ -66,6 +70,20 @@ wheel: $(VENV)/.installed
 
 bench: build
 	$(RUN) bench/throughput.py --model llama-135m --peer transformers
+
+# On a GPU: single ops, whole models, accuracy; beside torch, transformers, and FlashInfer if it is
+# installed. Checkpoints with random weights, 19 GB in all, are kept in CHECKPOINTS.
+CHECKPOINTS ?= /dev/shm/sglite-bench
+
+bench-cuda: build
+	$(RUN) -m bench.cuda_ops --output bench/results/cuda-ops.json
+	$(RUN) -m bench.cuda_decode --cache-folder $(CHECKPOINTS) \
+	    --variant 'batch invariant={"batch_invariant": true}' \
+	    --variant 'no graphs={"cuda_graphs": false}' \
+	    --peer transformers_continuous --peer transformers_static \
+	    --output bench/results/cuda-models.json
+	$(RUN) -m bench.cuda_accuracy --cache-folder $(CHECKPOINTS) \
+	    --output bench/results/cuda-accuracy.json
 
 clean:
 	rm -rf build $(VENV) sglite/*.so *.egg-info

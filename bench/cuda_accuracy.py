@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from bench.checkpoints import make_checkpoint
 from bench.models import default_cache_folder
+from bench.report import Rows, markdown_rows, print_rows
 from sglite import LLM, SamplingParams
 
 MOST_MEAN, MOST_OF_PEER = 0.05, 2.0
@@ -243,32 +243,23 @@ def _add(differences: Differences, truth: tuple[Tensor, Tensor], first: int, ent
         differences.add((torch.tensor(values) - exact).abs(), (rounded - exact).abs())
 
 
-def print_table(result: dict, console: Console) -> None:
+def table(result: dict) -> Rows:
     """One row for each family, variant and phase."""
-    table = Table(title=f"Log-probabilities in bfloat16, {result['device']}", title_justify="left")
-    table.add_column("model, variant")
-    for heading in (
-        "phase",
-        "compared",
-        "mean",
-        "HF bf16 mean",
-        "largest",
-        "HF bf16 largest",
-        "ok",
-    ):
-        table.add_column(heading, justify="right")
+    cells = []
     for name, record in result["cases"].items():
         for phase in ("prefill", "decode"):
             found = Differences(**record[phase])
             figures = (found.ours_mean, found.peer_mean, found.ours_max, found.peer_max)
-            table.add_row(
-                name,
-                phase,
-                f"{found.count}",
-                *(f"{value:.4f}" for value in figures),
-                "yes" if found.is_close else "NO",
+            cells.append(
+                [
+                    f"{name}, {phase}",
+                    f"{found.count}",
+                    *(f"{value:.4f}" for value in figures),
+                    "yes" if found.is_close else "NO",
+                ]
             )
-    console.print(table)
+    columns = ["model, variant, phase", "compared", "mean", "HF bf16", "largest", "HF bf16", "ok"]
+    return Rows(f"Log-probabilities in bfloat16, {result['device']}", columns, cells)
 
 
 def main() -> None:
@@ -311,10 +302,14 @@ def main() -> None:
             for phase in ("prefill", "decode"):
                 found[phase] = dataclasses.asdict(found[phase])
             result["cases"][f"{family}, {variant.name}"] = found
-    print_table(result, Console(width=140))
+    print_rows(table(result), Console(width=140))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
+        lines = ["# Accuracy in bfloat16", "", f"`{result['command']}`, {result['date']}", ""]
+        options.output.with_suffix(".md").write_text(
+            "\n".join(lines + markdown_rows(table(result)))
+        )
     cases = result["cases"].values()
     if not all(
         Differences(**case[phase]).is_close for case in cases for phase in ("prefill", "decode")

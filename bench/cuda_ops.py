@@ -6,33 +6,48 @@
 
 All on random bfloat16 (logits: float32) data, with events, medians; inputs rotate over more than
 the L2 cache holds. torch's attention gets dense keys and values, what suits it best; FlashInfer the
-same pages as ours. FlashInfer takes part where it is installed.
+same pages as ours. Plans are made beforehand, as a step makes them once for all its layers.
+
+FlashInfer takes part where it is installed: version 0.7.2 is a wheel of 62 MB that compiles what it
+runs with nvcc at first use. There are no compiled kernels of that version on PyPI
+(`flashinfer-cubin` ends at 0.6.13 and holds Blackwell's; `flashinfer-jit-cache` is not there).
+Where nothing can be downloaded its Python files, csrc, CUTLASS and CCCL headers are enough, 14 MB
+compressed, with `FLASHINFER_CUDA_ARCH_LIST=9.0a` and curand's headers on `CPATH`.
 """
 
 import argparse
 import importlib.util
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.cuda_limits import cuda_limits, seconds_of_runs
 from bench.cuda_machine import cuda_machine
+from bench.report import Rows, markdown_rows, print_rows
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 PREFILL_TOKENS = 8192
 BATCH, POSITIONS = 64, 4096
 VOCAB, TOP_K, TOP_P = 131072, 50, 0.9
 _SCALE = HEAD_DIM**-0.5
+PLANNED = {
+    "page_size": PAGE_SIZE,
+    "num_heads": HEADS,
+    "num_kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+}
 
 
 @dataclass(frozen=True)
@@ -81,9 +96,9 @@ def prefill_runs(ours: bool, flashinfer: bool) -> dict[str, Callable]:
             caches[index][table.long()] = dense.view(pages, PAGE_SIZE, KV_HEADS, HEAD_DIM)
         start, lens = integers([0, PREFILL_TOKENS]), integers([PREFILL_TOKENS])
         end = integers(range(1, PREFILL_TOKENS + 1))
-        runs["sglite"] = lambda: ops.paged_attention(
-            q, *caches, table[None], start, lens, end, _SCALE
-        )
+        rows = (table[None], start, lens, end)
+        plan = ops.plan_attention(*rows, **PLANNED)
+        runs["sglite"] = lambda: ops.paged_attention(q, *caches, *rows, _SCALE, plan=plan)
     dense = [x.transpose(0, 1)[None] for x in (q, k, v)]
     repeated = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in dense[1:]]
     for name, backend, arguments in (
@@ -122,9 +137,15 @@ def decode_runs(ours: bool, flashinfer: bool) -> dict[str, Callable]:
         from sglite import ops
 
         start, lens = integers(range(BATCH + 1)), integers([POSITIONS] * BATCH)
-        runs["sglite"] = rotating(
-            lambda k, v: ops.paged_attention(q, k, v, table, start, lens, lens, _SCALE), caches
-        )
+        rows = (table, start, lens, lens)
+        for name, invariant in (("sglite", False), ("sglite, batch invariant", True)):
+            plan = ops.plan_attention(
+                *rows, **PLANNED, max_query_tokens=1, batch_invariant=invariant
+            )
+            runs[name] = rotating(
+                lambda k, v, plan=plan: ops.paged_attention(q, k, v, *rows, _SCALE, plan=plan),
+                caches,
+            )
     dense = [
         [x.view(BATCH, POSITIONS, KV_HEADS, HEAD_DIM).transpose(1, 2) for x in pair]
         for pair in caches
@@ -236,15 +257,14 @@ def graph_or_plain_seconds(run: Callable) -> list[float]:
     return [seconds / 4 for seconds in seconds_of_runs(graph.replay, 30)]
 
 
-def print_table(result: dict, console: Console) -> None:
-    limits = result["limits"]
-    table = Table(title=f"Ops on {result['machine']['gpu']}", title_justify="left")
-    for heading in ("op", "who", "us", "rate", "of the limit"):
-        table.add_column(heading, justify="left" if heading in ("op", "who") else "right")
+def table(result: dict) -> Rows:
+    """For each op and contestant its time, and its rate as a share of the machine's."""
+    limits, cells = result["limits"], []
     for op, record in result["ops"].items():
         for who, seconds in record["seconds"].items():
+            name = f"{op}: {who}"
             if isinstance(seconds, str):
-                table.add_row(op, who, "failed", seconds, "")
+                cells.append([name, "failed", seconds.replace("\n", " "), ""])
                 continue
             if record["operations"]:
                 rate, unit = record["operations"] / seconds / 1e12, "TFLOP/s"
@@ -252,8 +272,20 @@ def print_table(result: dict, console: Console) -> None:
             else:
                 rate, unit = record["bytes"] / seconds / 1e12, "TB/s"
                 share = rate * 1e3 / limits["read_gigabytes_per_second"]
-            table.add_row(op, who, f"{seconds * 1e6:.1f}", f"{rate:.2f} {unit}", f"{share:.0%}")
-    console.print(table)
+            cells.append([name, f"{seconds * 1e6:.1f}", f"{rate:.2f} {unit}", f"{share:.0%}"])
+    return Rows(
+        f"Ops on {result['machine']['gpu']}", ["op: who", "us", "rate", "of the limit"], cells
+    )
+
+
+def machine_table(result: dict) -> Rows:
+    """Whose figures these are."""
+    facts = {**result["machine"], **result["limits"]}
+    cells = [
+        [name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else f"{value}"]
+        for name, value in facts.items()
+    ]
+    return Rows("Machine", ["what", "figure"], cells)
 
 
 def main() -> None:
@@ -264,11 +296,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     torch.manual_seed(0)
-    result = measure(options)
-    print_table(result, Console(width=140))
+    result = {
+        "command": shlex.join(["python", "-m", "bench.cuda_ops", *sys.argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **measure(options),
+    }
+    print_rows(table(result), Console(width=140))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
+        lines = [
+            "# Ops beside torch and FlashInfer",
+            "",
+            f"`{result['command']}`, {result['date']}",
+        ]
+        lines += ["", *markdown_rows(table(result)), *markdown_rows(machine_table(result))]
+        options.output.with_suffix(".md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

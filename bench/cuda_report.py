@@ -3,10 +3,9 @@
 from statistics import median
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.cuda_workloads import least_seconds
-from bench.report import Rows
+from bench.report import Rows, markdown_rows, print_rows
 
 _SHOWN_KERNELS = 24
 _NAME_WIDTH = 70
@@ -26,12 +25,7 @@ def tables(result: dict) -> list[Rows]:
 def print_tables(result: dict, console: Console) -> None:
     """Prints `tables` to a terminal, and why a contestant failed."""
     for rows in tables(result):
-        table = Table(title=rows.title, title_justify="left")
-        for index, column in enumerate(rows.columns):
-            table.add_column(column, justify="right" if index else "left")
-        for cells in rows.cells:
-            table.add_row(*cells)
-        console.print(table)
+        print_rows(rows, console)
     for model, name, error in _failures(result):
         console.print(f"{name} failed on {model}:\n{error}", markup=False, highlight=False)
 
@@ -41,11 +35,7 @@ def markdown(result: dict) -> str:
     lines = [f"# Models on {result['machine']['gpu']}", ""]
     lines += [f"`{result['command']}`, {result['date']}", ""]
     for rows in tables(result):
-        lines += [f"## {rows.title}", ""]
-        lines.append("| " + " | ".join(rows.columns) + " |")
-        lines.append("|" + "|".join(["---", *["---:"] * (len(rows.columns) - 1)]) + "|")
-        lines += ["| " + " | ".join(cells).replace("\n", " ") + " |" for cells in rows.cells]
-        lines.append("")
+        lines += markdown_rows(rows)
     for model, name, error in _failures(result):
         lines += [f"{name} failed on {model}: `{error.strip().splitlines()[-1]}`", ""]
     lines += [

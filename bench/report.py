@@ -19,6 +19,28 @@ class Rows:
     cells: list[list[str]]
 
 
+def print_rows(rows: Rows, console: Console) -> None:
+    """Prints one table to a terminal, its first column to the left."""
+    table = Table(title=rows.title, title_justify="left")
+    for index, column in enumerate(rows.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for cells in rows.cells:
+        table.add_row(*cells)
+    console.print(table)
+
+
+def markdown_rows(rows: Rows) -> list[str]:
+    """One table as the lines of a page, under a heading."""
+    return [
+        f"## {rows.title}",
+        "",
+        "| " + " | ".join(rows.columns) + " |",
+        "|" + "|".join(["---", *["---:"] * (len(rows.columns) - 1)]) + "|",
+        *("| " + " | ".join(cells) + " |" for cells in rows.cells),
+        "",
+    ]
+
+
 def tables(result: dict) -> list[Rows]:
     """What was measured, as three tables: workloads, engines, the machine.
 
@@ -33,12 +55,7 @@ def print_tables(result: dict, console: Console) -> None:
     """Prints `tables` to a terminal."""
     console.print(f"{result['model']}, {result['dtype']}", style="bold")
     for rows in tables(result):
-        table = Table(title=rows.title, title_justify="left")
-        for index, column in enumerate(rows.columns):
-            table.add_column(column, justify="right" if index else "left")
-        for cells in rows.cells:
-            table.add_row(*cells)
-        console.print(table)
+        print_rows(rows, console)
 
 
 def markdown(result: dict) -> str:
@@ -46,11 +63,7 @@ def markdown(result: dict) -> str:
     lines = [f"# Throughput: {result['model']}, {result['dtype']}", ""]
     lines += [f"`{result['command']}`, {result['date']}", ""]
     for rows in tables(result):
-        lines += [f"## {rows.title}", ""]
-        lines.append("| " + " | ".join(rows.columns) + " |")
-        lines.append("|" + "|".join(["---", *["---:"] * (len(rows.columns) - 1)]) + "|")
-        lines += ["| " + " | ".join(cells) + " |" for cells in rows.cells]
-        lines.append("")
+        lines += markdown_rows(rows)
     lines += [
         "Figures are medians, with the least and the greatest in brackets. A ratio is our tok/s "
         "over the peer's, and its bracket holds those of single turns. The limit is what reading "

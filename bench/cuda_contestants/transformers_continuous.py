@@ -24,7 +24,7 @@ class TransformersContinuous:
         device: str,
         decodes: list[Decode],
         prefill: Prefill,
-        memory_share: float = 0.5,
+        memory_share: float = 0.25,
     ):
         self.device, self.decodes, self.memory_share = device, decodes, memory_share
         model = AutoModelForCausalLM.from_pretrained(

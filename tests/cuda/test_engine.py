@@ -86,9 +86,10 @@ def test_a_gpu_is_the_default_device(checkpoint, needs_gpu):
 @pytest.mark.parametrize("batch", [1, 5, 33])
 def test_graphs_change_no_token(batch, make_llm):
     several = prompts(batch)
-    eager = make_llm(cuda_graphs=False, dtype="float32").generate(several, GREEDY)
+    # Graphs are padded, and only what is batch invariant has the same bits then.
+    eager = make_llm(cuda_graphs=False, batch_invariant=True).generate(several, GREEDY)
     with caught_warnings() as caught:
-        replayed = make_llm(dtype="float32").generate(several, GREEDY)
+        replayed = make_llm(batch_invariant=True).generate(several, GREEDY)
     assert not about_graphs(caught)
     assert tokens_of(replayed) == tokens_of(eager)
 
@@ -98,18 +99,15 @@ def test_a_users_model_is_captured(make_llm, engine_device):
     class Counting(CountsCalls):
         calls = 0
 
+    settings = {"architecture": "CountsCalls", "batch_invariant": True}
     several = prompts(3)
-    eager = make_llm(architecture="CountsCalls", cuda_graphs=False).generate(several, GREEDY)
+    eager = make_llm(**settings, cuda_graphs=False).generate(several, GREEDY)
     calls_without, Counting.calls = Counting.calls, 0
     assert calls_without >= GREEDY.max_new_tokens
     with caught_warnings() as caught:
-        replayed = make_llm(architecture="CountsCalls").generate(several, GREEDY)
+        replayed = make_llm(**settings).generate(several, GREEDY)
     assert not about_graphs(caught)
-    plain = make_llm().generate(several, GREEDY)
-    logprobs = SamplingParams(temperature=0, max_new_tokens=1, logprobs=1)
-    flattened = make_llm(architecture="CountsCalls").generate(several, logprobs)
     assert tokens_of(replayed) == tokens_of(eager)
-    assert len(plain) == len(flattened)
     if engine_device == "cuda":
         assert Counting.calls < calls_without // 2, "each step went through Python"
 
@@ -124,9 +122,9 @@ def test_a_model_that_asks_the_host_runs_without_a_graph_and_says_so_once(make_l
             return output
 
     several = prompts(4)
-    expected = make_llm(cuda_graphs=False).generate(several, GREEDY)
+    expected = make_llm(cuda_graphs=False, batch_invariant=True).generate(several, GREEDY)
     with caught_warnings() as caught:
-        llm = make_llm(architecture="AsksTheHost")
+        llm = make_llm(architecture="AsksTheHost", batch_invariant=True)
         outputs = llm.generate(several, GREEDY)
         llm.generate(several[:1], GREEDY)
     (message,) = about_graphs(caught)
