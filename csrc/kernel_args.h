@@ -68,12 +68,36 @@ struct RopeArgs {
     } heads[2];
     const int64_t* positions;  // [tokens], rows of cos_sin
     const float* cos_sin;      // [positions, rotary_dim]: cosines, then sines
-    int64_t tokens, rotary_dim;
+    int64_t tokens, head_dim, rotary_dim;
+    bool interleaved;
+    DType dtype;
+};
+
+struct RopeAndWriteKvArgs {
+    void* qkv;      // [tokens, q_heads + 2 * kv_heads, head_dim]; queries are changed in place
+    void* k_cache;  // [slots, kv_heads, head_dim]
+    void* v_cache;
+    const void* q_weight;  // [head_dim], of RMSNorm, or both null
+    const void* k_weight;
+    const int64_t* positions;  // [tokens], rows of cos_sin
+    const int64_t* slots;      // [tokens]
+    const float* cos_sin;      // [table_rows, rotary_dim]: cosines, then sines
+    int64_t tokens, q_heads, kv_heads, head_dim, token_stride;
+    int64_t table_rows, rotary_dim;
+    float epsilon, weight_offset;  // of the norm
     bool interleaved;
     DType dtype;
 };
 
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
+
+// What a linear layer does beside its product, on CUDA alone.
+struct LinearFusion {
+    const void* norm_weight;  // [k] or null: else x is normalised first, as RmsNormArgs has it
+    float epsilon, weight_offset;
+    bool is_gated;  // weight and bias have 2 * n rows, gate, then up; out = activation(gate) * up
+    Activation activation;
+};
 
 struct GatedActivationArgs {
     void* out;      // [rows, width]
@@ -93,6 +117,18 @@ struct WriteKvArgs {
     } sides[2];
     const int64_t* slots;  // [tokens]
     int64_t tokens, heads, head_bytes;
+};
+
+struct CopyKvSlotsArgs {
+    struct Part {
+        char* data;  // [slots, row_bytes]
+        int64_t row_bytes;
+    };
+    const Part* parts;            // keys and values of each layer
+    const int64_t* sources;       // [count]
+    const int64_t* destinations;  // [count], all different
+    char* workspace;              // [count, largest row_bytes]; the CPU's alone
+    int64_t num_parts, count;
 };
 
 enum class SampleStatus : int32_t { kSampled = 0, kNotANumber = 1, kNothingLeft = 2 };
@@ -115,9 +151,9 @@ struct SampleArgs {
     const int32_t* bias_ids;
     const float* bias_values;
     const int32_t* allowed_ids;
-    char* workspace;  // [workers, sampling_workspace_bytes(vocab)]
+    char* workspace;  // on the CPU one for each worker
     int64_t count, vocab, logits_stride;
-    int workers;
+    int workers;  // threads; read on the CPU
 };
 
 struct LogProbsArgs {
@@ -128,9 +164,33 @@ struct LogProbsArgs {
     const float* logits;         // [any, vocab]
     const int64_t* logits_rows;  // [count], or null: row i of `logits` is row i
     const int64_t* token_ids;    // [count]
-    char* workspace;             // [workers, sampling_workspace_bytes(vocab)]
+    char* workspace;             // on the CPU one for each worker
     int64_t count, vocab, top_n, logits_stride;
-    int workers;
+    int workers;  // threads; read on the CPU
+};
+
+// The CUDA kernel finds so many of the most probable tokens at most.
+constexpr int64_t kMostTopTokensOnGpu = 256;
+
+struct GatherTokensArgs {
+    int64_t* input_ids;       // [count]
+    const int64_t* previous;  // [any]
+    const void* sources;      // [count] int32 or int64: a row of `previous`, negative for none
+    bool wide;                // whether sources are int64
+    int64_t count;
+};
+
+// The rows of decode steps; see sglite/ops/advance.py.
+struct AdvanceArgs {
+    const int64_t* token_ids;   // [rows]
+    int64_t* input_ids;         // [rows]
+    int64_t* positions;         // [rows]
+    int32_t* kv_lens;           // [rows]
+    int32_t* kv_end;            // [rows]
+    int64_t* slots;             // [rows]
+    int64_t* integers;          // [rows, kSampleIntegers]
+    const int32_t* page_table;  // [rows, max_pages]
+    int64_t rows, max_pages, page_table_stride, page_size;
 };
 
 }  // namespace sglite

@@ -3,27 +3,22 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from sglite import _C
-from sglite.cache.kv_pool import KVPool
-from sglite.cache.prefix_cache import PrefixCache
+from sglite.engine.assembly import make_engine
+from sglite.engine.device import EngineThread, resolve_device, resolve_num_threads
 from sglite.engine.driver import Call, Driver
-from sglite.engine.engine import Engine
+from sglite.engine.gpu_memory import free_memory
 from sglite.engine.intake import Intake, Limits
-from sglite.engine.memory import check_kv_tokens, kv_tokens_that_fit
-from sglite.engine.model_runner import ModelRunner
+from sglite.engine.kv_tokens import kv_tokens
 from sglite.engine.results import RequestGroup
-from sglite.engine.scheduler import Scheduler
 from sglite.engine.tokenizer import Tokenizer
-from sglite.interface import checks
 from sglite.interface.config import EngineConfig, LLMOptions
 from sglite.interface.errors import (
-    ConfigError,
     EngineClosedError,
     GenerationError,
     InvalidRequestError,
@@ -34,11 +29,6 @@ from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_
 from sglite.models.checkpoint import load_tokenizer, resolve_checkpoint
 from sglite.models.loader import load_model
 
-# Floats of logits that one step may hold for prompt log-probabilities: 256 MB.
-_MAX_LOGITS = 1 << 26
-# The share of the free memory that the KV cache takes unless told otherwise.
-_MEM_FRACTION = 0.4
-
 
 class LLM:
     """A model, ready to generate in this process.
@@ -48,11 +38,12 @@ class LLM:
         tokenizer: a folder, a hub id or a tokenizer; the one beside the weights when absent.
         architecture: a registered model class to use instead of what `config.json` names.
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
-        device: "auto" or "cpu".
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
         quantization: how weights are stored; None: as in the checkpoint.
         context_length: tokens of prompt and completion together; None: the model's own limit.
         kv_cache_tokens: tokens that the KV cache holds; None: from `mem_fraction`.
-        mem_fraction: the share of this process's free memory for the KV cache (default 0.4).
+        mem_fraction: the share of the free memory for the KV cache (0.4; on a GPU 0.6 of what the
+            weights and the largest step leave).
         page_size: tokens per page of the KV cache.
         max_running_requests: requests in one batch at most; others wait.
         chunked_prefill_size: prompt tokens computed in one step, over all requests.
@@ -72,7 +63,7 @@ class LLM:
         ConfigError: an argument is unknown or has a value that is not allowed.
         CheckpointError: the checkpoint cannot be read.
         UnsupportedModelError: the checkpoint needs something that is not implemented.
-        OutOfMemoryError: no room for the KV cache.
+        OutOfMemoryError: no room for the weights or the KV cache.
     """
 
     def __init__(
@@ -105,8 +96,9 @@ class LLM:
         if model is None:
             del given["model"]
         options = LLMOptions.from_keywords({**given, **others})
-        num_threads = _resolve_num_threads(options.num_threads)
-        device_name = _resolve_device(options.device)
+        num_threads = resolve_num_threads(options.num_threads)
+        device = resolve_device(options.device)
+        options = options.with_defaults_of(device.type)
         checkpoint = resolve_checkpoint(
             options.model,
             revision=options.revision,
@@ -124,30 +116,33 @@ class LLM:
             checkpoint,
             architecture=options.architecture,
             dtype=options.dtype,
-            device=device_name,
+            device=device,
+            room=free_memory(device) if device.type == "cuda" else None,
             quantization=options.quantization,
             context_length=options.context_length,
             trust_remote_code=options.trust_remote_code,
         )
-        bytes_per_token = sum(layer.bytes_per_token(loaded.dtype) for layer in loaded.kv_layers)
-        if options.kv_cache_tokens:
-            mem_fraction = None
-            fitting = check_kv_tokens(options.kv_cache_tokens, bytes_per_token)
-        else:
-            mem_fraction = options.mem_fraction or _MEM_FRACTION
-            fitting = kv_tokens_that_fit(mem_fraction, bytes_per_token)
+        thread = EngineThread(device, num_threads)
+        with thread():
+            fitting = kv_tokens(
+                loaded.model,
+                loaded.kv_layers,
+                loaded.dtype,
+                device,
+                options,
+                options.context_length or loaded.max_positions,
+            )
         self.config = EngineConfig.resolve(
             options,
             model=str(options.model),
             architecture=loaded.architecture,
             dtype=str(loaded.dtype).removeprefix("torch."),
-            device=device_name,
+            device=str(device),
             quantization=options.quantization,
             context_limit=loaded.max_positions,
             kv_cache_tokens=fitting,
-            mem_fraction=mem_fraction,
             num_threads=num_threads,
-            batch_invariant=True,
+            batch_invariant=options.batch_invariant or device.type == "cpu",
         )
         config = self.config
         self.tokenizer = hf_tokenizer
@@ -159,19 +154,16 @@ class LLM:
             loaded.end_token_ids,
             config.seed,
         )
-        num_pages = config.num_pages + 1  # page 0 is reserved
-        cache = PrefixCache(num_pages, config.page_size, enabled=config.prefix_cache)
-        scheduler = Scheduler(
-            cache,
-            max_running_requests=config.max_running_requests,
-            chunked_prefill_size=config.chunked_prefill_size,
-            max_logits_rows=max(1, _MAX_LOGITS // loaded.vocab_size),
+        self._engine = make_engine(
+            config,
+            loaded.model,
+            loaded.kv_layers,
+            loaded.dtype,
+            loaded.vocab_size,
+            self._tokenizer,
         )
-        pool = KVPool(
-            num_pages, config.page_size, loaded.kv_layers, loaded.dtype, torch.device(device_name)
-        )
-        self._engine = Engine(scheduler, ModelRunner(loaded.model, pool, self._tokenizer))
-        self._driver = Driver(self._engine, _thread_state(config.num_threads))
+        self._driver = Driver(self._engine, thread)
+        self._thread = thread
 
     # -- generation -------------------------------------------------------------------------
 
@@ -391,7 +383,12 @@ class LLM:
         if self._driver is not None:
             self._driver.close()
             self._engine.close()
+            self._thread.close()
         self._driver = self._engine = self._intake = None
+
+    def __del__(self):
+        if getattr(self, "_driver", None) is not None and not sys.is_finalizing():
+            self.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -410,44 +407,6 @@ def _check_complete(outputs: list[RequestOutput]) -> None:
         raise GenerationError(outputs)
     if any(output.finish_reason == "abort" for output in outputs):
         raise EngineClosedError("this LLM was closed while the call was running")
-
-
-def _resolve_device(device: str) -> str:
-    """The device to run on; a GPU is never passed over in silence."""
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    found = "there is a GPU" if device == "auto" else f"device={device!r} was asked for"
-    if not _C.cuda_architectures:
-        raise ConfigError(
-            f"{found}, but the extension was built without CUDA: install it again with "
-            f"SGLITE_CUDA=1 in the environment, or pass device='cpu'"
-        )
-    raise ConfigError(f"{found}, but this version runs models on the CPU only: pass device='cpu'")
-
-
-def _resolve_num_threads(asked: int | None) -> int:
-    """Torch's number, or what was asked for; more than there are processors only cost time."""
-    processors = os.cpu_count() or 1
-    if asked is not None and asked > processors:
-        checks.refuse(
-            "num_threads",
-            asked,
-            f"at most {processors}, the processors of this machine",
-            ConfigError,
-        )
-    return asked or torch.get_num_threads()
-
-
-def _thread_state(num_threads: int):
-    """Makes the context in which steps run: what it sets belongs to the thread alone."""
-
-    @contextmanager
-    def state():
-        _C.set_num_threads(num_threads)
-        with torch.inference_mode():
-            yield
-
-    return state
 
 
 def _someone_is_watching() -> bool:

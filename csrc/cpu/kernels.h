@@ -60,6 +60,7 @@ struct Kernels {
     void (*apply_rope)(const RopeArgs&);
     void (*gated_activation)(const GatedActivationArgs&);
     void (*write_kv)(const WriteKvArgs&);
+    void (*copy_kv_slots)(const CopyKvSlotsArgs&);
     void (*paged_attention)(const AttentionArgs&);
     void (*sample)(const SampleArgs&);
     void (*log_probs)(const LogProbsArgs&);

@@ -1,4 +1,4 @@
-// Copies each token's key and value to its slot of the paged cache.
+// Copies each token's key and value to its slot of the paged cache, and slots to other slots.
 #include <cstring>
 
 #include "cpu/kernels.h"
@@ -19,6 +19,24 @@ void write_kv(const WriteKvArgs& args) {
             }
         }
     });
+}
+
+void copy_kv_slots(const CopyKvSlotsArgs& args) {
+    for (int64_t number = 0; number < args.num_parts; ++number) {
+        const CopyKvSlotsArgs::Part part = args.parts[number];
+        const auto slot = [&](int64_t index) { return part.data + index * part.row_bytes; };
+        const auto staged = [&](int64_t i) { return args.workspace + i * part.row_bytes; };
+        const int64_t grain = 1 + 262144 / (part.row_bytes + 1);
+        // All are read before the first is written, since they may overlap.
+        parallel_for(args.count, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                std::memcpy(staged(i), slot(args.sources[i]), part.row_bytes);
+        });
+        parallel_for(args.count, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                std::memcpy(slot(args.destinations[i]), staged(i), part.row_bytes);
+        });
+    }
 }
 
 }  // namespace sglite::cpu::SGLITE_CPU_PATH

@@ -13,6 +13,7 @@ void embedding(const EmbeddingArgs& args);
 void apply_rope(const RopeArgs& args);
 void gated_activation(const GatedActivationArgs& args);
 void write_kv(const WriteKvArgs& args);
+void copy_kv_slots(const CopyKvSlotsArgs& args);
 void paged_attention(const AttentionArgs& args);
 void sample(const SampleArgs& args);
 void log_probs(const LogProbsArgs& args);
@@ -29,6 +30,7 @@ const Kernels table = {
     .apply_rope = apply_rope,
     .gated_activation = gated_activation,
     .write_kv = write_kv,
+    .copy_kv_slots = copy_kv_slots,
     .paged_attention = paged_attention,
     .sample = sample,
     .log_probs = log_probs,

@@ -1,4 +1,5 @@
 // Gated activations: out = activation(gate) * up, computed in float32 and rounded once.
+#include "cuda/activation.cuh"
 #include "cuda/launchers.h"
 #include "cuda/primitives.cuh"
 #include "cuda/visit.cuh"
@@ -8,18 +9,6 @@ namespace sglite::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <Activation kActivation>
-__device__ float activate(float x) {
-    if constexpr (kActivation == Activation::kSilu) {
-        return x / (1.0f + expf(-x));
-    } else if constexpr (kActivation == Activation::kGelu) {
-        return x * 0.5f * erfcf(x * -0.70710678118654752f);
-    } else {
-        const float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-        return x / (1.0f + expf(-2.0f * u));
-    }
-}
 
 // grid: (blocks of kThreads vectors, rows).
 template <typename T, Activation kActivation, int kWidth>

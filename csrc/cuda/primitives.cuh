@@ -125,6 +125,34 @@ __device__ inline uint4 load_streamed(const void* from) {
 #endif
 }
 
+// Asks for the line of memory at `address` to be in the L2 cache soon. A hint: nothing is read.
+__device__ inline void prefetch_line([[maybe_unused]] const void* address) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// A value that another kernel may be writing meanwhile: the old one or the new one, never of a
+// stale cache.
+__device__ inline int64_t load_relaxed(const int64_t* from) {
+#ifdef __CUDACC__
+    int64_t value;
+    asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+    return value;
+#else
+    return *from;
+#endif
+}
+
+// 16 bytes that another block has written in this launch: read past this processor's own cache.
+__device__ inline float4 load_written_by_others(const float* from) {
+#ifdef __CUDACC__
+    return __ldcg(reinterpret_cast<const float4*>(from));
+#else
+    return *reinterpret_cast<const float4*>(from);
+#endif
+}
+
 // 2^x, to about 2 units in the last place; 0 for -infinity.
 __device__ inline float exp2_fast(float x) {
 #ifdef __CUDACC__
@@ -145,6 +173,15 @@ inline float multiply(float a, float b) { return a * b; }
 inline float add(float a, float b) { return a + b; }
 #endif
 __device__ inline float subtract(float a, float b) { return add(a, -b); }
+
+// The upper 64 bits of the product.
+__device__ inline uint64_t multiply_high(uint64_t a, uint64_t b) {
+#ifdef __CUDACC__
+    return __umul64hi(a, b);
+#else
+    return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+#endif
+}
 
 // ---- warps ------------------------------------------------------------------------------------
 
@@ -271,6 +308,63 @@ __device__ inline T* dynamic_shared() {
 #endif
 }
 
+// Blocks that run at the same time, as neighbours on the chip, and see each other's shared memory
+// (thread block clusters; sm_90). Before sm_90, a block is a cluster of its own.
+__device__ inline unsigned cluster_size() {
+#ifdef __CUDACC__
+    unsigned size = 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+#endif
+    return size;
+#else
+    return emulator::cluster_size();
+#endif
+}
+// A barrier for all threads of the cluster, in two halves: what was written before the one is seen
+// after the other. A block may not end while others read or write its shared memory.
+__device__ inline void cluster_arrive() {
+#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+#else
+    emulator::cluster_arrive();
+#endif
+}
+__device__ inline void cluster_wait() {
+#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+#else
+    emulator::cluster_wait();
+#endif
+}
+__device__ inline void cluster_barrier() {
+    cluster_arrive();
+    cluster_wait();
+}
+// The place in the shared memory of the cluster's block `rank` that `shared` is in the own block's.
+template <typename T>
+__device__ inline T* cluster_shared(T* shared, unsigned rank) {
+#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint64_t address;
+    asm("mapa.u64 %0, %1, %2;"
+        : "=l"(address)
+        : "l"(reinterpret_cast<uint64_t>(shared)), "r"(rank));
+    return reinterpret_cast<T*>(address);
+#else
+    return shared;
+#endif
+#else
+    return static_cast<T*>(emulator::cluster_shared(shared, rank));
+#endif
+}
+
 // With `Launch::overlaps`, a kernel may start while the one before it on the stream still runs. It
 // waits here before it reads what that one writes. (Programmatic dependent launch; sm_90.)
 __device__ inline void wait_for_previous_kernel() {
@@ -292,6 +386,7 @@ struct Launch {
     size_t shared_bytes = 0;
     Stream stream{};
     bool overlaps = false;
+    int cluster = 1;  // blocks of a cluster, along x
 };
 
 inline void check(const char* op, cudaError_t error) {
@@ -334,20 +429,27 @@ void launch(const Launch& settings, const Arguments&... arguments) {
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                 static_cast<int>(settings.shared_bytes)));
     }
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (settings.overlaps) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (settings.cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {static_cast<unsigned>(settings.cluster), 1, 1};
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = settings.grid;
     config.blockDim = dim3(settings.threads);
     config.dynamicSmemBytes = settings.shared_bytes;
     config.stream = static_cast<cudaStream_t>(settings.stream.handle);
-    config.attrs = &overlap;
-    config.numAttrs = settings.overlaps ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     check(settings.op, cudaLaunchKernelEx(&config, kKernel, arguments...));
 #else
-    emulator::launch(settings.op, settings.grid, settings.threads, settings.shared_bytes,
-                     [&] { kKernel(arguments...); });
+    emulator::launch(settings.op, settings.grid, settings.threads, settings.cluster,
+                     settings.shared_bytes, [&] { kKernel(arguments...); });
 #endif
 }
 

@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU, one thread block after the other, so that they can be tested where
-// there is no GPU: the part of the CUDA language that the kernels use, as plain C++.
+// Runs CUDA kernels on the CPU, one cluster of blocks after the other, so that they can be tested
+// where there is no GPU: the part of the CUDA language that the kernels use, as plain C++.
 //
 // Each CUDA thread is a fiber that runs until it meets a barrier or a warp's collective operation.
 // The emulator is as unkind as the hardware may be: shared memory starts as NaN, what an
@@ -22,7 +22,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // blocks run one after the other
+#define __shared__ static  // kernels without clusters: blocks run one after the other
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct dim3 {
@@ -56,6 +56,13 @@ struct Position {
 const Position& position();  // of the fiber that runs
 
 void block_barrier();
+
+// Of the cluster of blocks that runs; `cluster_shared` gives the place in another block's dynamic
+// shared memory that corresponds to one in the own block's.
+void cluster_arrive();
+void cluster_wait();
+unsigned cluster_size();
+void* cluster_shared(void* shared, unsigned rank);
 
 // Every lane gives `size` bytes and gets those of all lanes, `kSlot` bytes apart. `what` must be
 // the same in all lanes.
@@ -113,7 +120,7 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], 
 }
 
 // Runs `kernel` once for every thread of the grid; throws what a thread throws.
-void launch(const char* op, dim3 grid, int threads, size_t shared_bytes,
+void launch(const char* op, dim3 grid, int threads, int cluster_size, size_t shared_bytes,
             const std::function<void()>& kernel);
 
 }  // namespace sglite::emulator

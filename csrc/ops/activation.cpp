@@ -1,3 +1,5 @@
+#include "ops/activation.h"
+
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "ops.h"
@@ -24,6 +26,15 @@ static void gated_activation(const char* op, const Tensor& out, const Tensor& x,
         return cuda::kernels(op).gated_activation(args, cuda::stream_of(x));
     }
     cpu::kernels().gated_activation(args);
+}
+
+Activation activation_named(const char* op, const std::string& name) {
+    if (name == "silu") return Activation::kSilu;
+    if (name == "gelu") return Activation::kGelu;
+    if (name == "gelu_tanh") return Activation::kGeluTanh;
+    throw std::invalid_argument(
+        std::string(op) + ": activation: expected \"silu\", \"gelu\" or \"gelu_tanh\", got \"" +
+        name + "\"");
 }
 
 void silu_and_mul(const Tensor& out, const Tensor& x) {

@@ -49,7 +49,7 @@ struct PagedAttention::QueryBlock {
     }
 };
 
-PagedAttention::PagedAttention(const Inputs& in) {
+AttentionSizes check_attention(const AttentionInputs& in) {
     Check(kOp, "q", in.q).ndim(3).dtype_in(kFloatTypes).dense_rows();
     const int64_t tokens = in.q.size(0), q_heads = in.q.size(1), head_dim = in.q.size(2);
     Check(kOp, "out", in.out)
@@ -78,33 +78,51 @@ PagedAttention::PagedAttention(const Inputs& in) {
     const Check table(kOp, "page_table", in.page_table);
     table.dtype(DType::kInt32).ndim(2).dense().same_device(in.q);
     const int64_t requests = in.page_table.size(0);
-    const auto indices = [&](const char* name, const Tensor& tensor, int64_t size) {
+    const auto check_indices = [&](const char* name, const Tensor& tensor, int64_t size) {
         Check(kOp, name, tensor).dtype(DType::kInt32).shape({size}).dense().same_device(in.q);
-        return tensor.ptr<const int32_t>();
     };
+    check_indices("query_start", in.query_start, requests + 1);
+    check_indices("kv_lens", in.kv_lens, requests);
+    check_indices("kv_end", in.kv_end, tokens);
     if (in.window && *in.window < 1)
         refuse("window: expected at least 1, got " + std::to_string(*in.window));
     if (in.soft_cap && !(*in.soft_cap > 0))
         refuse("soft_cap: expected more than 0, got " + std::to_string(*in.soft_cap));
     if (!std::isfinite(in.scale))
         refuse("scale: expected a finite number, got " + std::to_string(in.scale));
+    return {
+        .requests = requests,
+        .tokens = tokens,
+        .table_width = in.page_table.size(1),
+        .page_size = page_size,
+        .q_heads = q_heads,
+        .kv_heads = kv_heads,
+        .head_dim = head_dim,
+        .window = in.window,
+        .max_query_tokens = tokens,
+        .same_arithmetic = true,
+    };
+}
+
+PagedAttention::PagedAttention(const Inputs& in) {
+    const AttentionSizes sizes = check_attention(in);
     args_ = {
         .out = {in.out.data, in.out.stride(0), in.out.stride(1)},
         .q = {in.q.data, in.q.stride(0), in.q.stride(1)},
         .k_cache = in.k_cache.data,
         .v_cache = in.v_cache.data,
         .page_table = in.page_table.ptr<const int32_t>(),
-        .query_start = indices("query_start", in.query_start, requests + 1),
-        .kv_lens = indices("kv_lens", in.kv_lens, requests),
-        .kv_end = indices("kv_end", in.kv_end, tokens),
-        .requests = requests,
-        .tokens = tokens,
-        .table_width = in.page_table.size(1),
-        .pages = pages,
-        .page_size = page_size,
-        .q_heads = q_heads,
-        .kv_heads = kv_heads,
-        .head_dim = head_dim,
+        .query_start = in.query_start.ptr<const int32_t>(),
+        .kv_lens = in.kv_lens.ptr<const int32_t>(),
+        .kv_end = in.kv_end.ptr<const int32_t>(),
+        .requests = sizes.requests,
+        .tokens = sizes.tokens,
+        .table_width = sizes.table_width,
+        .pages = in.k_cache.size(0),
+        .page_size = sizes.page_size,
+        .q_heads = sizes.q_heads,
+        .kv_heads = sizes.kv_heads,
+        .head_dim = sizes.head_dim,
         .window = in.window.value_or(0),
         .scale = in.scale,
         .soft_cap = in.soft_cap.value_or(0),
@@ -114,14 +132,15 @@ PagedAttention::PagedAttention(const Inputs& in) {
     check_requests();
 
     for_each_query_block([&](const QueryBlock& block) {
-        cost_ += block.cost(head_dim) * static_cast<double>(kv_heads);
+        cost_ += block.cost(args_.head_dim) * static_cast<double>(args_.kv_heads);
     });
     args_.threads = cost_ < kParallelCost ? 1 : cpu::num_threads();
     unit_cost_ = cost_;
     if (args_.threads > 1) {
         const int64_t wanted = args_.threads * kUnitsPerThread;
         unit_cost_ = cost_ / static_cast<double>(wanted);
-        unit_rows_ = std::clamp(tokens * q_heads / wanted, kLeastUnitRows, kAttentionUnitRows);
+        unit_rows_ =
+            std::clamp(args_.tokens * args_.q_heads / wanted, kLeastUnitRows, kAttentionUnitRows);
     }
     int64_t most_rows = 0;
     cut(
@@ -131,15 +150,15 @@ PagedAttention::PagedAttention(const Inputs& in) {
         },
         [&](const AttentionMerge& merge) {
             ++args_.merge_count;
-            record_count_ += merge.splits * merge.tokens * q_heads;
+            record_count_ += merge.splits * merge.tokens * args_.q_heads;
         });
     args_.threads = static_cast<int>(std::min<int64_t>(args_.threads, args_.unit_count));
-    args_.scratch_size = cpu::attention_scratch(head_dim, most_rows);
-    workspace_size_ =
-        aligned(args_.unit_count * sizeof(AttentionUnit)) +
-        aligned(args_.merge_count * sizeof(AttentionMerge)) +
-        (record_count_ * cpu::attention_record(head_dim) + args_.threads * args_.scratch_size) *
-            static_cast<int64_t>(sizeof(float));
+    args_.scratch_size = cpu::attention_scratch(args_.head_dim, most_rows);
+    workspace_size_ = aligned(args_.unit_count * sizeof(AttentionUnit)) +
+                      aligned(args_.merge_count * sizeof(AttentionMerge)) +
+                      (record_count_ * cpu::attention_record(args_.head_dim) +
+                       args_.threads * args_.scratch_size) *
+                          static_cast<int64_t>(sizeof(float));
 }
 
 // Everything that the kernel will index with.
@@ -157,7 +176,8 @@ void PagedAttention::check_requests() const {
     for (int64_t b = 0; b < args_.requests; ++b) {
         const int64_t length = args_.kv_lens[b], room = args_.table_width * args_.page_size;
         const int64_t count = starts[b + 1] - starts[b];
-        if (length < count || length > room) {
+        // Length 0 marks padding: its tokens see nothing.
+        if ((length != 0 && length < count) || length > room) {
             refuse(at("kv_lens", b, length) + ", but request " + std::to_string(b) + " has " +
                    std::to_string(count) + " tokens here and room for " + std::to_string(room) +
                    " in its row of page_table");

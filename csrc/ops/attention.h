@@ -9,22 +9,35 @@
 
 namespace sglite::ops {
 
+// T tokens of B requests, over caches of P pages.
+struct AttentionInputs {
+    const Tensor& out;          // [T, q_heads, head_dim]
+    const Tensor& q;            // [T, q_heads, head_dim]
+    const Tensor& k_cache;      // [P, page_size, kv_heads, head_dim]
+    const Tensor& v_cache;      // [P, page_size, kv_heads, head_dim]
+    const Tensor& page_table;   // [B, table_width] int32
+    const Tensor& query_start;  // [B + 1] int32
+    const Tensor& kv_lens;      // [B] int32
+    const Tensor& kv_end;       // [T] int32
+    double scale;
+    std::optional<int64_t> window;
+    std::optional<double> soft_cap;
+};
+
+struct AttentionSizes {
+    int64_t requests, tokens, table_width, page_size, q_heads, kv_heads, head_dim;
+    std::optional<int64_t> window;
+    int64_t max_query_tokens;  // no request has more
+    bool same_arithmetic;      // on a GPU: the same for a row in any chunk, prefill and decode
+};
+
+// Checks all that can be known without reading the tensors.
+AttentionSizes check_attention(const AttentionInputs& in);
+
+// On the CPU.
 class PagedAttention {
   public:
-    // T tokens of B requests, over caches of P pages.
-    struct Inputs {
-        const Tensor& out;          // [T, q_heads, head_dim]
-        const Tensor& q;            // [T, q_heads, head_dim]
-        const Tensor& k_cache;      // [P, page_size, kv_heads, head_dim]
-        const Tensor& v_cache;      // [P, page_size, kv_heads, head_dim]
-        const Tensor& page_table;   // [B, table_width] int32
-        const Tensor& query_start;  // [B + 1] int32
-        const Tensor& kv_lens;      // [B] int32
-        const Tensor& kv_end;       // [T] int32
-        double scale;
-        std::optional<int64_t> window;
-        std::optional<double> soft_cap;
-    };
+    using Inputs = AttentionInputs;
     explicit PagedAttention(const Inputs& inputs);
 
     int64_t workspace_size() const { return workspace_size_; }  // in bytes

@@ -1,6 +1,9 @@
+#include <algorithm>
+
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "ops.h"
+#include "ops/ranges.h"
 
 namespace sglite::ops {
 
@@ -38,15 +41,50 @@ void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Ten
     if (k.device == DeviceType::kCUDA) {
         return cuda::kernels(kOp).write_kv(args, cuda::stream_of(k));
     }
-    const int64_t limit = pages * page_size;
-    for (int64_t token = 0; token < tokens; ++token) {
-        if (args.slots[token] < 0 || args.slots[token] >= limit) {
-            throw std::out_of_range(std::string(kOp) + ": slots[" + std::to_string(token) +
-                                    "] is " + std::to_string(args.slots[token]) +
-                                    ", but the cache has " + std::to_string(limit) + " slots");
-        }
-    }
+    check_range(kOp, "slots", args.slots, tokens, pages * page_size, "the cache");
     cpu::kernels().write_kv(args);
+}
+
+void copy_kv_slots(const std::vector<Tensor>& caches, const Tensor& sources,
+                   const Tensor& destinations) {
+    constexpr const char* kOp = "copy_kv_slots";
+    Check(kOp, "sources", sources).dtype(DType::kInt64).ndim(1).dense();
+    const int64_t count = sources.size(0);
+    Check(kOp, "destinations", destinations)
+        .dtype(DType::kInt64)
+        .shape({count})
+        .dense()
+        .same_device(sources);
+    std::vector<CopyKvSlotsArgs::Part> parts;
+    int64_t widest = 0;
+    for (const Tensor& cache : caches) {
+        Check(kOp, "caches", cache)
+            .dtype_in(kFloatTypes)
+            .shape({caches[0].size(0), caches[0].size(1), -1, -1})
+            .dense()
+            .same_device(sources);
+        const int64_t bytes = cache.dtype == DType::kFloat32 ? 4 : 2;
+        parts.push_back({static_cast<char*>(cache.data), cache.size(2) * cache.size(3) * bytes});
+        widest = std::max(widest, parts.back().row_bytes);
+    }
+    CopyKvSlotsArgs args{
+        .parts = parts.data(),
+        .sources = sources.ptr<const int64_t>(),
+        .destinations = destinations.ptr<const int64_t>(),
+        .workspace = nullptr,
+        .num_parts = static_cast<int64_t>(parts.size()),
+        .count = count,
+    };
+    if (parts.empty()) return;
+    if (sources.device == DeviceType::kCUDA) {
+        return cuda::kernels(kOp).copy_kv_slots(args, cuda::stream_of(sources));
+    }
+    const int64_t limit = caches[0].size(0) * caches[0].size(1);
+    check_range(kOp, "sources", args.sources, count, limit, "the cache");
+    check_range(kOp, "destinations", args.destinations, count, limit, "the cache");
+    std::vector<char> workspace(count * widest);
+    args.workspace = workspace.data();
+    cpu::kernels().copy_kv_slots(args);
 }
 
 }  // namespace sglite::ops

@@ -1,5 +1,7 @@
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "ops.h"
+#include "ops/activation.h"
 #include "ops/packed_weight.h"
 
 namespace sglite::ops {
@@ -43,13 +45,14 @@ Rows rows_like(const char* op, const char* name, const Tensor& tensor, DType dty
     return rows_of(check, tensor);
 }
 
+// The weight has `weight_rows` rows for `n` outputs: twice so many where gated.
 LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x, int64_t n,
-                             DType weight_dtype, const std::optional<Tensor>& bias,
+                             int64_t weight_rows, DType weight_dtype,
+                             const std::optional<Tensor>& bias,
                              const std::optional<Tensor>& residual,
                              const std::optional<Tensor>& workspace) {
     const Check check(op, "x", x);
     check.dtype_in(kFloatTypes);
-    cpu::require_cpu(op, x);
     if (x.dtype != weight_dtype) {
         check.fail(std::string("the weight's dtype, ") + dtype_name(weight_dtype));
     }
@@ -59,8 +62,10 @@ LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x,
     const Rows out_rows = rows_like(op, "out", out, out.dtype, x, n);
     Rows residual_rows{0, 0};
     if (residual) residual_rows = rows_like(op, "residual", *residual, out.dtype, x, n);
-    if (bias) Check(op, "bias", *bias).dtype(x.dtype).shape({n}).dense().same_device(x);
-    const int64_t wanted = cpu::kernels().linear_workspace(x_rows.count, k, x.dtype);
+    if (bias) Check(op, "bias", *bias).dtype(x.dtype).shape({weight_rows}).dense().same_device(x);
+    const int64_t wanted = x.device == DeviceType::kCPU
+                               ? cpu::kernels().linear_workspace(x_rows.count, k, x.dtype)
+                               : 0;
     if (wanted) {
         if (!workspace) {
             throw std::invalid_argument(std::string(op) + ": workspace: expected uint8[" +
@@ -95,7 +100,7 @@ LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x,
 int64_t linear_workspace(const Tensor& x) {
     const Check check("linear", "x", x);
     check.dtype_in(kFloatTypes);
-    cpu::require_cpu("linear", x);
+    if (x.device != DeviceType::kCPU) return 0;
     if (x.ndim == 0) check.fail("at least 1 dimension");
     const int64_t k = x.size(-1);
     return cpu::kernels().linear_workspace(k ? x.numel() / k : 0, k, x.dtype);
@@ -105,41 +110,116 @@ void linear_packed(const Tensor& out, const Tensor& x, const Tensor& storage, in
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                    const std::optional<Tensor>& workspace) {
     constexpr const char* kOp = "linear";
-    LinearArgs args = checked_arguments(kOp, out, x, n, storage.dtype, bias, residual, workspace);
+    LinearArgs args =
+        checked_arguments(kOp, out, x, n, n, storage.dtype, bias, residual, workspace);
     if (args.k != k) Check(kOp, "x", x).fail(std::to_string(k) + " columns");
+    cpu::require_cpu(kOp, x);
     check_packed(kOp, "weight", storage, n, k);
     Check(kOp, "weight", storage).same_device(x);
     args.packed = storage.data;
     cpu::kernels().linear(args);
 }
 
+namespace {
+
+constexpr const char* kLinear = "linear";
+
+// The segments of a weight, checked against each other.
+struct Segments {
+    WeightSegment list[kMaxSegments];
+    int64_t rows = 0, k = 0;
+    DType dtype{};
+
+    Segments(const std::vector<Tensor>& segments, const Tensor& x) {
+        if (segments.empty() || segments.size() > kMaxSegments) {
+            throw std::invalid_argument("linear: weight: expected 1 to " +
+                                        std::to_string(kMaxSegments) + " tensors, got " +
+                                        std::to_string(segments.size()));
+        }
+        for (size_t i = 0; i < segments.size(); ++i) {
+            const Tensor& segment = segments[i];
+            const Check check(kLinear, "weight", segment);
+            check.dtype(segments[0].dtype)
+                .shape({-1, segments[0].ndim == 2 ? segments[0].size(1) : -1});
+            check.dense_rows().same_device(x);
+            list[i] = {segment.data, segment.size(0), segment.stride(0)};
+            rows += segment.size(0);
+        }
+        k = segments[0].size(1);
+        dtype = segments[0].dtype;
+    }
+};
+
+LinearArgs plain_arguments(const Segments& segments, size_t count, const Tensor& out,
+                           const Tensor& x, int64_t n, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& residual,
+                           const std::optional<Tensor>& workspace) {
+    LinearArgs args = checked_arguments(kLinear, out, x, n, segments.rows, segments.dtype, bias,
+                                        residual, workspace);
+    if (args.k != segments.k) {
+        Check(kLinear, "x", x).fail(std::to_string(segments.k) + " columns");
+    }
+    args.segments = segments.list;
+    args.num_segments = static_cast<int64_t>(count);
+    return args;
+}
+
+}  // namespace
+
 void linear_plain(const Tensor& out, const Tensor& x, const std::vector<Tensor>& segments,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                   const std::optional<Tensor>& workspace) {
-    constexpr const char* kOp = "linear";
-    if (segments.empty() || segments.size() > kMaxSegments) {
-        throw std::invalid_argument("linear: weight: expected 1 to " +
-                                    std::to_string(kMaxSegments) + " tensors, got " +
-                                    std::to_string(segments.size()));
+    const Segments rows(segments, x);
+    const LinearArgs args =
+        plain_arguments(rows, segments.size(), out, x, rows.rows, bias, residual, workspace);
+    if (x.device == DeviceType::kCUDA) {
+        return cuda::kernels(kLinear).linear(args, LinearFusion{}, cuda::stream_of(x));
     }
-    WeightSegment rows[kMaxSegments];
-    int64_t n = 0;
-    for (size_t i = 0; i < segments.size(); ++i) {
-        const Tensor& segment = segments[i];
-        const Check check(kOp, "weight", segment);
-        check.dtype(segments[0].dtype)
-            .shape({-1, segments[0].ndim == 2 ? segments[0].size(1) : -1});
-        check.dense_rows().same_device(x);
-        rows[i] = {segment.data, segment.size(0), segment.stride(0)};
-        n += segment.size(0);
-    }
-    LinearArgs args =
-        checked_arguments(kOp, out, x, n, segments[0].dtype, bias, residual, workspace);
-    const int64_t k = segments[0].size(1);
-    if (args.k != k) Check(kOp, "x", x).fail(std::to_string(k) + " columns");
-    args.segments = rows;
-    args.num_segments = static_cast<int64_t>(segments.size());
     cpu::kernels().linear(args);
+}
+
+bool linear_takes(const Tensor& x, const std::vector<Tensor>& segments) {
+    const Segments rows(segments, x);
+    if (x.device != DeviceType::kCUDA) return false;
+    LinearArgs args{};
+    args.x = x.data;
+    args.x_stride = x.numel() ? rows_of(Check(kLinear, "x", x), x).stride : 0;
+    args.k = rows.k;
+    args.dtype = rows.dtype;
+    args.segments = rows.list;
+    args.num_segments = static_cast<int64_t>(segments.size());
+    return cuda::kernels(kLinear).linear_takes(args);
+}
+
+void linear_fused(const Tensor& out, const Tensor& x, const Tensor& weight,
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                  const std::optional<Tensor>& norm_weight, double epsilon, double weight_offset,
+                  const std::optional<std::string>& activation) {
+    if (x.device != DeviceType::kCUDA) {
+        Check(kLinear, "x", x).fail("a tensor on a CUDA device");
+    }
+    const Segments rows({weight}, x);
+    if (activation && rows.rows % 2) {
+        Check(kLinear, "weight", weight).fail("an even number of rows (gate, then up)");
+    }
+    const int64_t n = activation ? rows.rows / 2 : rows.rows;
+    const LinearArgs args = plain_arguments(rows, 1, out, x, n, bias, residual, std::nullopt);
+    if (norm_weight) {
+        Check(kLinear, "norm_weight", *norm_weight)
+            .dtype(x.dtype)
+            .shape({rows.k})
+            .dense()
+            .same_device(x);
+    }
+    if (activation) Check(kLinear, "out", out).dtype(x.dtype);
+    const LinearFusion fusion{
+        .norm_weight = norm_weight ? norm_weight->data : nullptr,
+        .epsilon = static_cast<float>(epsilon),
+        .weight_offset = static_cast<float>(weight_offset),
+        .is_gated = activation.has_value(),
+        .activation = activation ? activation_named(kLinear, *activation) : Activation::kSilu,
+    };
+    cuda::kernels(kLinear).linear(args, fusion, cuda::stream_of(x));
 }
 
 }  // namespace sglite::ops

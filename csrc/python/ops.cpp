@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/attention.h"
+#include "ops/attention_cuda.h"
 #include "python/bindings.h"
 #include "python/torch_tensor.h"
 
@@ -65,6 +66,13 @@ static void bind_linear(py::module_& m) {
         py::arg("workspace"));
 }
 
+static void bind_fused_linear(py::module_& m) {
+    m.def("linear_takes", &ops::linear_takes, py::arg("x"), py::arg("segments"));
+    m.def("linear_fused", &ops::linear_fused, py::arg("out"), py::arg("x"), py::arg("weight"),
+          py::arg("bias"), py::arg("residual"), py::arg("norm_weight"), py::arg("epsilon"),
+          py::arg("weight_offset"), py::arg("activation"));
+}
+
 static void bind_embedding(py::module_& m) {
     m.def(
         "embedding_packed",
@@ -92,6 +100,19 @@ static void bind_rope(py::module_& m) {
         },
         py::arg("q"), py::arg("k"), py::arg("positions"), py::arg("cos_sin"),
         py::arg("interleaved"));
+    m.def(
+        "rope_and_write_kv",
+        [](const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin, const Tensor& k_cache,
+           const Tensor& v_cache, const Tensor& slots, const std::optional<Tensor>& q_norm,
+           const std::optional<Tensor>& k_norm, double epsilon, double weight_offset,
+           bool interleaved) {
+            ReleaseGilIfLong release(static_cast<double>(qkv.numel()) * 4);
+            ops::rope_and_write_kv(qkv, positions, cos_sin, k_cache, v_cache, slots, q_norm, k_norm,
+                                   epsilon, weight_offset, interleaved);
+        },
+        py::arg("qkv"), py::arg("positions"), py::arg("cos_sin"), py::arg("k_cache"),
+        py::arg("v_cache"), py::arg("slots"), py::arg("q_norm"), py::arg("k_norm"),
+        py::arg("epsilon"), py::arg("weight_offset"), py::arg("interleaved"));
 }
 
 static void bind_activation(py::module_& m) {
@@ -120,9 +141,33 @@ static void bind_kv_cache(py::module_& m) {
             ops::write_kv(k, v, k_cache, v_cache, slots);
         },
         py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"));
+    m.def("copy_kv_slots", &ops::copy_kv_slots, py::arg("caches"), py::arg("sources"),
+          py::arg("destinations"));
 }
 
 static void bind_attention(py::module_& m) {
+    // The sizes of a plan: requests, tokens, table_width, page_size, num_heads, num_kv_heads,
+    // head_dim, window, max_query_tokens, same_arithmetic.
+    using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                             std::optional<int64_t>, int64_t, bool>;
+    const auto named = [](const Sizes& sizes) {
+        return std::make_from_tuple<ops::AttentionSizes>(sizes);
+    };
+    m.def(
+        "attention_is_planned",
+        [](const Tensor& tensor) { return tensor.device == DeviceType::kCUDA; }, py::arg("tensor"));
+    m.def(
+        "attention_workspace",
+        [named](const Sizes& sizes) { return ops::attention_workspace(named(sizes)); },
+        py::arg("sizes"));
+    m.def(
+        "plan_attention",
+        [named](const Tensor& workspace, const Tensor& page_table, const Tensor& query_start,
+                const Tensor& kv_lens, const Tensor& kv_end, const Sizes& sizes) {
+            ops::plan_attention(workspace, page_table, query_start, kv_lens, kv_end, named(sizes));
+        },
+        py::arg("workspace"), py::arg("page_table"), py::arg("query_start"), py::arg("kv_lens"),
+        py::arg("kv_end"), py::arg("sizes"));
     // `empty` makes the workspace: a uint8 tensor of the given number of bytes.
     m.def(
         "paged_attention",
@@ -140,10 +185,26 @@ static void bind_attention(py::module_& m) {
         py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("page_table"),
         py::arg("query_start"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("scale"),
         py::arg("window"), py::arg("soft_cap"), py::arg("empty"));
+    m.def(
+        "paged_attention_cuda",
+        [](const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+           const Tensor& page_table, const Tensor& query_start, const Tensor& kv_lens,
+           const Tensor& kv_end, double scale, std::optional<int64_t> window,
+           std::optional<double> soft_cap, const Tensor& workspace, int64_t max_query_tokens,
+           bool same_arithmetic) {
+            ops::paged_attention_cuda({out, q, k_cache, v_cache, page_table, query_start, kv_lens,
+                                       kv_end, scale, window, soft_cap},
+                                      workspace, max_query_tokens, same_arithmetic);
+        },
+        py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("page_table"),
+        py::arg("query_start"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("scale"),
+        py::arg("window"), py::arg("soft_cap"), py::arg("workspace"), py::arg("max_query_tokens"),
+        py::arg("same_arithmetic"));
 }
 
 static void bind_sampling(py::module_& m) {
-    m.def("sampling_workspace_bytes", &cpu::sampling_workspace_bytes, py::arg("vocab"));
+    m.def("sampling_workspace_bytes", &ops::sampling_workspace_bytes, py::arg("like"),
+          py::arg("vocab"), py::arg("rows"));
     m.def(
         "sample",
         [](const Tensor& token_ids, const Tensor& status, const Tensor& logits,
@@ -159,6 +220,7 @@ static void bind_sampling(py::module_& m) {
         },
         py::arg("token_ids"), py::arg("status"), py::arg("logits"), py::arg("rows"),
         py::arg("reals"), py::arg("integers"), py::arg("edits"), py::arg("workspace"));
+    m.def("most_top_tokens", &ops::most_top_tokens, py::arg("logits"));
     m.def(
         "log_probs",
         [](const Tensor& logprobs, const Tensor& ranks, const Tensor& top_ids,
@@ -172,15 +234,25 @@ static void bind_sampling(py::module_& m) {
         py::arg("logits"), py::arg("rows"), py::arg("token_ids"), py::arg("workspace"));
 }
 
+static void bind_advance(py::module_& m) {
+    m.def("gather_tokens", &ops::gather_tokens, py::arg("input_ids"), py::arg("previous"),
+          py::arg("sources"));
+    m.def("advance", &ops::advance, py::arg("token_ids"), py::arg("input_ids"),
+          py::arg("positions"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("slots"),
+          py::arg("integers"), py::arg("page_table"), py::arg("page_size"));
+}
+
 void bind_ops(py::module_& m) {
     bind_norm(m);
     bind_linear(m);
+    bind_fused_linear(m);
     bind_embedding(m);
     bind_rope(m);
     bind_activation(m);
     bind_kv_cache(m);
     bind_attention(m);
     bind_sampling(m);
+    bind_advance(m);
 }
 
 }  // namespace sglite

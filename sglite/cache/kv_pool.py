@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglite import ops
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
@@ -108,7 +110,8 @@ class KVPool:
         """`slot[destination_slots[i]] = slot[source_slots[i]]` in every layer, for copy on write.
 
         All sources are read before the first destination is written, so the two may overlap.
-        Destinations must differ from each other.
+        Destinations must differ from each other. On a GPU it is enqueued on the current stream,
+        which nothing waits for.
 
         Args:
             source_slots: [n] integers.
@@ -116,21 +119,27 @@ class KVPool:
 
         Raises:
             ValueError: lengths that differ.
-            IndexError: a slot that does not exist.
+            IndexError: a slot that does not exist; a tensor on a GPU is not looked into.
             RuntimeError: the pool is closed.
         """
         if not self.layers:
             raise RuntimeError("copy_slots: the KV pool is closed")
-        source = torch.as_tensor(source_slots, dtype=torch.int64, device=self.device)
-        destination = torch.as_tensor(destination_slots, dtype=torch.int64, device=self.device)
+        source = torch.as_tensor(source_slots, dtype=torch.int64)
+        destination = torch.as_tensor(destination_slots, dtype=torch.int64)
         if source.ndim != 1 or source.shape != destination.shape:
             raise ValueError(
                 f"copy_slots: source_slots has shape {list(source.shape)} and destination_slots "
                 f"{list(destination.shape)}; both must be [n]"
             )
-        for tensor in (tensor for pair in self.layers for tensor in pair):
-            slots = tensor.view(-1, *tensor.shape[2:])
-            slots.index_copy_(0, destination, slots.index_select(0, source))
+        num_slots = self.num_pages * self.page_size
+        for name, slots in (("source_slots", source), ("destination_slots", destination)):
+            if slots.device.type == "cpu" and ((slots < 0) | (slots >= num_slots)).any():
+                raise IndexError(f"copy_slots: {name} must be from 0 to {num_slots - 1}")
+        ops.copy_kv_slots(
+            [tensor for pair in self.layers for tensor in pair],
+            source.to(self.device, non_blocking=True),
+            destination.to(self.device, non_blocking=True),
+        )
 
     def close(self) -> None:
         """Drop the tensors. Their memory is free as soon as nobody else refers to them."""

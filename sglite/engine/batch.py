@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sglite.engine.scheduler import Step
+from sglite.engine.transfer import upload
 from sglite.layers.forward_batch import ForwardBatch
 
 
@@ -26,18 +28,25 @@ class LogitsRows:
 
 
 @dataclass(slots=True, frozen=True)
-class StepInputs:
-    """The arguments of a model's forward, and what its logits are for."""
+class Layout:
+    """The tokens of all requests of a step, one after the other, on the host.
 
-    input_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    forward_batch: ForwardBatch
-    logits_rows: list[LogitsRows]  # one for each request of the step
+    T tokens, B requests, R rows whose logits are wanted. For a token that a step in flight is
+    sampling `input_ids` holds nothing that means anything.
+    """
+
+    input_ids: NDArray[np.int64]  # [T]
+    positions: NDArray[np.int64]  # [T]
+    slots: NDArray[np.int64]  # [T]
+    query_start: NDArray[np.int32]  # [B + 1]
+    kv_lens: NDArray[np.int32]  # [B]
+    kv_end: NDArray[np.int32]  # [T]
+    page_table: NDArray[np.int32]  # [B, the most pages of a request]
+    wanted: NDArray[np.int64]  # [R]
+    rows: list[LogitsRows]  # one for each request of the step
 
 
-def assemble(
-    step: Step, page_size: int, kv_cache: Sequence[tuple[Tensor, Tensor]], device: torch.device
-) -> StepInputs:
+def lay_out(step: Step, page_size: int) -> Layout:
     """Lays the scheduled tokens of all requests one after the other."""
     items = step.items
     counts = np.array([item.stop - item.start for item in items], np.int32)
@@ -50,31 +59,55 @@ def assemble(
     for row, item in enumerate(items):
         request = item.request
         page_table[row, : request.num_pages] = request.held_pages
-        begin, end = query_start[row], query_start[row + 1]
+        begin, end = int(query_start[row]), int(query_start[row + 1])
         input_ids[begin:end] = request.token_ids[item.start : item.stop]
     owners = np.repeat(np.arange(len(items)), counts)
     starts = np.array([item.start for item in items], np.int64)
     positions = np.arange(num_tokens) - query_start[owners] + starts[owners]
     pages = page_table[owners, positions // page_size].astype(np.int64)
-    slots = pages * page_size + positions % page_size
     wanted, rows = _wanted_logits(step, query_start)
+    return Layout(
+        input_ids=input_ids,
+        positions=positions,
+        slots=pages * page_size + positions % page_size,
+        query_start=query_start,
+        kv_lens=kv_lens,
+        kv_end=(positions + 1).astype(np.int32),
+        page_table=page_table,
+        wanted=wanted,
+        rows=rows,
+    )
 
-    def to_device(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device)
 
-    return StepInputs(
-        input_ids=to_device(input_ids),
-        positions=to_device(positions),
-        forward_batch=ForwardBatch(
-            query_start=to_device(query_start),
-            kv_lens=to_device(kv_lens),
-            kv_end=to_device((positions + 1).astype(np.int32)),
-            slots=to_device(slots),
-            page_table=to_device(page_table),
-            logits_rows=to_device(wanted),
+def to_forward(
+    layout: Layout, kv_cache: Sequence[tuple[Tensor, Tensor]], device: torch.device
+) -> tuple[Tensor, Tensor, ForwardBatch]:
+    """The arguments of a model's forward: token ids, positions, and the batch."""
+    input_ids, positions, slots, query_start, kv_lens, kv_end, page_table, wanted = upload(
+        [
+            layout.input_ids,
+            layout.positions,
+            layout.slots,
+            layout.query_start,
+            layout.kv_lens,
+            layout.kv_end,
+            layout.page_table,
+            layout.wanted,
+        ],
+        device,
+    )
+    return (
+        input_ids,
+        positions,
+        ForwardBatch(
+            query_start=query_start,
+            kv_lens=kv_lens,
+            kv_end=kv_end,
+            slots=slots,
+            page_table=page_table,
+            logits_rows=wanted,
             kv_cache=kv_cache,
         ),
-        logits_rows=rows,
     )
 
 

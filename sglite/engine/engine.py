@@ -8,22 +8,42 @@ from sglite.engine.scheduler import Outcome, Scheduler, Step
 from sglite.interface.errors import RequestError
 
 
-class Runner(Protocol):
-    """What computes a step: `sglite.engine.model_runner.ModelRunner`, or a test's stand-in."""
+class LaunchedStep(Protocol):
+    """A step that is being computed."""
 
-    def run(self, step: Step) -> list[Outcome]:
-        """Computes the step's tokens; gives one outcome for each of its requests, in order."""
+    def outcomes(self) -> list[Outcome]:
+        """Waits for the step; gives one outcome for each of its requests, in order."""
+
+
+class Runner(Protocol):
+    """What computes a step: `sglite.engine.model_runner.ModelRunner`, or a test's stand-in.
+
+    Attributes:
+        runs_ahead: whether `launch` returns before the step is computed, so that the next one may
+            be launched before this one's outcomes are known. Tokens that a step in flight samples
+            are then handed to the next one inside the runner.
+    """
+
+    runs_ahead: bool
+
+    def launch(self, step: Step) -> LaunchedStep:
+        """Begins to compute a step; steps are computed in the order of the calls."""
 
     def close(self) -> None:
         """Drops what it holds."""
 
 
 class Engine:
-    """Owns the scheduler and the model runner. Used by one thread at a time."""
+    """Owns the scheduler and the model runner. Used by one thread at a time.
+
+    With a runner that runs ahead, a step is launched before the one before it is committed: the
+    device then never waits for the host. What a request gets after its end is dropped.
+    """
 
     def __init__(self, scheduler: Scheduler, runner: Runner):
         self.scheduler = scheduler
         self.runner = runner
+        self._in_flight: tuple[Step, LaunchedStep] | None = None
 
     def add(self, request: Request) -> None:
         """Takes a new request; it takes part from the next step on."""
@@ -36,28 +56,57 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return self.scheduler.has_work
+        """Whether any request is unfinished, or a step under way."""
+        return self.scheduler.has_work or self._in_flight is not None
 
     def step(self) -> None:
-        """Runs one step. What fails in it fails the requests that took part, and no others."""
+        """Launches a step and commits the one before it, or the same one where none runs ahead.
+
+        What fails in a step fails the requests that took part, and no others.
+        """
         started = time.perf_counter()
+        if not self.scheduler.can_run_ahead:
+            self._commit()
         step = self.scheduler.schedule()
+        launched = self._launch(step)
+        self._commit()
+        self._in_flight = launched
+        if not self.runner.runs_ahead:
+            self._commit()
+        self.scheduler.statistics.count_step(time.perf_counter() - started)
+
+    def _launch(self, step: Step) -> tuple[Step, LaunchedStep] | None:
+        if step.is_empty:
+            return None
         try:
-            outcomes = self.runner.run(step)
+            launched = self.runner.launch(step)
+        except Exception as error:
+            self.scheduler.fail(step, _step_failed(error))
+            return None
+        self.scheduler.release_copied(step)
+        return step, launched
+
+    def _commit(self) -> None:
+        """Waits for the step in flight, if there is one, and books what it gave."""
+        if self._in_flight is None:
+            return
+        (step, launched), self._in_flight = self._in_flight, None
+        try:
+            outcomes = launched.outcomes()
         except Exception as error:
             self.scheduler.fail(step, _step_failed(error))
         else:
             self.scheduler.commit(step, outcomes)
-        self.scheduler.statistics.count_step(time.perf_counter() - started)
 
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with an error, when not even the step's bookkeeping went through."""
+        self._in_flight = None
         for request in (*self.scheduler.running, *self.scheduler.waiting):
             self.scheduler.remove(request, "error", _step_failed(error))
 
     def close(self) -> None:
         """Drops the tensors of the cache and the model."""
+        self._in_flight = None
         self.runner.close()
 
 

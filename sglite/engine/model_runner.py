@@ -1,17 +1,20 @@
 """Runs the model on a scheduled step and samples the next tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from sglite import ops
 from sglite.cache.kv_pool import KVPool
-from sglite.engine.batch import LogitsRows, assemble
+from sglite.engine.batch import LogitsRows, lay_out, to_forward
+from sglite.engine.decode_graphs import DecodeGraphs
+from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.request import Request
 from sglite.engine.sampler import Sampler
-from sglite.engine.scheduler import Outcome, PageCopy, Step
+from sglite.engine.scheduler import Outcome, PageCopy, ScheduledRequest, Step
 from sglite.engine.tokenizer import Tokenizer
+from sglite.engine.transfer import upload
 
 
 class ModelRunner:
@@ -22,23 +25,70 @@ class ModelRunner:
             `next_token_logits`, float32[R, vocabulary].
         pool: the KV cache.
         tokenizer: for the text of log-probabilities.
+        make_graphs: makes `DecodeGraphs` of the model, the pool and the sampler; None: every step
+            is run kernel by kernel.
+
+    Attributes:
+        runs_ahead: whether `launch` returns before the step is computed, as on a GPU.
     """
 
-    def __init__(self, model: nn.Module, pool: KVPool, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: KVPool,
+        tokenizer: Tokenizer,
+        make_graphs: Callable[[nn.Module, KVPool, Sampler], DecodeGraphs] | None = None,
+    ):
         self.model = model
         self.pool = pool
         self.sampler = Sampler(tokenizer)
+        self.runs_ahead = pool.device.type == "cuda"
+        self._graphs = make_graphs(model, pool, self.sampler) if make_graphs else None
+        self._drawing: dict[Request, int] = {}  # rows of `_drawn` in the step launched last
+        self._drawn: Tensor | None = None
 
-    def run(self, step: Step) -> list[Outcome]:
-        """Computes the step's tokens; gives one outcome for each of its requests, in order."""
+    def launch(self, step: Step) -> "LaunchedStep":
+        """Begins to compute a step; steps are computed in the order of the calls."""
         # Also in a step that has nothing else, for want of pages: the copied tokens are counted.
         self._copy_pages(step.page_copies)
         if not step.items:
-            return []
-        inputs = assemble(step, self.pool.page_size, self.pool.layers, self.pool.device)
-        output = self.model(inputs.input_ids, inputs.positions, inputs.forward_batch)
-        requests = [item.request for item in step.items]
-        return self._sample(requests, inputs.logits_rows, output.next_token_logits)
+            return LaunchedStep([], None, {})
+        if self._graphs is not None and self._graphs.takes(step):
+            launched = LaunchedStep(
+                step.items, self._graphs.launch(step, self._drawn, self._sources(step)), {}
+            )
+        else:
+            launched = self._launch_eagerly(step)
+        drawing = [item.request for item in step.items if item.samples]
+        self._drawing = {request: row for row, request in enumerate(drawing)}
+        self._drawn = launched.drawn.token_ids if launched.drawn else None
+        return launched
+
+    def _launch_eagerly(self, step: Step) -> "LaunchedStep":
+        layout = lay_out(step, self.pool.page_size)
+        input_ids, positions, batch = to_forward(layout, self.pool.layers, self.pool.device)
+        sources = np.full(len(layout.input_ids), -1, np.int32)
+        # The token of a step in flight is always the last one of its request.
+        sources[layout.query_start[1:] - 1] = self._sources(step)
+        if sources.max() >= 0:
+            (source_tensor,) = upload([sources], self.pool.device)
+            ops.gather_tokens(input_ids, self._drawn, source_tensor)
+        logits = self.model(input_ids, positions, batch).next_token_logits
+        prompt_logprobs = {
+            index: self._prompt_logprobs(item.request, row, logits)
+            for index, (item, row) in enumerate(zip(step.items, layout.rows, strict=True))
+            if row.num_prompt_rows
+        }
+        return LaunchedStep(
+            step.items, self._draw(step.items, layout.rows, logits), prompt_logprobs
+        )
+
+    def _sources(self, step: Step) -> list[int]:
+        """For each request the row of what was drawn last with its last token; -1 if known."""
+        return [
+            self._drawing[item.request] if item.stop > item.request.num_tokens else -1
+            for item in step.items
+        ]
 
     def _copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy on write: the matching start of a shared page goes to the request's own page."""
@@ -50,35 +100,23 @@ class ModelRunner:
             ]
             self.pool.copy_slots(source, destination)
 
-    def _sample(
-        self, requests: Sequence[Request], rows: Sequence[LogitsRows], logits: Tensor
-    ) -> list[Outcome]:
-        sampling = [index for index, row in enumerate(rows) if row.sample_row is not None]
-        sampled = {}
-        if sampling:
-            wanted = [rows[index].sample_row for index in sampling]
-            if len(wanted) < len(logits):
-                sample_logits = logits[torch.from_numpy(np.array(wanted)).to(logits.device)]
-            else:
-                sample_logits = logits
-            drawn = self.sampler.sample(sample_logits, [requests[index] for index in sampling])
-            sampled = dict(zip(sampling, drawn, strict=True))
-        outcomes = []
-        for index, (request, row) in enumerate(zip(requests, rows, strict=True)):
-            token = sampled.get(index)
-            outcomes.append(
-                Outcome(
-                    token_id=token.token_id if token else None,
-                    logprobs=token.logprobs if token else None,
-                    error=token.error if token else None,
-                    prompt_logprobs=self._prompt_logprobs(request, row, logits),
-                )
-            )
-        return outcomes
+    def _draw(
+        self, items: Sequence[ScheduledRequest], rows: Sequence[LogitsRows], logits: Tensor
+    ) -> DrawnTokens | None:
+        wanted = [row.sample_row for row in rows if row.sample_row is not None]
+        if not wanted:
+            return None
+        if len(wanted) < len(logits):
+            (indices,) = upload([np.array(wanted)], logits.device)
+            logits = logits[indices]
+        sampling = [item for item in items if item.samples]
+        return self.sampler.draw(
+            logits,
+            [item.request for item in sampling],
+            [item.output_index for item in sampling],
+        )
 
     def _prompt_logprobs(self, request: Request, row: LogitsRows, logits: Tensor) -> list:
-        if not row.num_prompt_rows:
-            return []
         first = row.first_prompt_position
         return self.sampler.score(
             logits[row.first_prompt_row : row.first_prompt_row + row.num_prompt_rows],
@@ -88,5 +126,44 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drops the model and the cache's tensors."""
-        self.model = None
+        if self._graphs is not None:
+            self._graphs.close()
+        self.model = self._graphs = self._drawn = None
+        self._drawing.clear()
         self.pool.close()
+
+
+class LaunchedStep:
+    """A step that is being computed, or has been.
+
+    Args:
+        items: its requests.
+        drawn: the tokens of those that sample; None if none does.
+        prompt_logprobs: by index of the request.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[ScheduledRequest],
+        drawn: DrawnTokens | None,
+        prompt_logprobs: dict[int, list],
+    ):
+        self.drawn = drawn
+        self._items = items
+        self._prompt_logprobs = prompt_logprobs
+
+    def outcomes(self) -> list[Outcome]:
+        """Waits for the step; gives one outcome for each of its requests, in order."""
+        tokens = iter(self.drawn.collect() if self.drawn else ())
+        outcomes = []
+        for index, item in enumerate(self._items):
+            token = next(tokens) if item.samples else None
+            outcomes.append(
+                Outcome(
+                    token_id=token.token_id if token else None,
+                    logprobs=token.logprobs if token else None,
+                    error=token.error if token else None,
+                    prompt_logprobs=self._prompt_logprobs.get(index, []),
+                )
+            )
+        return outcomes

@@ -24,7 +24,13 @@ class Request:
     Attributes:
         banned_sequences: token sequences whose last token may not complete them.
         token_ids: int64[capacity], prompt and output; the first `num_tokens` are known.
-        num_computed: positions whose key and value are in `pages`.
+        num_launched: positions whose key and value are in `pages`, or will be once the steps that
+            have been launched are done.
+        num_computed: those of them whose step has been committed.
+        num_unknown: tokens that launched steps sample and that are not known yet.
+        incarnation: how often it has been preempted; tells what a step was launched for.
+        needs_commit: whether the next token depends on the tokens before it in more than what the
+            model sees, so that a step must not be launched before the last one is committed.
         pages: int32[capacity in pages], the first `num_pages` are held by this request.
         prefix_lock: the prefix cache's hold on what was matched, while running.
         num_cached_tokens: prompt tokens that came out of the cache when it was first admitted.
@@ -61,7 +67,19 @@ class Request:
 
         self.state = RequestState.WAITING
         self.arrival = -1  # the scheduler's order, set when the request is added
+        self.num_launched = 0
         self.num_computed = 0
+        self.num_unknown = 0
+        self.incarnation = 0
+        self.needs_commit = bool(
+            params.logits_processors
+            or params.repetition_penalty != 1.0
+            or params.frequency_penalty
+            or params.presence_penalty
+            or params.min_new_tokens
+            or any(len(sequence) > 1 for sequence in banned_sequences)
+            or self.wants_prompt_logprobs
+        )
         self.pages = np.empty(0, np.int32)
         self.num_pages = 0
         self.prefix_lock: int | None = None
@@ -85,9 +103,19 @@ class Request:
         return self.token_ids[: self.num_tokens]
 
     @property
+    def num_expected_tokens(self) -> int:
+        """Known tokens, and those that launched steps will give."""
+        return self.num_tokens + self.num_unknown
+
+    @property
     def num_pending(self) -> int:
-        """Known tokens that are still to be computed; 1 while decoding."""
-        return self.num_tokens - self.num_computed
+        """Tokens that are still to be computed; 1 while decoding."""
+        return self.num_expected_tokens - self.num_launched
+
+    @property
+    def has_all_launched(self) -> bool:
+        """Whether launched steps will give the last token that was asked for."""
+        return len(self.output_token_ids) + self.num_unknown >= self.params.max_new_tokens
 
     @property
     def max_cached_tokens(self) -> int:

@@ -5,7 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
+from sglite.interface.errors import RequestError
 from sglite.interface.sampling_params import SamplingParams
+from sglite.ops.sampling import INTEGERS, REALS
 
 _NO_SEEN = np.empty((0, 3), np.int32)
 _NO_IDS = np.empty(0, np.int32)
@@ -132,9 +134,9 @@ class SamplingState:
             or (self._num_without_end and self._endings)
         )
 
-    def integers(self) -> np.ndarray:
-        """int64[4], see `sglite.ops.sampling.INTEGERS`; good until the next token."""
-        self._integers[3] = len(self.output_token_ids)
+    def integers(self, output_index: int) -> np.ndarray:
+        """int64[4], see `sglite.ops.sampling.INTEGERS`; good until the next call."""
+        self._integers[3] = output_index
         return self._integers
 
     def seen(self) -> np.ndarray:
@@ -156,6 +158,22 @@ class SamplingState:
         )
 
 
+def parameters(
+    states: Sequence[SamplingState], output_indices: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `reals` and `integers` of `sglite.ops.sample` for these rows.
+
+    Args:
+        states: of R requests.
+        output_indices: for each which of its output tokens is drawn, from 0 on.
+    """
+    rows = [state.integers(index) for state, index in zip(states, output_indices, strict=True)]
+    return (
+        np.array([state.reals for state in states], np.float32).reshape(-1, len(REALS)),
+        np.array(rows, np.int64).reshape(-1, len(INTEGERS)),
+    )
+
+
 def token_edits(states: Sequence[SamplingState]) -> tuple[np.ndarray, ...] | None:
     """The fields of `sglite.ops.TokenEdits` for these rows as arrays; None if no row has edits."""
     if not any(state.has_edits for state in states):
@@ -171,3 +189,8 @@ def token_edits(states: Sequence[SamplingState]) -> tuple[np.ndarray, ...] | Non
     for row, lists in zip(offsets, (seen, bias_ids, allowed), strict=True):
         np.cumsum([len(entries) for entries in lists], out=row[1:])
     return offsets, *map(np.concatenate, (seen, bias_ids, bias_values, allowed))
+
+
+def step_error(output_index: int, reason: str) -> RequestError:
+    """An error that names the step: steps count a request's generated tokens, from 1."""
+    return RequestError(f"generation step {output_index + 1}: {reason}")

@@ -19,11 +19,13 @@ class ScheduledRequest:
     request: Request
     start: int
     stop: int
+    samples: bool  # whether the step gives the request its next token
+    incarnation: int  # the request's, when the step was scheduled
 
     @property
-    def samples(self) -> bool:
-        """Whether the step gives the request its next token."""
-        return self.stop == self.request.num_tokens
+    def output_index(self) -> int:
+        """Which of the request's output tokens the step samples, from 0 on."""
+        return self.stop - self.request.num_prompt_tokens
 
 
 @dataclass(slots=True, frozen=True)
@@ -42,6 +44,11 @@ class Step:
 
     items: list[ScheduledRequest] = field(default_factory=list)
     page_copies: list[PageCopy] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self.items and not self.page_copies
 
 
 @dataclass(slots=True, frozen=True)
@@ -83,25 +90,37 @@ class Scheduler:
         self.waiting: list[Request] = []  # in order of arrival
         self.statistics = Statistics()
         self._num_arrivals = 0
+        self._num_needing_commit = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self.running or self.waiting)
 
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether a step may be launched before the one before it is committed."""
+        return not self._num_needing_commit
+
     def add(self, request: Request) -> None:
         """Puts a new request at the end of the queue."""
         request.arrival = self._num_arrivals
         self._num_arrivals += 1
+        self._num_needing_commit += request.needs_commit
         self.waiting.append(request)
 
     def schedule(self) -> Step:
-        """Chooses the next step; it is empty only when there is no work."""
+        """Chooses the next step, and books it as launched.
+
+        It is empty only when there is no work, or none that could be launched before the steps
+        under way are committed.
+        """
         step = Step()
         budget = self.chunked_prefill_size
         preemptions_before = self.statistics.preemptions
         for request in tuple(self.running):
-            if request.state is RequestState.RUNNING:  # not preempted for an older one meanwhile
+            # An older one may have preempted it meanwhile.
+            if request.state is RequestState.RUNNING and not request.has_all_launched:
                 budget -= self._extend(step, request, budget, self._reserve_or_preempt)
         # Right after a preemption there is no room, and admitting would take it from the running.
         if self.statistics.preemptions == preemptions_before or not step.items:
@@ -115,10 +134,13 @@ class Scheduler:
         """
         is_decode = request.num_pending == 1
         count = 1 if is_decode else min(request.num_pending, budget, self._max_chunk(request))
-        if count <= 0 or not reserve(request, request.num_computed + count):
+        start, stop = request.num_launched, request.num_launched + count
+        if count <= 0 or not reserve(request, stop):
             return 0
-        stop = request.num_computed + count
-        step.items.append(ScheduledRequest(request, request.num_computed, stop))
+        samples = stop == request.num_expected_tokens
+        step.items.append(ScheduledRequest(request, start, stop, samples, request.incarnation))
+        request.num_launched = stop
+        request.num_unknown += samples
         return 0 if is_decode else count
 
     def _max_chunk(self, request: Request) -> int:
@@ -163,6 +185,8 @@ class Scheduler:
         for request in tuple(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_running_requests:
                 return
+            if request.num_unknown:  # preempted under way: its next token is still to come
+                continue
             if self._prefix_is_being_computed(request):
                 deferred += 1
                 if deferred >= _MAX_DEFERRED:
@@ -179,7 +203,8 @@ class Scheduler:
         )
         own_pages = self._num_pages(request.num_tokens) - len(prefix.pages)
         promised = sum(
-            max(0, self._num_pages(other.num_tokens) - other.num_pages) for other in self.running
+            max(0, self._num_pages(other.num_expected_tokens) - other.num_pages)
+            for other in self.running
         )
         if self.running and own_pages + promised > self.cache.num_available:
             self._give_back(prefix)
@@ -190,6 +215,7 @@ class Scheduler:
         request.num_computed = len(prefix.pages) * self.cache.page_size
         if prefix.partial_page is not None:
             self._copy_on_write(step, request, prefix)
+        request.num_launched = request.num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed
             self.statistics.prompt_tokens += request.num_prompt_tokens
@@ -227,7 +253,8 @@ class Scheduler:
         keys = request.known_token_ids[: max(0, request.max_cached_tokens)]
         cached = None
         for other in self.running:
-            if other.num_pending <= 1 or other.namespace != request.namespace:
+            is_decode = other.num_tokens - other.num_computed <= 1
+            if is_decode or other.namespace != request.namespace:
                 continue
             common = common_prefix_length(keys, other.known_token_ids)
             if common < self.cache.page_size or common <= other.num_computed:
@@ -239,11 +266,19 @@ class Scheduler:
         return False
 
     def commit(self, step: Step, outcomes: Iterable[Outcome]) -> None:
-        """Books what a step has computed: tokens, finished requests, prefixes for the tree."""
-        self._release_copied(step)
+        """Books what a step has computed: tokens, finished requests, prefixes for the tree.
+
+        A request that has ended since the step was launched gets nothing of it; one that has been
+        preempted gets its token.
+        """
         for item, outcome in zip(step.items, outcomes, strict=True):
             request = item.request
-            request.num_computed = item.stop
+            request.num_unknown -= item.samples
+            if request.is_finished:
+                continue
+            is_whole = item.incarnation == request.incarnation
+            if is_whole:
+                request.num_computed = item.stop
             if outcome.error is not None:
                 self.remove(request, "error", outcome.error)
                 continue
@@ -255,19 +290,25 @@ class Scheduler:
                 self.statistics.completion_tokens += 1
             if request.finish_reason:
                 self.remove(request, request.finish_reason)
-            elif item.stop - item.start > 1:
+            elif is_whole and item.stop - item.start > 1:
                 self._store(request)
 
     def fail(self, step: Step, error: BaseException) -> None:
         """Ends every request of a step that could not be run; what it computed is dropped."""
+        for item in step.items:
+            item.request.num_unknown -= item.samples
         concerned = [item.request for item in step.items]
         concerned += [copy.request for copy in step.page_copies]
-        self._release_copied(step)
+        self.release_copied(step)
         for request in concerned:
             if not request.is_finished:
                 self.remove(request, "error", error)
 
-    def _release_copied(self, step: Step) -> None:
+    def release_copied(self, step: Step) -> None:
+        """Gives back the shared pages of a launched step's copies.
+
+        Steps are computed in order, so nothing writes to such a page before it has been copied.
+        """
         for copy in step.page_copies:
             self.cache.release([copy.source])
         step.page_copies.clear()
@@ -281,12 +322,14 @@ class Scheduler:
             self.running.remove(request)
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
+        self._num_needing_commit -= request.needs_commit
         request.finish(reason, error)
 
     def _preempt(self, request: Request) -> None:
         self._store(request)
         self._release(request)
-        request.num_computed = 0
+        request.num_computed = request.num_launched = 0
+        request.incarnation += 1
         request.state = RequestState.WAITING
         self.running.remove(request)
         bisect.insort(self.waiting, request, key=lambda other: other.arrival)

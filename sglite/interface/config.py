@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,8 @@ DTYPES = {
 _CHUNKED_PREFILL_SIZE = {"cpu": 512, "cuda": 8192}
 #: Rows of logits are float32 over the vocabulary, so the number of requests costs memory.
 _MAX_RUNNING_REQUESTS = {"cpu": 64, "cuda": 256}
+#: Leaves room for the rest of the process: on a GPU, a model that is trained there too.
+_MEM_FRACTION = {"cpu": 0.4, "cuda": 0.6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,17 @@ class LLMOptions:
                 f"mem_fraction={self.mem_fraction} and kv_cache_tokens={self.kv_cache_tokens} "
                 "both size the KV cache: give one of them."
             )
+
+    def with_defaults_of(self, kind: str) -> LLMOptions:
+        """Return these options with the defaults of "cpu" or "cuda" for what is unset."""
+        fraction = None if self.kv_cache_tokens is not None else _MEM_FRACTION[kind]
+        return replace(
+            self,
+            max_running_requests=self.max_running_requests or _MAX_RUNNING_REQUESTS[kind],
+            chunked_prefill_size=self.chunked_prefill_size or _CHUNKED_PREFILL_SIZE[kind],
+            mem_fraction=self.mem_fraction or fraction,
+            cuda_graphs=self.cuda_graphs and kind == "cuda",
+        )
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> LLMOptions:
@@ -189,7 +202,6 @@ class EngineConfig:
         quantization: str | None,
         context_limit: int | None,
         kv_cache_tokens: int,
-        mem_fraction: float | None,
         num_threads: int,
         batch_invariant: bool,
     ) -> EngineConfig:
@@ -205,14 +217,13 @@ class EngineConfig:
             context_limit: the longest context that the model was made for; None if unbounded.
             kv_cache_tokens: how many tokens fit in the memory for the KV cache, cut to whole
                 pages. What the caller asked for goes before it, brought up to whole pages.
-            mem_fraction: the share of the free memory that this is, if it was not asked for.
             num_threads: threads to use.
             batch_invariant: whether results are independent of the batch.
 
         Raises:
             ConfigError: `context_length` is above the model's limit, or not one page fits.
         """
-        kind = device.partition(":")[0]
+        options = options.with_defaults_of(device.partition(":")[0])
         if options.kv_cache_tokens is not None:
             pages = math.ceil(options.kv_cache_tokens / options.page_size)
         else:
@@ -231,12 +242,12 @@ class EngineConfig:
             quantization=quantization,
             context_length=_context_length(options.context_length, context_limit, usable),
             kv_cache_tokens=usable,
-            mem_fraction=mem_fraction,
+            mem_fraction=options.mem_fraction,
             page_size=options.page_size,
-            max_running_requests=options.max_running_requests or _MAX_RUNNING_REQUESTS[kind],
-            chunked_prefill_size=options.chunked_prefill_size or _CHUNKED_PREFILL_SIZE[kind],
+            max_running_requests=options.max_running_requests,
+            chunked_prefill_size=options.chunked_prefill_size,
             prefix_cache=options.prefix_cache,
-            cuda_graphs=options.cuda_graphs and kind == "cuda",
+            cuda_graphs=options.cuda_graphs,
             num_threads=num_threads,
             seed=options.seed,
             trust_remote_code=options.trust_remote_code,

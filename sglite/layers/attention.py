@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from sglite import ops
 from sglite.interface.errors import UnsupportedModelError
-from sglite.layers.composite import add_part
+from sglite.layers.composite import add_part, is_plain, norm_linear
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.linear import Linear, QKVLinear
 from sglite.layers.norm import RMSNorm
@@ -89,6 +89,16 @@ class RadixAttention(nn.Module):
             v = v.view(-1, self.num_kv_heads, self.head_dim)
         k_cache, v_cache = forward_batch.kv_cache[self.layer_id]
         ops.write_kv(k, v, k_cache, v_cache, forward_batch.slots)
+        return self.attend(q, forward_batch)
+
+    def attend(self, q: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        """Attention alone, [T, num_heads * head_dim]: keys and values are in the cache already.
+
+        Args:
+            q: [T, num_heads, head_dim]; rows may be apart.
+            forward_batch: whose tokens these are, and the cache.
+        """
+        k_cache, v_cache = forward_batch.kv_cache[self.layer_id]
         out = ops.paged_attention(
             q,
             k_cache,
@@ -111,6 +121,8 @@ class RadixAttention(nn.Module):
 
 class SelfAttention(nn.Module):
     """Projection to q, k, v; norm of q and k where there is one; rotation; attention; projection.
+
+    What lies between the first projection and attention is one op while every part is plain.
 
     Args:
         hidden_size: width of input and output.
@@ -185,15 +197,64 @@ class SelfAttention(nn.Module):
         hidden_states: Tensor,
         forward_batch: ForwardBatch,
         residual: Tensor | None = None,
+        norm: nn.Module | None = None,
     ) -> Tensor:
-        """[T, hidden_size] -> [T, hidden_size], with `residual` added where it is given."""
-        qkv = self.qkv_proj(hidden_states)
-        heads = qkv.view(-1, self.num_heads, self.head_dim)
-        q, k, v = heads.split_with_sizes(self.head_counts, 1)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
-        q, k = self.rotary_emb(positions, q, k)
-        out = self.attn(q, k, v, forward_batch)
+        """[T, hidden_size] -> [T, hidden_size].
+
+        Where they are given, `norm` is applied to the input and `residual` added to the result.
+        """
+        qkv = norm_linear(norm, self.qkv_proj, QKVLinear, hidden_states)
+        if self._parts_are_plain():
+            out = self.attn.attend(
+                self._rotate_and_write(qkv, positions, forward_batch), forward_batch
+            )
+        else:
+            heads = qkv.view(-1, self.num_heads, self.head_dim)
+            q, k, v = heads.split_with_sizes(self.head_counts, 1)
+            if self.q_norm is not None:
+                q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
+            q, k = self.rotary_emb(positions, q, k)
+            out = self.attn(q, k, v, forward_batch)
         if residual is None:
             return self.o_proj(out)
         return add_part(self.o_proj, Linear, residual, out)
+
+    def _parts_are_plain(self) -> bool:
+        """Whether one op may do the norms, the rotation and the writing of keys and values."""
+        if not (is_plain(self.rotary_emb, RotaryEmbedding) and is_plain(self.attn, RadixAttention)):
+            return False
+        if self.q_norm is None:
+            return True
+        q_norm, k_norm = self.q_norm, self.k_norm
+        return (
+            is_plain(q_norm, RMSNorm)
+            and is_plain(k_norm, RMSNorm)
+            and (q_norm.eps, q_norm.weight_offset) == (k_norm.eps, k_norm.weight_offset)
+        )
+
+    def _rotate_and_write(
+        self, qkv: Tensor, positions: Tensor, forward_batch: ForwardBatch
+    ) -> Tensor:
+        """Rotated queries [T, num_heads, head_dim]; keys and values go to the cache."""
+        norms = {}
+        if self.q_norm is not None:
+            norms = {
+                "q_norm": self.q_norm.weight,
+                "k_norm": self.k_norm.weight,
+                "epsilon": self.q_norm.eps,
+                "weight_offset": self.q_norm.weight_offset,
+            }
+        k_cache, v_cache = forward_batch.kv_cache[self.attn.layer_id]
+        return self.rotary_emb.with_table(
+            positions,
+            lambda cos_sin: ops.rope_and_write_kv(
+                qkv,
+                positions,
+                cos_sin,
+                k_cache,
+                v_cache,
+                forward_batch.slots,
+                interleaved=self.rotary_emb.is_interleaved,
+                **norms,
+            ),
+        )

@@ -11,6 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from sglite import ops
+from sglite.layers.linear import Linear
+from sglite.layers.norm import RMSNorm
+
 
 def is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `part` does what `kind.forward` does, and nothing else."""
@@ -36,3 +40,27 @@ def add_part(part: nn.Module, kind: type[nn.Module], residual: Tensor, *inputs: 
     if is_plain(part, kind):
         return part.forward(*inputs, residual=residual)
     return residual + part(*inputs)
+
+
+def norm_linear(norm: nn.Module | None, part: nn.Module, kind: type[Linear], x: Tensor) -> Tensor:
+    """`part(norm(x))`, as one op where both are plain.
+
+    Args:
+        norm: what comes first; None: nothing does.
+        part: the linear layer.
+        kind: the type that it has where it is plain.
+        x: [T, in_features].
+    """
+    if norm is None:
+        return part(x)
+    if not (is_plain(norm, RMSNorm) and is_plain(part, kind)):
+        return part(norm(x))
+    return ops.norm_linear(
+        x,
+        norm.weight,
+        norm.eps,
+        part.matrix.stored,
+        part.bias,
+        weight_offset=norm.weight_offset,
+        batch_invariant=part.batch_invariant,
+    )

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sglite.layers.attention import SelfAttention
-from sglite.layers.composite import add_part
+from sglite.layers.composite import is_plain
 from sglite.layers.embedding import Embedding
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.mlp import GatedMLP
@@ -40,12 +40,18 @@ class DecoderLayer(nn.Module):
         self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
     ) -> Tensor:
         """[T, hidden_size] -> [T, hidden_size]; the input stays as it is."""
-        normed = self.input_layernorm(hidden_states)
-        hidden_states = add_part(
-            self.self_attn, SelfAttention, hidden_states, positions, normed, forward_batch
-        )
-        normed = self.post_attention_layernorm(hidden_states)
-        return add_part(self.mlp, GatedMLP, hidden_states, normed)
+        attention, norm = self.self_attn, self.input_layernorm
+        if is_plain(attention, SelfAttention):
+            hidden_states = attention.forward(
+                positions, hidden_states, forward_batch, residual=hidden_states, norm=norm
+            )
+        else:
+            out = attention(positions, norm(hidden_states), forward_batch)
+            hidden_states = hidden_states + out
+        mlp, norm = self.mlp, self.post_attention_layernorm
+        if is_plain(mlp, GatedMLP):
+            return mlp.forward(hidden_states, residual=hidden_states, norm=norm)
+        return hidden_states + mlp(norm(hidden_states))
 
 
 class DecoderModel(nn.Module):

@@ -6,10 +6,10 @@ from torch import Tensor
 from sglite import ops
 from sglite.layers.linear import Linear
 from sglite.layers.porting import QuantizationConfig, refuse_quantization
-from sglite.layers.weight import PackedModule
+from sglite.layers.weight import WeightModule
 
 
-class Embedding(PackedModule):
+class Embedding(WeightModule):
     """`y[i] = weight[ids[i]]`.
 
     The table is packed like a linear layer's weight, since a tied output head reads the same one.
@@ -19,7 +19,12 @@ class Embedding(PackedModule):
         embedding_dim: width of a row.
         quant_config: must be None.
         prefix: module path, for messages.
+
+    Attributes:
+        batch_invariant: as for `Linear`, where this table is also the output head.
     """
+
+    batch_invariant: bool = False
 
     def __init__(
         self,
@@ -35,7 +40,7 @@ class Embedding(PackedModule):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, embedding_dim]. Raises IndexError for an id outside the table."""
-        return ops.embedding(input_ids, self.matrix.packed)
+        return ops.embedding(input_ids, self.matrix.stored)
 
     def extra_repr(self) -> str:
         """The part of the module's repr in brackets."""
@@ -72,4 +77,10 @@ class LMHead(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[R, embedding_dim] -> [R, num_embeddings] float32, not rounded to the dtype of `x`."""
-        return ops.linear(x, self.matrix.packed, self.bias, out_dtype=torch.float32)
+        return ops.linear(
+            x,
+            self.matrix.stored,
+            self.bias,
+            out_dtype=torch.float32,
+            batch_invariant=self.batch_invariant,
+        )

@@ -17,7 +17,8 @@ class ForwardBatch:
     """
 
     query_start: Tensor  # [B + 1] int32
-    kv_lens: Tensor  # [B] int32, positions in the cache once this step's tokens are written
+    kv_lens: Tensor  # [B] int32, positions in the cache once this step's tokens are written; 0
+    # marks a request that is padding
     kv_end: Tensor  # [T] int32
     slots: Tensor  # [T] int64, page * page_size + offset: where each token's key and value go
     page_table: Tensor  # [B, max_pages] int32, the pages of each request in order

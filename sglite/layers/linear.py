@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from sglite import ops
 from sglite.layers.porting import QuantizationConfig, refuse_quantization
-from sglite.layers.weight import PackedModule
+from sglite.layers.weight import WeightModule
 
 
-class Linear(PackedModule):
+class Linear(WeightModule):
     """`y = x W^T + b`, and `+ residual` where one is given.
 
     Args:
@@ -19,7 +19,12 @@ class Linear(PackedModule):
         bias: whether there is a bias, [out_features].
         quant_config: must be None.
         prefix: module path, for messages.
+
+    Attributes:
+        batch_invariant: on a GPU, one arithmetic for every number of rows; set by the engine.
     """
+
+    batch_invariant: bool = False
 
     def __init__(
         self,
@@ -41,7 +46,13 @@ class Linear(PackedModule):
         The residual, shaped like the result, is added to the rounded product and the sum rounded
         again: the same bits as an addition behind the layer.
         """
-        return ops.linear(x, self.matrix.packed, self.bias, residual=residual)
+        return ops.linear(
+            x,
+            self.matrix.stored,
+            self.bias,
+            residual=residual,
+            batch_invariant=self.batch_invariant,
+        )
 
     def extra_repr(self) -> str:
         """The part of the module's repr in brackets."""

@@ -51,7 +51,12 @@ class LogitsProcessor(nn.Module):
         if rows.shape[0] != hidden_states.shape[0]:  # else they are all rows, since they ascend
             hidden_states = hidden_states.index_select(0, rows)
         if isinstance(lm_head, Embedding):
-            logits = ops.linear(hidden_states, lm_head.matrix.packed, out_dtype=torch.float32)
+            logits = ops.linear(
+                hidden_states,
+                lm_head.matrix.stored,
+                out_dtype=torch.float32,
+                batch_invariant=lm_head.batch_invariant,
+            )
         else:
             logits = lm_head(hidden_states).float()
         if self.logit_scale is not None:

@@ -4,8 +4,9 @@ from torch import Tensor, nn
 
 from sglite import ops
 from sglite.interface.errors import UnsupportedModelError
-from sglite.layers.composite import add_part
+from sglite.layers.composite import add_part, is_plain, norm_linear
 from sglite.layers.linear import GateUpLinear, Linear
+from sglite.layers.norm import RMSNorm
 from sglite.layers.porting import QuantizationConfig, add_prefix
 
 
@@ -92,9 +93,37 @@ class GatedMLP(nn.Module):
             prefix=add_prefix("down_proj", prefix),
         )
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[T, hidden_size] -> [T, hidden_size], with `residual` added where it is given."""
-        x = self.act_fn(self.gate_up_proj(x))
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, norm: nn.Module | None = None
+    ) -> Tensor:
+        """[T, hidden_size] -> [T, hidden_size].
+
+        Where they are given, `norm` is applied to the input and `residual` added to the result.
+        """
+        x = self._gate_and_up(x, norm)
         if residual is None:
             return self.down_proj(x)
         return add_part(self.down_proj, Linear, residual, x)
+
+    def _gate_and_up(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        part, activation = self.gate_up_proj, _op_name(self.act_fn)
+        if activation is None or not is_plain(part, GateUpLinear):
+            return self.act_fn(norm_linear(norm, part, GateUpLinear, x))
+        weights = part.matrix.stored, part.bias
+        options = {"activation": activation, "batch_invariant": part.batch_invariant}
+        if norm is None:
+            return ops.gated_linear(x, *weights, **options)
+        if not is_plain(norm, RMSNorm):
+            return ops.gated_linear(norm(x), *weights, **options)
+        return ops.norm_gated_linear(
+            x, norm.weight, norm.eps, *weights, weight_offset=norm.weight_offset, **options
+        )
+
+
+def _op_name(act_fn: nn.Module) -> str | None:
+    """What the fused ops call a plain activation; None for another module."""
+    if is_plain(act_fn, SiluAndMul):
+        return "silu"
+    if is_plain(act_fn, GeluAndMul):
+        return "gelu_tanh" if act_fn.approximate == "tanh" else "gelu"
+    return None

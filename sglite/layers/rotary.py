@@ -1,6 +1,6 @@
 """Rotary position embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,28 +21,48 @@ _BLOCK = 4096
 
 
 class RotaryTable:
-    """Cosines and sines of the positions that have come up so far; it grows with them.
+    """Cosines and sines of positions.
 
-    A long context's whole table would cost more time and memory than a small model's weights.
+    On the CPU: of those that have come up so far; it grows with them, since a long context's whole
+    table would cost more time and memory than a small model's weights. On a GPU: of the whole
+    context, because a step that is captured may neither wait for a position nor grow a table.
 
     Args:
         parameters: kind and numbers of the scaling.
         rotary_dim: channels that rotate.
         max_position: `max_position_embeddings` of the checkpoint.
         context_length: positions that may come up.
+        device: where it lies.
 
     Attributes:
         cos_sin: [rows, rotary_dim] float32: cosines, then sines.
     """
 
     def __init__(
-        self, parameters: RopeParameters, rotary_dim: int, max_position: int, context_length: int
+        self,
+        parameters: RopeParameters,
+        rotary_dim: int,
+        max_position: int,
+        context_length: int,
+        device: torch.device | str = "cpu",
     ):
         self.context_length = context_length
-        self._frequencies, self._factor = inverse_frequencies(
-            parameters, rotary_dim, max_position, context_length
-        )
-        self.cos_sin = torch.empty(0, rotary_dim, dtype=torch.float32)
+        self.rotary_dim = rotary_dim
+        with torch.device("cpu"):  # whatever the default is: the last bit differs between devices
+            self._frequencies, self._factor = inverse_frequencies(
+                parameters, rotary_dim, max_position, context_length
+            )
+        self.cos_sin = self._first_rows(torch.device(device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.cos_sin.device
+
+    def move_to(self, device: torch.device) -> None:
+        """Makes it anew on another device."""
+        if device != self.device:
+            self.cos_sin = self._first_rows(device)
 
     def grow_for(self, positions: Tensor) -> None:
         """Adds rows until all positions have one; raises IndexError for one that cannot have."""
@@ -56,8 +76,22 @@ class RotaryTable:
         blocks = [self._block(start) for start in range(0, rows, _BLOCK)]
         self.cos_sin = torch.cat(blocks)[: self.context_length].contiguous()
 
+    def _first_rows(self, device: torch.device) -> Tensor:
+        """The rows that are there from the beginning: none, or on a GPU all."""
+        rows = self.context_length if device.type == "cuda" else 0
+        table = torch.empty(rows, self.rotary_dim, dtype=torch.float32, device=device)
+        if rows:
+            positions = torch.arange(rows, dtype=torch.float32, device=device)
+            angles = torch.outer(positions, self._frequencies.to(device))
+            cosines, sines = table.chunk(2, 1)
+            torch.cos(angles, out=cosines)
+            torch.sin(angles, out=sines)
+            if self._factor != 1.0:
+                table *= self._factor
+        return table
+
     def _block(self, start: int) -> Tensor:
-        positions = torch.arange(start, start + _BLOCK, dtype=torch.float32)
+        positions = torch.arange(start, start + _BLOCK, dtype=torch.float32, device="cpu")
         angles = torch.outer(positions, self._frequencies)
         block = torch.cat([angles.cos(), angles.sin()], dim=1)
         return block if self._factor == 1.0 else block * self._factor
@@ -107,7 +141,7 @@ class RotaryEmbedding(nn.Module):
         self.max_position = max_position
         self.is_interleaved = not is_neox_style
         self.parameters = RopeParameters.read(rope_parameters, base)
-        self.table = self.make_table(max_position)
+        self.table = self.make_table(max_position, torch.get_default_device())
 
     @property
     def default_context_length(self) -> int:
@@ -131,17 +165,44 @@ class RotaryEmbedding(nn.Module):
             q_heads, k_heads = q, k
         else:
             q_heads, k_heads = (x.view(x.shape[0], -1, self.head_dim) for x in (q, k))
-        interleaved = self.is_interleaved
-        try:
-            ops.apply_rope(q_heads, k_heads, positions, self.table.cos_sin, interleaved=interleaved)
-        except IndexError:  # a position that is new to the table: nothing has been rotated yet
-            self.table.grow_for(positions)
-            ops.apply_rope(q_heads, k_heads, positions, self.table.cos_sin, interleaved=interleaved)
+        self.with_table(
+            positions,
+            lambda cos_sin: ops.apply_rope(
+                q_heads, k_heads, positions, cos_sin, interleaved=self.is_interleaved
+            ),
+        )
         return q, k
 
-    def make_table(self, context_length: int) -> RotaryTable:
-        """An empty table for so many positions."""
-        return RotaryTable(self.parameters, self.rotary_dim, self.max_position, context_length)
+    def with_table(self, positions: Tensor, run: Callable[[Tensor], Any]) -> Any:
+        """`run(cos_sin)` with a table that has a row for each position.
+
+        Args:
+            positions: [T] int64, below the context length.
+            run: raises IndexError, before it changes anything, for a position without a row.
+        """
+        try:
+            return run(self.table.cos_sin)
+        except IndexError:  # a position that is new to the table
+            self.table.grow_for(positions)
+            return run(self.table.cos_sin)
+
+    def make_table(
+        self, context_length: int, device: torch.device | str | None = None
+    ) -> RotaryTable:
+        """A table for so many positions, on the device of the one that it replaces if None."""
+        return RotaryTable(
+            self.parameters,
+            self.rotary_dim,
+            self.max_position,
+            context_length,
+            self.table.device if device is None else device,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        """Moves the table where `to(device)` moves parameters; its dtype stays float32."""
+        super()._apply(fn, recurse)
+        self.table.move_to(fn(torch.empty(0, device=self.table.device)).device)
+        return self
 
     def extra_repr(self) -> str:
         """The part of the module's repr in brackets."""
@@ -201,7 +262,8 @@ def set_context_length(model: nn.Module, context_length: int) -> None:
     tables: dict[tuple, RotaryTable] = {}
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):
-            key = (module.rotary_dim, module.max_position, module.parameters)
+            device = module.table.device
+            key = (module.rotary_dim, module.max_position, module.parameters, device)
             if key not in tables:
-                tables[key] = module.make_table(context_length)
+                tables[key] = module.make_table(context_length, device)
             module.table = tables[key]

@@ -1,5 +1,6 @@
 """From a checkpoint to a model that is ready to run."""
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +13,22 @@ from sglite.interface import checks
 from sglite.interface.errors import (
     CheckpointError,
     ConfigError,
+    OutOfMemoryError,
     SGLiteError,
     UnsupportedModelError,
 )
 from sglite.interface.generation_defaults import GenerationDefaults
 from sglite.layers.attention import RadixAttention
 from sglite.layers.rotary import RotaryEmbedding, set_context_length
-from sglite.layers.weight import PackedModule
+from sglite.layers.weight import WeightModule
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.config import architectures_of, read_config, resolve_dtype
 from sglite.models.registry import ModelRegistry
 from sglite.models.safetensors_file import SafetensorsFile
 from sglite.models.weights import load_weights
+
+_CPU = torch.device("cpu")
+_GB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ def load_model(
     *,
     architecture: str | None = None,
     dtype: str | torch.dtype = "auto",
-    device: str = "cpu",
+    device: torch.device = _CPU,
+    room: int | None = None,
     quantization: str | None = None,
     context_length: int | None = None,
     trust_remote_code: bool = False,
@@ -72,7 +78,8 @@ def load_model(
         checkpoint: what `resolve_checkpoint` found.
         architecture: a registered name to use instead of what `config.json` says.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-        device: "cpu".
+        device: where the weights go.
+        room: bytes that they may take there; None: it is not known.
         quantization: must be None.
         context_length: positions that may come up; None: what the checkpoint speaks of.
         trust_remote_code: whether the config's own Python code may run.
@@ -81,9 +88,8 @@ def load_model(
         CheckpointError: a file cannot be read, or does not fit the model.
         UnsupportedModelError: something that the checkpoint asks for is not implemented.
         ConfigError: `context_length` is above the model's limit.
+        OutOfMemoryError: the weights do not fit into the room.
     """
-    if device != "cpu":
-        raise UnsupportedModelError(f"device={device!r} is not implemented; pass device='cpu'")
     if quantization is not None:
         raise UnsupportedModelError(f"quantization={quantization!r} is not implemented")
     name, model_class = ModelRegistry.resolve(architectures_of(checkpoint, architecture))
@@ -96,6 +102,9 @@ def load_model(
         model = _build(model_class, name, config, checkpoint)
         run_dtype = resolve_dtype(dtype, checkpoint, entries)
         _set_dtype(model, run_dtype)
+        if room is not None:
+            _check_room(model, device, room)
+        model.to(device)
         max_positions = _max_positions(model, config, context_length)
         if max_positions is not None:
             set_context_length(model, context_length or max_positions)
@@ -177,11 +186,26 @@ def _build(
 def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Sets the dtype of all weights. Buffers keep theirs: a model chose it for them."""
     for module in model.modules():
-        if isinstance(module, PackedModule):
+        if isinstance(module, WeightModule):
             module.matrix.convert(lambda tensor: tensor.to(dtype))
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def _check_room(model: nn.Module, device: torch.device, room: int) -> None:
+    """Refuses weights that there is no room for, before any of them is read."""
+    sizes = {
+        id(module.matrix): math.prod(module.matrix.shape) * module.matrix.dtype.itemsize
+        for module in model.modules()
+        if isinstance(module, WeightModule)
+    }
+    needed = sum(sizes.values()) + sum(parameter.nbytes for parameter in model.parameters())
+    if needed > room:
+        raise OutOfMemoryError(
+            f"the weights need {needed / _GB:.2f} GB on {device}, where {room / _GB:.2f} GB are "
+            f"free: free memory there, or pass another device"
+        )
 
 
 def _max_positions(model: nn.Module, config: Any, asked: int | None) -> int | None:

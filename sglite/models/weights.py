@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sglite.interface.errors import CheckpointError
 from sglite.layers.linear import StackedLinear
-from sglite.layers.weight import PackedModule, Weight
+from sglite.layers.weight import Weight, WeightModule
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
 
 # Tensors that old checkpoints hold and that are computed from the config.
@@ -63,7 +63,7 @@ class Target:
             stored = self.tensor.read_rows(self.start, self.start + self.shape[0])
         else:
             stored = self._place()
-        return torch.equal(stored, value.to(self.dtype))
+        return torch.equal(stored, value.to(stored.device, self.dtype))
 
     def _place(self) -> Tensor:
         whole = self.tensor.detach()
@@ -115,7 +115,7 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     plain = model.state_dict(keep_vars=True)
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, PackedModule):
+        if not isinstance(module, WeightModule):
             continue
         parent, _, own_name = path.rpartition(".")
         if own_name in stacked and isinstance(module, StackedLinear):

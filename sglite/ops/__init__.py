@@ -6,26 +6,44 @@ Every op has the same function in plain torch in `sglite.ops.reference`, which t
 import torch  # noqa: F401  (the extension resolves OpenMP and DLPack through the loaded torch)
 
 from sglite.ops.activation import gelu_and_mul, silu_and_mul
-from sglite.ops.attention import paged_attention
+from sglite.ops.advance import advance, gather_tokens
+from sglite.ops.attention import (
+    AttentionPlan,
+    attention_workspace,
+    paged_attention,
+    plan_attention,
+)
 from sglite.ops.embedding import embedding
-from sglite.ops.kv_cache import write_kv
+from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm_linear
+from sglite.ops.kv_cache import copy_kv_slots, write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
 from sglite.ops.norm import rms_norm
-from sglite.ops.rope import apply_rope
+from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
 
 __all__ = [
+    "AttentionPlan",
     "LogProbs",
     "PackedWeight",
     "TokenEdits",
+    "advance",
     "apply_rope",
+    "attention_workspace",
+    "copy_kv_slots",
     "embedding",
+    "gated",
+    "gated_linear",
+    "gather_tokens",
     "gelu_and_mul",
     "linear",
     "log_probs",
+    "norm_gated_linear",
+    "norm_linear",
     "pack_weight",
     "paged_attention",
+    "plan_attention",
     "rms_norm",
+    "rope_and_write_kv",
     "sample",
     "sampling_workspace",
     "silu_and_mul",

@@ -1,5 +1,7 @@
 """Writing keys and values into the paged cache."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from sglite import _C
@@ -21,3 +23,22 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         IndexError: a slot is negative or beyond the cache; nothing has been written.
     """
     _C.write_kv(k, v, k_cache, v_cache, slots)
+
+
+def copy_kv_slots(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> None:
+    """`slot[destinations[i]] = slot[sources[i]]` in every cache, for copy on write.
+
+    All sources are read before the first destination is written, so the two may overlap. On a GPU,
+    128 caches are one kernel.
+
+    Args:
+        caches: each [num_pages, page_size, kv_heads, head_dim], contiguous, float32, bfloat16 or
+            float16; kv_heads, head_dim and the dtype may differ.
+        sources: [count] int64, `page * page_size + offset`.
+        destinations: [count] int64, all different.
+
+    Raises:
+        IndexError: a slot that does not exist (on the CPU); nothing has been copied.
+        ValueError: more than 24,576 slots on a GPU.
+    """
+    _C.copy_kv_slots(caches, sources, destinations)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sglite.ops.packed_weight import PackedWeight
 from sglite.ops.sampling import (
+    INTEGERS,
     NOT_A_NUMBER,
     NOTHING_LEFT,
     REALS,
@@ -97,6 +98,39 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     v_cache.flatten(0, 1)[slots] = v
 
 
+def rope_and_write_kv(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    epsilon: float = 1e-6,
+    weight_offset: float = 0.0,
+    interleaved: bool = False,
+) -> Tensor:
+    """See `sglite.ops.rope_and_write_kv`."""
+    kv_heads, head_dim = k_cache.shape[2:]
+    heads = qkv.unflatten(1, (-1, head_dim))
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    if q_norm is not None:
+        q.copy_(rms_norm(q, q_norm, epsilon, weight_offset=weight_offset))
+        k.copy_(rms_norm(k, k_norm, epsilon, weight_offset=weight_offset))
+    apply_rope(q, k, positions, cos_sin, interleaved=interleaved)
+    write_kv(k, v, k_cache, v_cache, slots)
+    return q
+
+
+def copy_kv_slots(caches: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> None:
+    """See `sglite.ops.copy_kv_slots`."""
+    for cache in caches:
+        slots = cache.flatten(0, 1)
+        slots[destinations] = slots[sources]
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -134,6 +168,32 @@ def paged_attention(
         weights = weights.masked_fill(~visible, 0.0)  # rows that see nothing
         out[start:stop] = (weights.to(q.dtype) @ v).transpose(0, 1)
     return out
+
+
+def gather_tokens(input_ids: Tensor, previous_token_ids: Tensor, sources: Tensor) -> None:
+    """See `sglite.ops.gather_tokens`."""
+    chosen = sources >= 0
+    input_ids[chosen] = previous_token_ids[sources[chosen].long()].clamp(min=0)
+
+
+def advance(
+    token_ids: Tensor,
+    input_ids: Tensor,
+    positions: Tensor,
+    kv_lens: Tensor,
+    kv_end: Tensor,
+    slots: Tensor,
+    integers: Tensor,
+    page_table: Tensor,
+    page_size: int,
+) -> None:
+    """See `sglite.ops.advance`."""
+    rows = (kv_lens > 0).nonzero().flatten()
+    input_ids[rows] = token_ids[rows].clamp(min=0)
+    for counter in (positions, kv_lens, kv_end, integers[:, INTEGERS.index("position")]):
+        counter[rows] += 1
+    pages = page_table[rows, positions[rows] // page_size].long()
+    slots[rows] = pages * page_size + positions[rows] % page_size
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, ...]:

@@ -46,14 +46,22 @@ class LogProbs(NamedTuple):
     top_logprobs: Tensor  # [R, top_n] float32
 
 
-def sampling_workspace(vocab_size: int) -> Tensor:
+def sampling_workspace(
+    vocab_size: int, rows: int = 1, device: torch.device | str = "cpu"
+) -> Tensor:
     """Scratch memory for `sample` and `log_probs` on rows of `vocab_size` logits.
 
-    Made for as many threads as the caller's kernels use; about 20 bytes for each of them and each
-    token. With less, down to one thread's share, the ops use fewer threads.
+    On the CPU it is made for as many threads as the caller's kernels use; about 20 bytes for each
+    of them and each token. With less, down to one thread's share, the ops use fewer threads. On a
+    GPU it is empty, unless a row is too large for the chip's shared memory.
+
+    Args:
+        vocab_size: logits of a row.
+        rows: how many rows one call is given at most.
+        device: where the logits are.
     """
-    size = _C.sampling_workspace_bytes(vocab_size) * _C.num_threads()
-    return torch.empty(size, dtype=torch.uint8)
+    probe = torch.empty(0, dtype=torch.uint8, device=device)
+    return probe.new_empty(_C.sampling_workspace_bytes(probe, vocab_size, rows))
 
 
 def sample(
@@ -64,6 +72,7 @@ def sample(
     edits: TokenEdits | None = None,
     rows: Tensor | None = None,
     workspace: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose one token for each row of logits, each row by its own parameters.
 
@@ -94,6 +103,7 @@ def sample(
         edits: penalties, biases and bans; None if no row has any.
         rows: [R] int64, which rows of `logits` are meant; None: all of them, and R is L.
         workspace: from `sampling_workspace`; allocated when absent.
+        out: the two tensors to write and return; allocated when absent.
 
     Returns:
         token_ids: [R] int64, -1 where no token was chosen.
@@ -103,11 +113,15 @@ def sample(
     Raises:
         ValueError: a shape, dtype, parameter, offset or token id is not as described.
     """
-    if workspace is None:
-        workspace = sampling_workspace(logits.shape[-1])
     count = reals.shape[0]
-    token_ids = torch.empty(count, dtype=torch.int64)
-    status = torch.empty(count, dtype=torch.int32)
+    if workspace is None:
+        workspace = sampling_workspace(logits.shape[-1], count, logits.device)
+    if out is None:
+        out = (
+            torch.empty(count, dtype=torch.int64, device=logits.device),
+            torch.empty(count, dtype=torch.int32, device=logits.device),
+        )
+    token_ids, status = out
     _C.sample(token_ids, status, logits, rows, reals, integers, edits, workspace)
     return token_ids, status
 
@@ -135,14 +149,27 @@ def log_probs(
     Raises:
         ValueError: a shape or dtype is not as described, or a token id or `top_n` is too large.
     """
+    count, device = token_ids.shape[0], logits.device
     if workspace is None:
-        workspace = sampling_workspace(logits.shape[-1])
-    count = token_ids.shape[0]
+        workspace = sampling_workspace(logits.shape[-1], count, device)
+    sorted_apart = _C.most_top_tokens(logits) < top_n <= logits.shape[-1]
+    if sorted_apart:
+        top = _sorted(logits if rows is None else logits[rows], top_n)
+        top_n = 0
     result = LogProbs(
-        torch.empty(count),
-        torch.empty(count, dtype=torch.int64),
-        torch.empty(count, top_n, dtype=torch.int64),
-        torch.empty(count, top_n),
+        torch.empty(count, device=device),
+        torch.empty(count, dtype=torch.int64, device=device),
+        torch.empty(count, top_n, dtype=torch.int64, device=device),
+        torch.empty(count, top_n, device=device),
     )
     _C.log_probs(*result, logits, rows, token_ids, workspace)
-    return result
+    return result._replace(top_ids=top[0], top_logprobs=top[1]) if sorted_apart else result
+
+
+def _sorted(logits: Tensor, top_n: int) -> tuple[Tensor, Tensor]:
+    """The `top_ids` and `top_logprobs` of more tokens than a GPU finds without sorting them all."""
+    certain = (logits == torch.inf).any(-1, keepdim=True)
+    shared = torch.where(logits == torch.inf, 0.0, -torch.inf)
+    every = torch.log_softmax(torch.where(certain, shared, logits).double(), -1)
+    top_ids = torch.sort(logits, descending=True, stable=True).indices[:, :top_n].contiguous()
+    return top_ids, every.gather(1, top_ids).float()

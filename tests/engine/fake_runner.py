@@ -31,16 +31,22 @@ def expected_output(prompt, max_new_tokens: int, end_token: int | None = None) -
 
 
 class FakeRunner:
-    """Stands in for `ModelRunner`; a slot holds its position and token, packed into one int."""
+    """Stands in for `ModelRunner`; a slot holds its position and token, packed into one int.
 
-    def __init__(self, num_pages: int, page_size: int):
+    A step is computed when it is launched. With `runs_ahead` the engine commits it later, and the
+    runner itself remembers the tokens that the requests do not know yet.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, runs_ahead: bool = False):
         self.page_size = page_size
+        self.runs_ahead = runs_ahead
         self.slots = np.full((num_pages, page_size), -1, np.int64)
         self.num_computed_tokens = 0
         self.fail_at_step: int | None = None
         self.num_steps = 0
+        self._sampled: dict[Request, int] = {}  # by the step before
 
-    def run(self, step: Step) -> list[Outcome]:
+    def launch(self, step: Step) -> "FakeStep":
         self.num_steps += 1
         if self.num_steps == self.fail_at_step:
             raise RuntimeError("planted failure")
@@ -50,29 +56,52 @@ class FakeRunner:
         written = set()
         for item in step.items:
             self.num_computed_tokens += item.stop - item.start
+            tokens = self._tokens(item)
             for position in range(item.start, item.stop):
                 slot = self._slot(item.request, position)
                 assert slot[0] != 0, "page 0 is reserved"
                 assert slot not in written, "two requests write to one slot"
                 written.add(slot)
-                self.slots[slot] = self._content(item.request, position)
-        return [self._outcome(item) for item in step.items]
+                self.slots[slot] = self._content(tokens, position)
+        outcomes = [self._outcome(item) for item in step.items]
+        self._sampled = {
+            item.request: outcome.token_id
+            for item, outcome in zip(step.items, outcomes, strict=True)
+            if item.samples
+        }
+        return FakeStep(outcomes)
+
+    def _tokens(self, item) -> list[int]:
+        """All tokens up to `item.stop`, the last of which the request may not know yet."""
+        tokens = item.request.known_token_ids[: item.stop].tolist()
+        if len(tokens) < item.stop:
+            tokens.append(self._sampled[item.request])
+        assert len(tokens) == item.stop
+        return tokens
 
     def _outcome(self, item) -> Outcome:
-        request = item.request
+        tokens = self._tokens(item)
         for position in range(item.stop):
-            held = self.slots[self._slot(request, position)]
-            assert held == self._content(request, position), f"position {position} holds {held}"
-        if not item.samples:
-            return Outcome()
-        return Outcome(token_id=next_token(request.known_token_ids))
+            held = self.slots[self._slot(item.request, position)]
+            assert held == self._content(tokens, position), f"position {position} holds {held}"
+        return Outcome(token_id=next_token(tokens)) if item.samples else Outcome()
 
     def _slot(self, request: Request, position: int) -> tuple[int, int]:
         return int(request.pages[position // self.page_size]), position % self.page_size
 
     @staticmethod
-    def _content(request: Request, position: int) -> int:
-        return position * VOCAB_SIZE + int(request.token_ids[position])
+    def _content(tokens: list[int], position: int) -> int:
+        return position * VOCAB_SIZE + tokens[position]
 
     def close(self) -> None:
         pass
+
+
+class FakeStep:
+    """Stands in for `LaunchedStep`."""
+
+    def __init__(self, outcomes: list[Outcome]):
+        self._outcomes = outcomes
+
+    def outcomes(self) -> list[Outcome]:
+        return self._outcomes

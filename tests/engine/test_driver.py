@@ -22,13 +22,13 @@ def make_driver(engine, **options):
 
 def slow_down(engine, seconds=0.005):
     """Makes each step last a while, so that there is time to interfere."""
-    run = engine.runner.run
+    run = engine.runner.launch
 
     def slow_run(step):
         time.sleep(seconds)
         return run(step)
 
-    engine.runner.run = slow_run
+    engine.runner.launch = slow_run
 
 
 def finish(call):
@@ -149,7 +149,7 @@ def test_a_call_whose_thread_has_died_is_aborted():
 def test_calling_from_within_a_step_is_refused():
     engine = make_engine()
     driver = make_driver(engine)
-    run, errors = engine.runner.run, []
+    run, errors = engine.runner.launch, []
 
     def run_and_call_back(step):
         with contextlib.suppress(SGLiteError):
@@ -157,7 +157,7 @@ def test_calling_from_within_a_step_is_refused():
             errors.append("was accepted")
         return run(step)
 
-    engine.runner.run = run_and_call_back
+    engine.runner.launch = run_and_call_back
     call = Call([make_request([1, 2])])
     driver.submit(call)
     finish(call)
@@ -174,7 +174,7 @@ def test_an_error_that_is_no_exception_reaches_every_caller():
     def panic(step):
         raise Panic("outside of Exception")
 
-    run, engine.runner.run = engine.runner.run, panic
+    run, engine.runner.launch = engine.runner.launch, panic
     driver = make_driver(engine)
     call = Call([make_request([1, 2]), make_request([3])])
     driver.submit(call)
@@ -182,7 +182,7 @@ def test_an_error_that_is_no_exception_reaches_every_caller():
     for request in call.requests:
         assert isinstance(request.error, RequestError)
         assert isinstance(request.error.__cause__, Panic)
-    engine.runner.run = run
+    engine.runner.launch = run
     again = Call([make_request([1, 2])])
     driver.submit(again)
     finish(again)

@@ -15,7 +15,8 @@ def test_pages_are_copied_even_in_a_step_with_no_tokens():
         values.normal_()
     before = [(keys.clone(), values.clone()) for keys, values in pool.layers]
     runner = ModelRunner(None, pool, None)
-    assert runner.run(Step(page_copies=[PageCopy(None, 1, 3, 5)])) == []
+    launched = runner.launch(Step(page_copies=[PageCopy(None, 1, 3, 5)]))
+    assert launched.outcomes() == []
     for pair, old_pair in zip(pool.layers, before, strict=True):
         for tensor, old in zip(pair, old_pair, strict=True):
             assert torch.equal(tensor[3, :5], old[1, :5])

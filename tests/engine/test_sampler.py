@@ -39,8 +39,9 @@ def make_request(prompt=(1, 2, 3), output=(), *, seed=0, index=0, end=(), banned
     return request
 
 
-def sample(logits, requests):
-    return Sampler(Texts()).sample(logits, requests)
+def sample(logits, requests, sampler=None):
+    indices = [len(request.output_token_ids) for request in requests]
+    return (sampler or Sampler(Texts())).draw(logits, requests, indices).collect()
 
 
 def token_ids(logits, requests):
@@ -104,7 +105,7 @@ def test_a_changing_batch_gives_the_tokens_of_naive_code(seed):
         random.shuffle(running)
         logits = torch.randn(len(running), VOCAB, generator=generator) * 2
         for row, request, result in zip(
-            logits, running, sampler.sample(logits, running), strict=True
+            logits, running, sample(logits, running, sampler), strict=True
         ):
             assert result == (naive_token(row, request), None, None)
             request.append(result.token_id)
@@ -350,7 +351,7 @@ def test_scores_given_tokens():
 def test_nothing_is_kept_of_a_request_that_is_gone():
     sampler = Sampler(Texts())
     request = make_request(repetition_penalty=1.5)
-    sampler.sample(torch.randn(1, VOCAB), [request])
+    sample(torch.randn(1, VOCAB), [request], sampler)
     assert len(sampler._states) == 1
     del request
     gc.collect()

@@ -15,10 +15,10 @@ from sglite.interface.sampling_params import SamplingParams
 from tests.engine.fake_runner import FakeRunner, expected_output
 
 
-def make_engine(num_pages=40, page_size=4, enabled=True, max_running=8, chunk=16):
+def make_engine(num_pages=40, page_size=4, enabled=True, max_running=8, chunk=16, runs_ahead=False):
     cache = PrefixCache(num_pages + 1, page_size, enabled=enabled)
     scheduler = Scheduler(cache, max_running_requests=max_running, chunked_prefill_size=chunk)
-    return Engine(scheduler, FakeRunner(num_pages + 1, page_size))
+    return Engine(scheduler, FakeRunner(num_pages + 1, page_size, runs_ahead))
 
 
 def make_request(prompt, max_new_tokens=8, end_token=None, **parameters):
@@ -61,16 +61,28 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=30)
     max_running=st.integers(1, 6),
     chunk=st.integers(1, 40),
     arrivals=st.integers(1, 6),
+    runs_ahead=st.booleans(),
+    one_needs_commit=st.booleans(),
 )
 def test_every_request_gets_what_it_gets_alone(
-    jobs, page_size, spare_pages, enabled, max_running, chunk, arrivals
+    jobs,
+    page_size,
+    spare_pages,
+    enabled,
+    max_running,
+    chunk,
+    arrivals,
+    runs_ahead,
+    one_needs_commit,
 ):
     # The pool just holds the largest request, and a little more: preemption all the time.
     largest = max(len(prompt) + count - 1 for prompt, count, _ in jobs)
     engine = make_engine(
-        -(-largest // page_size) + spare_pages, page_size, enabled, max_running, chunk
+        -(-largest // page_size) + spare_pages, page_size, enabled, max_running, chunk, runs_ahead
     )
     requests = [make_request(*job) for job in jobs]
+    if one_needs_commit:
+        requests[-1] = make_request(*jobs[-1], presence_penalty=1.0)
     pending = list(requests)
     while pending or engine.has_work:
         for request in pending[:arrivals]:
@@ -92,9 +104,10 @@ def test_every_request_gets_what_it_gets_alone(
     fail_at=st.integers(1, 10),
     abort_at=st.integers(1, 10),
     victim=st.integers(0, 7),
+    runs_ahead=st.booleans(),
 )
-def test_failures_and_aborts_leave_the_books_in_order(jobs, fail_at, abort_at, victim):
-    engine = make_engine(num_pages=14, chunk=7)
+def test_failures_and_aborts_leave_the_books_in_order(jobs, fail_at, abort_at, victim, runs_ahead):
+    engine = make_engine(num_pages=14, chunk=7, runs_ahead=runs_ahead)
     engine.runner.fail_at_step = fail_at
     requests = [make_request(*job) for job in jobs]
     for request in requests:
@@ -154,7 +167,7 @@ def test_prefill_chunks_keep_to_the_budget_over_all_requests():
         step = engine.scheduler.schedule()
         prefill = [item.stop - item.start for item in step.items if item.stop - item.start > 1]
         assert sum(prefill) <= 10
-        engine.scheduler.commit(step, engine.runner.run(step))
+        engine.scheduler.commit(step, engine.runner.launch(step).outcomes())
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_prefilled():
@@ -168,6 +181,43 @@ def test_decoding_goes_on_while_a_long_prompt_is_prefilled():
     engine.step()
     assert len(short.output_token_ids) == before + 2
     assert not long.is_finished
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_committed():
+    engine = make_engine(num_pages=100, runs_ahead=True)
+    request = make_request([1, 2, 3], 5)
+    engine.add(request)
+    known = []
+    while engine.has_work:
+        engine.step()
+        known.append((engine.runner.num_steps, len(request.output_token_ids)))
+    # The fifth token is the last, so that no sixth step is launched for nothing.
+    assert known == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (5, 5)]
+
+
+def test_what_comes_after_an_end_token_is_dropped():
+    output = expected_output([1, 2, 3], 10)
+    end = next(token for token in output if output.index(token) == 3)
+    engine = make_engine(num_pages=100, runs_ahead=True)
+    request = make_request([1, 2, 3], 10, end)
+    run(engine, [request])
+    assert request.output_token_ids == output[:4]
+    assert engine.runner.num_steps == 5
+    assert engine.scheduler.statistics.completion_tokens == 4
+    check_pages(engine)
+
+
+def test_a_request_that_needs_its_last_token_stops_the_running_ahead():
+    engine = make_engine(num_pages=100, runs_ahead=True)
+    request = make_request([1, 2, 3], 5, repetition_penalty=1.5)
+    engine.add(request)
+    for count in range(5):
+        assert len(request.output_token_ids) == max(0, count - 1)
+        engine.step()
+        assert request.num_tokens == 3 + count
+    run(engine)
+    run(engine, [make_request([1, 2, 3], 5)])
+    assert engine.scheduler.can_run_ahead
 
 
 def test_the_second_turn_reuses_the_first():

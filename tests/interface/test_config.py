@@ -226,7 +226,6 @@ def resolved(options=None, **found):
         "quantization": None,
         "context_limit": 2048,
         "kv_cache_tokens": 10_007,
-        "mem_fraction": 0.5,
         "num_threads": 2,
         "batch_invariant": True,
     }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sglite import ops
 from sglite.interface.errors import UnsupportedModelError
 from sglite.layers import Linear, PPProxyTensors
 from sglite.layers.composite import is_plain
@@ -25,6 +26,36 @@ def logits_of(loaded):
     return torch.cat(run.run(TOKEN_IDS))
 
 
+@pytest.mark.parametrize("name", ["rotary_emb", "attn", "q_norm", "k_norm"])
+def test_what_is_one_op_before_attention_gives_the_bits_of_its_parts(tmp_path, name, monkeypatch):
+    loaded = load_model(
+        resolve_checkpoint(make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16))
+    )
+    before = logits_of(loaded)  # and the rotary table has grown
+    fused = []
+    op = ops.rope_and_write_kv
+    monkeypatch.setattr(
+        ops, "rope_and_write_kv", lambda *args, **kw: fused.append(1) or op(*args, **kw)
+    )
+    assert torch.equal(logits_of(loaded), before)
+    assert len(fused) == 3  # once for each layer
+    attention = loaded.model.model.layers[1].self_attn
+    seen = []
+    getattr(attention, name).register_forward_hook(lambda *call: seen.append(call))
+    assert torch.equal(logits_of(loaded), before)
+    assert seen
+    # Layers share the rotary embedding, so that its hook keeps all of them apart.
+    assert len(fused) == (3 if name == "rotary_emb" else 5)
+
+
+def test_norms_that_differ_run_one_by_one(tmp_path):
+    loaded = load_model(resolve_checkpoint(make_checkpoint(tmp_path, "qwen3")))
+    before = logits_of(loaded)
+    for layer in loaded.model.model.layers:
+        layer.self_attn.k_norm.eps = 0.5
+    assert not torch.equal(logits_of(loaded), before)
+
+
 class Doubled(Linear):
     """A part of someone else's: takes no residual."""
 
@@ -38,13 +69,32 @@ def parts(loaded):
     return {
         "layer": layer,
         "self_attn": layer.self_attn,
+        "qkv_proj": layer.self_attn.qkv_proj,
         "o_proj": layer.self_attn.o_proj,
         "mlp": layer.mlp,
+        "gate_up_proj": layer.mlp.gate_up_proj,
+        "act_fn": layer.mlp.act_fn,
         "down_proj": layer.mlp.down_proj,
+        "input_layernorm": layer.input_layernorm,
+        "post_attention_layernorm": layer.post_attention_layernorm,
     }
 
 
-@pytest.mark.parametrize("name", ["layer", "self_attn", "o_proj", "mlp", "down_proj"])
+PART_NAMES = [
+    "layer",
+    "self_attn",
+    "qkv_proj",
+    "o_proj",
+    "mlp",
+    "gate_up_proj",
+    "act_fn",
+    "down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+]
+
+
+@pytest.mark.parametrize("name", PART_NAMES)
 def test_a_hook_sees_the_parts_own_output_and_changes_no_bit(loaded, name):
     before = logits_of(loaded)
     seen = []
@@ -54,8 +104,8 @@ def test_a_hook_sees_the_parts_own_output_and_changes_no_bit(loaded, name):
     assert torch.equal(logits_of(loaded), before)
     hook.remove()
     (inputs, output) = seen[0]
-    if name in ("o_proj", "down_proj"):
-        # Without the residual: what the layer alone gives for its input.
+    if name not in ("layer", "self_attn", "qkv_proj"):  # whose output is rotated in place
+        # Without the norm in front or the residual: what the part alone gives for its input.
         assert torch.equal(output, parts(loaded)[name](inputs[0]))
     assert torch.equal(logits_of(loaded), before)
 

@@ -140,6 +140,45 @@ class TestTable:
         rope(torch.tensor([9]), x, x.clone())
         assert rope.table.cos_sin.dtype == torch.float32
 
+    def test_it_grows_for_others_too(self):
+        rope = get_rope(24, 24, 100)
+        rows = []
+        with pytest.raises(IndexError, match="must be from 0 to 99"):
+            rope.with_table(torch.tensor([100]), lambda table: table[100])
+        rope.with_table(torch.tensor([99]), lambda table: rows.append(table[99]))
+        assert len(rows) == 1
+
+    @pytest.mark.parametrize("default", ["cpu", "meta"])
+    def test_the_default_device_changes_no_frequency(self, default):
+        with torch.device(default):
+            rope = get_rope(24, 24, 100)
+        rope = rope.to_empty(device="cpu")
+        x = torch.randn(1, 1, 24)
+        expected = get_rope(24, 24, 100)(torch.tensor([9]), x.clone(), x.clone())[0]
+        assert torch.equal(rope(torch.tensor([9]), x, x.clone())[0], expected)
+
+    @pytest.mark.cuda
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+    def test_on_a_gpu_it_is_whole_and_moves_with_the_model(self):
+        layers = torch.nn.ModuleList([get_rope(24, 24, 5000, base=5.0) for _ in range(2)])
+        set_context_length(layers, 9000)
+        layers.to("cuda", torch.bfloat16)
+        table = layers[0].table
+        assert layers[1].table is table
+        assert table.cos_sin.shape == (9000, 24)
+        assert (table.cos_sin.dtype, table.cos_sin.device.type) == (torch.float32, "cuda")
+        on_cpu = get_rope(24, 24, 9000, base=5.0).table
+        on_cpu.grow_for(torch.tensor([8999]))
+        torch.testing.assert_close(table.cos_sin.cpu(), on_cpu.cos_sin, rtol=0, atol=3e-7)
+        set_context_length(layers, 7000)
+        assert layers[0].table is layers[1].table
+        assert layers[0].table.cos_sin.shape == (7000, 24)
+        assert layers[0].table.cos_sin.is_cuda
+        assert layers.cpu()[0].table.cos_sin.shape == (0, 24)
+        with torch.device("cuda"):
+            made_there = get_rope(24, 24, 7000, base=5.0)
+        assert torch.equal(made_there.table.cos_sin, layers.cuda()[0].table.cos_sin)
+
 
 class TestDynamic:
     """Hugging Face's depends on the longest sequence so far; ours on the context length alone."""

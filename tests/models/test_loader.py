@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sglite import CheckpointError, UnsupportedModelError, register
+from sglite import CheckpointError, OutOfMemoryError, UnsupportedModelError, register
 from sglite.layers import Linear, RadixAttention
 from sglite.models.checkpoint import resolve_checkpoint
 from sglite.models.llama import LlamaForCausalLM
@@ -349,9 +349,12 @@ class TestKVLayers:
             kv_layers_of(nn.ModuleList([Linear(2, 2)]))
 
 
-def test_other_devices_and_quantization_are_refused(folder):
-    with pytest.raises(UnsupportedModelError, match="device='cuda' is not implemented"):
-        load(folder, device="cuda")
+def test_weights_without_room_are_refused_before_they_are_read(folder):
+    with pytest.raises(OutOfMemoryError, match="the weights need .* GB on cpu, where 0.00 GB"):
+        load(folder, room=1000)
+
+
+def test_quantization_is_refused(folder):
     with pytest.raises(UnsupportedModelError, match="quantization='int8' is not implemented"):
         load(folder, quantization="int8")
 

@@ -1,0 +1,264 @@
+// Paged attention for requests with few query rows: each block streams the keys of its units
+// through shared memory, reading into the next unit while it ends the one before. Its four warps
+// share a tile of 16 rows: each scores a quarter of the keys, then sums a quarter of the channels.
+#include "cuda/attention_launch.cuh"
+#include "cuda/attention_tile.cuh"
+
+namespace sglite::cuda {
+
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kRows = kDecodeRows;
+constexpr int kWarpKeys = kTile / kWarps;
+
+template <typename T, int kD>
+struct DecodeShared {
+    static constexpr int kWeightRow = kTile + 8;  // padded: eight rows lie in different banks
+    static constexpr int kStage = 2 * SharedRows<kD>::kElements;
+    static constexpr int kQueries = kRows * kD;
+
+    T* ring;         // [stages]: keys and values of a tile
+    T* queries;      // [stages][kRows]
+    T* weights;      // [kRows][kWeightRow]
+    float* largest;  // [kWarps][kRows]
+
+    __device__ DecodeShared(int stages) {
+        ring = dynamic_shared<T>();
+        queries = ring + stages * kStage;
+        weights = queries + stages * kQueries;
+        largest = reinterpret_cast<float*>(weights + kRows * kWeightRow);
+    }
+    static size_t bytes(int stages) {
+        return (stages * (kStage + kQueries) + kRows * kWeightRow) * sizeof(T) +
+               kWarps * kRows * sizeof(float);
+    }
+};
+
+// The tiles of a block's units, one after the other.
+template <typename T, int kD>
+struct UnitStream {
+    const AttentionView<T>& view;
+    const DecodeShared<T, kD>& shared;
+    TileLoader<T, kD, kThreads> loader;
+    AttentionUnit unit, next;
+    int work, works, next_tile = 0, next_queries = 0;
+    bool is_first = true;  // tile of its unit
+
+    __device__ UnitStream(const AttentionView<T>& view, const DecodeShared<T, kD>& shared,
+                          int works)
+        : view(view), shared(shared), work(static_cast<int>(blockIdx.x)), works(works) {
+        if (work < works) next = view.units[work / view.kv_heads];
+        enter();
+    }
+
+    // Goes to the unit `work`, or the first one behind it that has keys.
+    __device__ void enter() {
+        while (work < works) {
+            unit = next;
+            const int after = work + static_cast<int>(gridDim.x);
+            if (after < works) next = view.units[after / view.kv_heads];
+            if (unit.begin < unit.end) {
+                loader.position = unit.begin / kTile * kTile;
+                loader.begin = unit.begin;
+                loader.end = unit.end;
+                loader.head = work % view.kv_heads;
+                loader.look_up(view, unit.request);
+                is_first = true;
+                return;
+            }
+            work = after;
+        }
+    }
+
+    // Starts the copies of the next tile. Always ends a group, which may be empty.
+    __device__ void copy_tile() {
+        if (work < works) {
+            T* keys = shared.ring + next_tile * DecodeShared<T, kD>::kStage;
+            if (is_first) {
+                copy_queries<T, kD, kRows>(
+                    view, unit.first_row, unit.rows, loader.head,
+                    shared.queries + next_queries * DecodeShared<T, kD>::kQueries);
+                next_queries = next_queries + 1 == view.stages ? 0 : next_queries + 1;
+                is_first = false;
+            }
+            loader.copy(view, keys, keys + SharedRows<kD>::kElements);
+            next_tile = next_tile + 1 == view.stages ? 0 : next_tile + 1;
+            loader.position += kTile;
+            if (loader.position < unit.end) {
+                loader.look_up(view, unit.request);
+            } else {
+                work += static_cast<int>(gridDim.x);
+                enter();
+            }
+        }
+        commit_copies();
+    }
+};
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(kThreads)
+    decode_kernel(const __grid_constant__ AttentionView<T> view) {
+    constexpr int kSteps = kD / 16;
+    constexpr int kChunks = kD / 8 / kWarps;  // of a warp's channels
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int row = lane / 4, column = lane % 4 * 2;
+    const DecodeShared<T, kD> shared(view.stages);
+
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const int works = *view.unit_count * view.kv_heads;
+    UnitStream<T, kD> stream(view, shared, works);
+    for (int stage = 1; stage < view.stages; ++stage) stream.copy_tile();
+
+    int stage = 0, queries_at = 0;
+    for (int work = static_cast<int>(blockIdx.x); work < works;
+         work += static_cast<int>(gridDim.x)) {
+        const AttentionUnit unit = view.units[work / view.kv_heads];
+        const int head = work % view.kv_heads;
+        const RowPair<T> rows(view, unit, 0);
+        uint32_t q[kSteps][4];
+        float total[kChunks][4] = {}, total_sum[2] = {}, total_largest[2] = {-INFINITY, -INFINITY};
+        float o[kChunks][4] = {}, sum[4] = {}, largest[2] = {-INFINITY, -INFINITY};
+
+        const int first = unit.begin / kTile * kTile;
+        for (int position = first; position < unit.end; position += kTile) {
+            wait_for_stage(view.stages);
+            __syncthreads();
+            const T* keys = shared.ring + stage * DecodeShared<T, kD>::kStage;
+            const T* values = keys + SharedRows<kD>::kElements;
+            stage = stage + 1 == view.stages ? 0 : stage + 1;
+            if (position == first) {
+                const T* queries = shared.queries + queries_at * DecodeShared<T, kD>::kQueries;
+                queries_at = queries_at + 1 == view.stages ? 0 : queries_at + 1;
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) load_left<kD>(q[step], queries, 0, step);
+            }
+            stream.copy_tile();
+
+            float scores[2][4] = {};
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step)
+                add_scores<kD>(scores[0], scores[1], q[step], keys, warp * kWarpKeys, step);
+
+            float most[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int key = position + warp * kWarpKeys + n * 8 + column + i % 2;
+                    float& score = scores[n][i];
+                    score = rows.sees(i / 2, key) ? exponent(view, score) : -INFINITY;
+                    most[i / 2] = fmaxf(most[i / 2], score);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                most[i] = fmaxf(most[i], shuffle_xor(most[i], 1));
+                most[i] = fmaxf(most[i], shuffle_xor(most[i], 2));
+                if (lane % 4 == 0) shared.largest[warp * kRows + row + 8 * i] = most[i];
+            }
+            __syncthreads();
+            float scale[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float after = largest[i];
+#pragma unroll
+                for (int other = 0; other < kWarps; ++other)
+                    after = fmaxf(after, shared.largest[other * kRows + row + 8 * i]);
+                scale[i] = exp2_fast(subtract(largest[i], finite(after)));
+                largest[i] = after;
+            }
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float at = finite(largest[i]);
+                    T* to = shared.weights + (row + 8 * i) * DecodeShared<T, kD>::kWeightRow +
+                            warp * kWarpKeys + n * 8 + column;
+                    *reinterpret_cast<uint32_t*>(to) =
+                        pack_pair<T>(exp2_fast(subtract(scores[n][2 * i], at)),
+                                     exp2_fast(subtract(scores[n][2 * i + 1], at)));
+                }
+            }
+            __syncthreads();
+            uint32_t weights[4][4];
+#pragma unroll
+            for (int step = 0; step < 4; ++step) {
+                const int matrix = lane / 8;
+                load_matrices(weights[step],
+                              shared.weights +
+                                  (lane % 8 + (matrix & 1) * 8) * DecodeShared<T, kD>::kWeightRow +
+                                  (2 * step + (matrix >> 1)) * 8);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[i] = multiply(sum[i], scale[i / 2]);
+            add_weights<T>(sum, weights);
+#pragma unroll
+            for (int n = 0; n < kChunks; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) o[n][i] = multiply(o[n][i], scale[i / 2]);
+                add_values<kD>(o[n], weights, values, warp * kChunks + n);
+            }
+
+            const int after = position + kTile;
+            if (after < unit.end && split_begin(split_of(after)) != after) continue;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const MergeFactors merge(total_largest[i], largest[i]);
+                total_largest[i] = merge.largest;
+                total_sum[i] = merge(total_sum[i], sum[2 * i]);
+#pragma unroll
+                for (int n = 0; n < kChunks; ++n) {
+#pragma unroll
+                    for (int j = 2 * i; j < 2 * i + 2; ++j) {
+                        total[n][j] = merge(total[n][j], o[n][j]);
+                        o[n][j] = 0.0f;
+                    }
+                }
+                sum[2 * i] = sum[2 * i + 1] = 0.0f;
+                largest[i] = -INFINITY;
+            }
+        }
+
+        const int channel = warp * kChunks * 8 + column;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (unit.parts == 1) {
+                const float factor = inverse(total_sum[i]);
+#pragma unroll
+                for (int n = 0; n < kChunks; ++n) {
+                    rows.write(view, i, head, channel + n * 8, multiply(total[n][2 * i], factor),
+                               multiply(total[n][2 * i + 1], factor));
+                }
+            } else if (row + 8 * i < unit.rows) {
+                float* record = record_of<kD>(view, unit.first_row + row + 8 * i, head, unit.part);
+#pragma unroll
+                for (int n = 0; n < kChunks; ++n) {
+                    *reinterpret_cast<float2*>(record + channel + n * 8) =
+                        float2{total[n][2 * i], total[n][2 * i + 1]};
+                }
+                if (threadIdx.x % 4 == 0 && warp == 0)
+                    *reinterpret_cast<float2*>(record + kD) =
+                        float2{total_largest[i], total_sum[i]};
+            }
+        }
+        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
+    }
+    wait_copies<0>();
+}
+
+}  // namespace
+
+void attention_decode(const AttentionArgs& args, Stream stream) {
+    visit_attention(args, [&](auto element, auto dim) {
+        using T = decltype(element);
+        constexpr int kD = decltype(dim)::value;
+        using Shared = DecodeShared<T, kD>;
+        launch_attention<T, decode_kernel<T, kD>>(args, stream, kThreads, false, kDecodeStages,
+                                                  Shared::bytes);
+    });
+}
+
+}  // namespace sglite::cuda

@@ -1,0 +1,190 @@
+"""The inputs of decode steps, at fixed addresses on the device."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglite import ops
+from sglite.cache.kv_pool import KVPool
+from sglite.engine.request import Request
+from sglite.engine.sampling_state import SamplingState, parameters
+from sglite.engine.scheduler import ScheduledRequest
+from sglite.engine.transfer import upload
+from sglite.layers.forward_batch import ForwardBatch
+from sglite.ops.sampling import INTEGERS, REALS
+
+# What is uploaded of each row, in this order: dtype and number of elements.
+_UPLOADED = {
+    "token_ids": (np.int64, 1),
+    "positions": (np.int64, 1),
+    "kv_lens": (np.int32, 1),
+    "kv_end": (np.int32, 1),
+    "integers": (np.int64, len(INTEGERS)),
+    "reals": (np.float32, len(REALS)),
+}
+# How rows without a request sample: the most probable token.
+_GREEDY = [1.0 if name in ("top_p", "repetition_penalty") else 0.0 for name in REALS]
+
+
+class DecodeState:
+    """One row for each request of a decode step: what it feeds, where it stands, how it samples.
+
+    A step begins with `advance`, which moves every row on by one token, the one that the step
+    before has drawn. So steps that follow each other with the same requests need nothing of the
+    host, and what is uploaded otherwise is the state one token back. Rows beyond the requests have
+    no positions; they stay where they are, and what is computed for them goes to the reserved page.
+
+    Args:
+        max_rows: requests of a step at most.
+        max_pages: pages of a request at most.
+        pool: the KV cache.
+
+    Attributes:
+        token_ids: [max_rows] int64, what the last step has drawn for each row.
+        status: [max_rows] int32, as `sglite.ops.sample` gives it.
+        reals, integers: its parameters.
+    """
+
+    def __init__(self, max_rows: int, max_pages: int, pool: KVPool):
+        device = pool.device
+        self._pool = pool
+        self._max_rows = max_rows
+        self._uploaded = torch.zeros(
+            sum(np.dtype(dtype).itemsize * width * max_rows for dtype, width in _UPLOADED.values()),
+            dtype=torch.uint8,
+            device=device,
+        )
+        views = self._views(self._uploaded)
+        self.token_ids, self._positions, self._kv_lens, self._kv_end, self.integers, self.reals = (
+            views[name] for name in _UPLOADED
+        )
+        self.status = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._input_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
+        self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._rows = torch.arange(max_rows, dtype=torch.int64, device=device)
+        # What the rows stand for, once the step last launched is done.
+        self._requests: list[tuple[Request, int]] = []
+        self._starts: list[int] = []
+        self._page_counts: list[int] = []
+
+    def set(
+        self,
+        items: Sequence[ScheduledRequest],
+        states: Sequence[SamplingState],
+        drawn: Tensor | None,
+        sources: Sequence[int],
+    ) -> None:
+        """Makes the rows ready for a step of these requests, with as little as is new to them.
+
+        Args:
+            items: one token of each of these requests; their tokens so far have a position.
+            states: how they sample.
+            drawn: what the step launched last has drawn.
+            sources: for each request the row of `drawn` that holds the token to feed; -1 where the
+                request knows it.
+        """
+        requests = [(item.request, item.incarnation) for item in items]
+        starts = [item.start for item in items]
+        if requests == self._requests and starts == self._starts:
+            self._add_pages(items)
+        else:
+            self._upload(items, states, drawn, sources)
+        self._requests = requests
+        self._starts = [start + 1 for start in starts]
+        self._page_counts = [item.request.num_pages for item in items]
+
+    def _add_pages(self, items: Sequence[ScheduledRequest]) -> None:
+        rows, columns, pages = [], [], []
+        for row, (item, count) in enumerate(zip(items, self._page_counts, strict=True)):
+            for column in range(count, item.request.num_pages):
+                rows.append(row)
+                columns.append(column)
+                pages.append(item.request.pages[column])
+        if rows:
+            where, what = upload(
+                [np.array([rows, columns], np.int64), np.array(pages, np.int32)], self._pool.device
+            )
+            self._page_table[where[0], where[1]] = what
+
+    def _upload(
+        self,
+        items: Sequence[ScheduledRequest],
+        states: Sequence[SamplingState],
+        drawn: Tensor | None,
+        sources: Sequence[int],
+    ) -> None:
+        count = len(items)
+        image = np.zeros(self._uploaded.shape, np.uint8)
+        views = {name: view.numpy() for name, view in self._views(torch.from_numpy(image)).items()}
+        starts = [item.start for item in items]
+        views["token_ids"][:count] = [item.request.token_ids[item.start] for item in items]
+        views["positions"][:count] = np.array(starts) - 1
+        views["kv_lens"][:count] = views["kv_end"][:count] = starts
+        views["reals"][:count], views["integers"][:count] = parameters(
+            states, [item.output_index - 1 for item in items]
+        )
+        views["reals"][count:] = _GREEDY
+        width = max(item.request.num_pages for item in items)
+        page_table = np.zeros((count, width), np.int32)
+        for row, item in enumerate(items):
+            page_table[row, : item.request.num_pages] = item.request.held_pages
+        image, page_table, source = upload(
+            [image, page_table, np.array(sources, np.int32)], self._pool.device
+        )
+        if drawn is not None:
+            drawn = drawn.clone()  # it may be a part of what is overwritten now
+        self._uploaded.copy_(image)
+        self._page_table[:count, :width].copy_(page_table)
+        if max(sources) >= 0:
+            ops.gather_tokens(self.token_ids[:count], drawn, source)
+
+    def advance(self, num_rows: int, kv_cache: Sequence[tuple[Tensor, Tensor]]):
+        """Moves the first rows on by one token; gives the arguments of the model's forward."""
+        ops.advance(
+            self.token_ids[:num_rows],
+            self._input_ids[:num_rows],
+            self._positions[:num_rows],
+            self._kv_lens[:num_rows],
+            self._kv_end[:num_rows],
+            self._slots[:num_rows],
+            self.integers[:num_rows],
+            self._page_table[:num_rows],
+            self._pool.page_size,
+        )
+        batch = ForwardBatch(
+            query_start=self._query_start[: num_rows + 1],
+            kv_lens=self._kv_lens[:num_rows],
+            kv_end=self._kv_end[:num_rows],
+            slots=self._slots[:num_rows],
+            page_table=self._page_table[:num_rows],
+            logits_rows=self._rows[:num_rows],
+            kv_cache=kv_cache,
+        )
+        return self._input_ids[:num_rows], self._positions[:num_rows], batch
+
+    def save(self) -> Tensor:
+        """A copy of what a step changes; `restore` takes it."""
+        return self._uploaded.clone()
+
+    def restore(self, saved: Tensor) -> None:
+        """Goes back to before the steps since `save`."""
+        self._uploaded.copy_(saved)
+
+    def forget(self) -> None:
+        """Drops the requests, so that the next step uploads everything."""
+        self._requests, self._starts, self._page_counts = [], [], []
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The fields that lie one after the other in `buffer`."""
+        views, offset = {}, 0
+        for name, (dtype, width) in _UPLOADED.items():
+            num_bytes = np.dtype(dtype).itemsize * width * self._max_rows
+            kind = getattr(torch, np.dtype(dtype).name)
+            view = buffer[offset : offset + num_bytes].view(kind)
+            views[name] = view.view(self._max_rows, width) if width > 1 else view
+            offset += num_bytes
+        return views

@@ -1,0 +1,96 @@
+"""Tokens on their way from the device that has drawn them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sglite import ops
+from sglite.engine.sampling_state import SamplingState, step_error
+from sglite.engine.transfer import Download
+from sglite.interface.errors import RequestError
+from sglite.interface.outputs import TokenLogprobs
+from sglite.ops.sampling import NOT_A_NUMBER, NOTHING_LEFT, SAMPLED
+
+
+class Sampled(NamedTuple):
+    """What sampling gave one request."""
+
+    token_id: int | None  # None if there is an error
+    logprobs: TokenLogprobs | None  # None if not asked for
+    error: RequestError | None
+
+
+class DrawnTokens:
+    """The tokens that a step has drawn, on the device and on their way to the host.
+
+    Args:
+        states: of the R requests.
+        token_ids: [R] int64 on the device, -1 where none was drawn.
+        status: [R] int32, what `sglite.ops.sample` said.
+        output_indices: for each request which of its output tokens this is, from 0 on.
+        failures: by row, of the requests whose logits processors failed.
+        logprob_rows: the rows that want log-probabilities.
+        logprobs: those rows' log-probabilities, if there are any rows.
+        describe: `Sampler.describe`.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[SamplingState],
+        token_ids: Tensor,
+        status: Tensor,
+        output_indices: Sequence[int],
+        failures: Mapping[int, RequestError],
+        logprob_rows: Sequence[int],
+        logprobs: ops.LogProbs | None,
+        describe: Callable[..., list[TokenLogprobs]],
+    ):
+        self.token_ids = token_ids
+        self._states = states
+        self._output_indices = output_indices
+        self._failures = failures
+        self._logprob_rows = logprob_rows
+        self._describe = describe
+        self._download = Download([token_ids, status, *(logprobs or ())])
+
+    def collect(self) -> list[Sampled]:
+        """Waits for the device; gives one result for each request, in order."""
+        token_tensor, status, *logprobs = self._download.wait()
+        token_ids = token_tensor.tolist()
+        described = self._describe_all(token_ids, logprobs)
+        results = []
+        for row, (token_id, code) in enumerate(zip(token_ids, status.tolist(), strict=True)):
+            error = self._failures.get(row)
+            if error is None and code != SAMPLED:
+                error = _no_token(code, self._states[row], self._output_indices[row])
+            if error is not None:
+                results.append(Sampled(None, None, error))
+            else:
+                results.append(Sampled(token_id, described.get(row), None))
+        return results
+
+    def _describe_all(
+        self, token_ids: Sequence[int], logprobs: Sequence[Tensor]
+    ) -> dict[int, TokenLogprobs]:
+        """By row, for the rows that ask for log-probabilities and have a token."""
+        places = [place for place, row in enumerate(self._logprob_rows) if token_ids[row] >= 0]
+        rows = [self._logprob_rows[place] for place in places]
+        if not rows:
+            return {}
+        found = [tensor[places] for tensor in logprobs]
+        wanted = [self._states[row].logprobs for row in rows]
+        entries = self._describe([token_ids[row] for row in rows], found, wanted)
+        return dict(zip(rows, entries, strict=True))
+
+
+def _no_token(status: int, state: SamplingState, output_index: int) -> RequestError:
+    source = (
+        "the logits processors' result holds" if state.processors else "the model's logits hold"
+    )
+    reasons = {
+        NOT_A_NUMBER: f"{source} NaN",
+        NOTHING_LEFT: "every token is banned (logits of -infinity, bad_words, allowed_token_ids, "
+        "logit_bias, or end tokens before min_new_tokens)",
+    }
+    return step_error(output_index, reasons[status])

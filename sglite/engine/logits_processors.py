@@ -1,0 +1,57 @@
+"""Logits processors: the callables of a request that may change its row of logits."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sglite.engine.sampling_state import SamplingState, step_error
+from sglite.interface.errors import RequestError
+
+
+def apply_processors(
+    logits: Tensor, states: Sequence[SamplingState]
+) -> tuple[Tensor, dict[int, RequestError]]:
+    """The logits after the requests' processors, on a copy; by row, what went wrong."""
+    if not any(state.processors for state in states):
+        return logits, {}
+    processed, failures = logits.clone(), {}
+    for row, state in enumerate(states):
+        failure = _process(processed[row], state) if state.processors else None
+        if failure is not None:
+            failures[row] = failure
+    return processed, failures
+
+
+def _process(row: Tensor, state: SamplingState) -> RequestError | None:
+    """Runs the request's processors on its row, in place; returns what went wrong."""
+    for processor in state.processors:
+        try:
+            result = processor(list(state.output_token_ids), row)
+        except Exception as error:
+            failure = step_error(
+                len(state.output_token_ids),
+                f"the logits processor {_name(processor)} raised {type(error).__name__}: {error}",
+            )
+            failure.__cause__ = error
+            return failure
+        if not isinstance(result, Tensor):
+            got = type(result).__name__
+        elif result.dtype != torch.float32 or result.shape != row.shape:
+            got = (
+                f"a {str(result.dtype).removeprefix('torch.')} tensor of shape {list(result.shape)}"
+            )
+        else:
+            if result is not row:
+                row.copy_(result.detach())
+            continue
+        return step_error(
+            len(state.output_token_ids),
+            f"the logits processor {_name(processor)} returned {got}; expected the logits, a "
+            f"float32 tensor of shape {list(row.shape)}",
+        )
+    return None
+
+
+def _name(processor: Callable) -> str:
+    return getattr(processor, "__qualname__", None) or type(processor).__qualname__

@@ -1,0 +1,143 @@
+"""Steps launched ahead, and decode steps as graphs: the same tokens as step by step.
+
+On the CPU the graph is a stand-in that does the work when it is replayed.
+"""
+
+import warnings
+
+import pytest
+import torch
+
+from sglite import LLM
+from sglite.engine.decode_graphs import DecodeGraphs
+
+PROMPTS = [
+    "What is 12 plus 7?",
+    "What is the capital of France?",
+    "What is the capital of Italy?",
+    "12 plus",
+    "The capital of Norway",
+    "What is 3 plus 4? What is 30 plus 40? What is 31 plus 41?",
+    "a",
+]
+
+
+class LateGraph:
+    """Does the recorded work at every replay; counts them."""
+
+    num_captures = 0
+    num_replays = 0
+
+    def __init__(self, function):
+        self._function = function
+        self.result = None
+        LateGraph.num_captures += 1
+
+    def replay(self):
+        self.result = self._function()
+        LateGraph.num_replays += 1
+
+
+@pytest.fixture(autouse=True)
+def counts():
+    LateGraph.num_captures = LateGraph.num_replays = 0
+
+
+def make_llm(capture=LateGraph, **options):
+    """An LLM that launches ahead and runs decode steps through `capture`, as on a GPU."""
+    llm = LLM("demo", device="cpu", seed=3, **options)
+    runner = llm._engine.runner
+    runner.runs_ahead = True
+    runner._graphs = DecodeGraphs(
+        runner.model,
+        runner.pool,
+        runner.sampler,
+        vocab_size=llm._intake._limits.vocab_size,
+        max_requests=llm.config.max_running_requests,
+        max_tokens=llm.config.context_length,
+        capture=capture,
+    )
+    return llm
+
+
+def params(index):
+    """Of every kind: greedy, drawn, with penalties, with bans, of different lengths."""
+    kinds = [
+        {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True},
+        {"temperature": 1.5, "seed": 5, "max_new_tokens": 30, "ignore_eos": True},
+        {"temperature": 0, "repetition_penalty": 1.3, "max_new_tokens": 12, "ignore_eos": True},
+        {"temperature": 0, "logit_bias": {7: 3.0}, "max_new_tokens": 3, "logprobs": 2},
+        {"temperature": 0.9, "seed": 6, "top_k": 5, "max_new_tokens": 17, "logprobs": 0},
+        {"temperature": 0, "max_new_tokens": 1},
+    ]
+    return kinds[index % len(kinds)]
+
+
+def results(outputs):
+    return [(out.token_ids, out.finish_reason, out.logprobs) for out in outputs]
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 96}, {"max_running_requests": 3}])
+def test_the_same_tokens_as_step_by_step(options):
+    chosen = [params(index) for index in range(len(PROMPTS))]
+    expected = results(LLM("demo", device="cpu", seed=3, **options).generate(PROMPTS, chosen))
+    llm = make_llm(**options)
+    for _ in range(2):  # the second time out of the prefix cache
+        assert results(llm.generate(PROMPTS, chosen)) == expected
+    assert LateGraph.num_replays > LateGraph.num_captures > 1
+    if "kv_cache_tokens" in options:
+        assert llm.stats()["preemptions"] > 0
+    llm._engine.scheduler.cache.check_invariant()
+
+
+def test_stop_strings_and_processors_in_one_batch():
+    def forbid(token_ids, logits):
+        logits[token_ids] = -torch.inf
+        return logits
+
+    chosen = [
+        {"temperature": 0, "logits_processors": [forbid], "max_new_tokens": 10},
+        {"temperature": 0, "stop": ["a"], "max_new_tokens": 30},
+        {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True},
+    ]
+    expected = results(LLM("demo", device="cpu").generate(PROMPTS[:3], chosen))
+    assert results(make_llm().generate(PROMPTS[:3], chosen)) == expected
+
+
+def test_a_model_opts_out():
+    llm = make_llm()
+    type(llm._engine.runner.model).cuda_graphs = False
+    try:
+        opted_out = make_llm()
+        assert opted_out.generate(PROMPTS[0], temperature=0).text
+        assert LateGraph.num_captures == 0
+    finally:
+        del type(llm._engine.runner.model).cuda_graphs
+
+
+def expect_warning(llm, match):
+    """Generates twice, with one warning in all, and the right tokens."""
+    expected = LLM("demo", device="cpu").generate(PROMPTS, temperature=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            outputs = llm.generate(PROMPTS, temperature=0)
+            assert results(outputs) == results(expected)
+    assert len(caught) == 1, [str(warning.message) for warning in caught]
+    assert match in str(caught[0].message)
+
+
+def test_one_warning_where_capture_fails():
+    def capture(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    expect_warning(make_llm(capture), "LlamaForCausalLM runs without CUDA graphs")
+
+
+def test_one_warning_where_a_replay_differs():
+    class Wrong(LateGraph):
+        def replay(self):
+            super().replay()
+            self.result = self.result.roll(1, dims=1)
+
+    expect_warning(make_llm(Wrong), "replay differs")

@@ -1,0 +1,45 @@
+"""On the CPU the fused linear ops are the ops that they are made of, bit for bit."""
+
+import pytest
+import torch
+
+from sglite import ops
+from tests.ops.closeness import DTYPES
+
+ACTIVATIONS = {
+    "silu": ops.silu_and_mul,
+    "gelu": ops.gelu_and_mul,
+    "gelu_tanh": lambda x: ops.gelu_and_mul(x, "tanh"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 20])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_same_bits_as_the_parts(dtype, packed, rows, with_bias):
+    generator = torch.Generator().manual_seed(rows)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, norm_weight, plain = draw(rows, 48), draw(48), draw(40, 48)
+    bias = draw(40) if with_bias else None
+    weight = ops.pack_weight(plain) if packed else plain
+    normed = ops.rms_norm(x, norm_weight, 1e-5, weight_offset=1.0)
+    expected = ops.linear(normed, weight, bias)
+    actual = ops.norm_linear(x, norm_weight, 1e-5, weight, bias, weight_offset=1.0)
+    assert torch.equal(actual, expected)
+    for name, activation in ACTIVATIONS.items():
+        wanted = activation(expected)
+        assert torch.equal(ops.gated(expected, name), wanted)
+        assert torch.equal(ops.gated_linear(normed, weight, bias, activation=name), wanted)
+        actual = ops.norm_gated_linear(
+            x, norm_weight, 1e-5, weight, bias, activation=name, weight_offset=1.0
+        )
+        assert torch.equal(actual, wanted)
+
+
+def test_an_unknown_activation_is_refused_by_name():
+    with pytest.raises(ValueError, match="gated: activation: expected 'silu', 'gelu' or"):
+        ops.gated(torch.randn(2, 8), "relu")
