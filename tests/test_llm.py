@@ -452,6 +452,13 @@ class TestLife:
         with pytest.raises(sglite.EngineClosedError):
             model.stats()
 
+    def test_a_stream_that_begins_after_close_is_refused(self):
+        model = LLM("demo", kv_cache_tokens=512)
+        stream = model.stream("Hi")
+        model.close()
+        with pytest.raises(sglite.EngineClosedError):
+            next(stream)
+
     def test_close_ends_a_call_of_another_thread(self):
         model = LLM("demo", kv_cache_tokens=2048)
         caught = []
