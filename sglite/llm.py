@@ -264,7 +264,7 @@ class LLM:
             return []
         groups = self._make_groups(prompts, sampling_params, keywords, streams=False)
         call = Call([request for group in groups for request in group.requests])
-        driver = self._driver
+        driver = self._open_driver()
         try:
             driver.submit(call)
             self._wait(call, groups, progress)
@@ -291,7 +291,7 @@ class LLM:
         if not groups:
             return
         call = Call([request for group in groups for request in group.requests], every_token=True)
-        driver = self._driver
+        driver = self._open_driver()
         seen, is_last = 0, False
         try:
             driver.submit(call)
@@ -307,11 +307,11 @@ class LLM:
     def _make_groups(
         self, prompts: list[Prompt], sampling_params, keywords: dict, *, streams: bool
     ) -> list[RequestGroup]:
-        if self._driver is None:
-            raise EngineClosedError("this LLM is closed; make a new one")
+        intake = self._intake  # before the check, as another thread may close at any moment
+        self._open_driver()
         params = broadcast_sampling_params(sampling_params, len(prompts), **keywords)
         return [
-            self._intake.make_group(
+            intake.make_group(
                 index,
                 prompt,
                 params[index],
@@ -320,6 +320,12 @@ class LLM:
             )
             for index, prompt in enumerate(prompts)
         ]
+
+    def _open_driver(self) -> Driver:
+        driver = self._driver
+        if driver is None:
+            raise EngineClosedError("this LLM is closed; make a new one")
+        return driver
 
     def _render_all(self, messages: Sequence, tools, template_arguments: Mapping | None):
         """The prompts of one conversation or of a list of them, and whether it was one."""

@@ -206,6 +206,24 @@ class TestLogprobs:
         assert 0 < later.usage.cached_tokens <= 4
 
 
+def test_ids_without_a_token_are_no_text(tmp_path):
+    """Checkpoints often have more logits than their tokenizer has tokens."""
+    from tests.checkpoints import VOCAB_SIZE, make_checkpoint
+
+    make_checkpoint(tmp_path, vocab_size=VOCAB_SIZE + 64)
+    params = SamplingParams(
+        allowed_token_ids=[VOCAB_SIZE + 3, VOCAB_SIZE + 9], max_new_tokens=4, logprobs=0, seed=1
+    )
+    with LLM(tmp_path, kv_cache_tokens=256) as model:
+        output = model.generate("Hi", params)
+        pieces = [chunk.text for chunk in model.stream("Hi", params)]
+        after = model.generate([5, VOCAB_SIZE + 1], temperature=0, max_new_tokens=2)
+    assert output.text == "".join(pieces) == ""
+    assert len(output.token_ids) == len(after.token_ids) + 2 == 4
+    for token_id, entry in zip(output.token_ids, output.logprobs, strict=True):
+        assert entry[token_id].decoded_token == ""
+
+
 class TestLogitsProcessors:
     def test_gets_the_ids_so_far_and_a_row(self, llm):
         seen = []
@@ -294,6 +312,28 @@ class TestChat:
     def test_there_is_one_bos_only(self, llm):
         output = llm.chat([{"role": "user", "content": "Hi"}], temperature=0, max_new_tokens=1)
         assert output.prompt_token_ids.count(llm.tokenizer.bos_token_id) == 1
+
+    def test_tools_and_further_arguments_reach_the_template(self, llm, monkeypatch):
+        template = (
+            "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}{{ mood }}:"
+            "{{ messages[-1].content }}{{ '>' if add_generation_prompt }}"
+        )
+        monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+        tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+        messages = [{"role": "user", "content": "Hi"}]
+        for arguments, expected in (
+            ({"tools": [tool], "chat_template_kwargs": {"mood": "calm"}}, "add;calm:Hi>"),
+            ({"chat_template_kwargs": {"add_generation_prompt": False}}, ":Hi"),
+        ):
+            output = llm.chat(messages, max_new_tokens=1, **arguments)
+            assert output.prompt == expected
+            chunks = list(llm.stream_chat(messages, max_new_tokens=1, **arguments))
+            assert chunks[-1].output.prompt == expected
+
+    def test_without_a_template_it_is_refused(self, llm, monkeypatch):
+        monkeypatch.setattr(llm.tokenizer, "chat_template", None)
+        with pytest.raises(InvalidRequestError, match="demo has no chat template; use generate"):
+            llm.chat([{"role": "user", "content": "Hi"}])
 
     def test_the_stream_says_the_same(self, llm):
         messages = [{"role": "user", "content": "Count from 5 to 14."}]
@@ -411,6 +451,13 @@ class TestLife:
             model.generate("Hi")
         with pytest.raises(sglite.EngineClosedError):
             model.stats()
+
+    def test_a_stream_that_begins_after_close_is_refused(self):
+        model = LLM("demo", kv_cache_tokens=512)
+        stream = model.stream("Hi")
+        model.close()
+        with pytest.raises(sglite.EngineClosedError):
+            next(stream)
 
     def test_close_ends_a_call_of_another_thread(self):
         model = LLM("demo", kv_cache_tokens=2048)

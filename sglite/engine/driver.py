@@ -128,11 +128,11 @@ class Driver:
                     calls.append(call)
                     for request in call.requests:
                         self._engine.add(request)
-                for call in calls:
-                    if self._closed or call.is_abandoned:
-                        for request in call.requests:
-                            self._engine.abort(request)
                 try:
+                    for call in calls:
+                        if self._closed or call.is_abandoned:
+                            for request in call.requests:
+                                self._engine.abort(request)
                     if self._engine.has_work:
                         self._engine.step()
                 except BaseException as error:  # nobody may be left waiting, whatever happened

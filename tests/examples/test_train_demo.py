@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sglite import LLM
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "train_demo"
 CHECKPOINT = ROOT / "sglite" / "checkpoints" / "demo"
@@ -61,6 +63,24 @@ def test_held_out_questions_are_answered(scripts, model, tokenizer):
     assert len({(prompt.group, prompt.form) for prompt in prompts}) >= 15
     wrong = scripts.evaluate.wrong_answers(model, tokenizer, prompts)
     assert len(wrong) <= 0.05 * len(prompts), wrong[:5]
+
+
+def test_sglite_gives_the_tokens_of_hugging_face(scripts, tokenizer):
+    """In float32; where the oracle's two best logits are nearly equal, either token will do."""
+    prompts = scripts.evaluate.held_out_prompts(tokenizer, sample=60, seed=2)
+    prompt_ids = tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]
+    with LLM("demo", dtype="float32", kv_cache_tokens=32_768) as llm:
+        outputs = llm.generate(prompt_ids, temperature=0, max_new_tokens=48)
+    oracle = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    right = 0
+    for prompt, before, output in zip(prompts, prompt_ids, outputs, strict=True):
+        with torch.no_grad():
+            logits = oracle(torch.tensor([before + output.token_ids])).logits[0]
+        logits = logits[len(before) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        assert (logits.amax(1) - chosen <= 1e-4 * logits.abs().amax(1)).all(), prompt
+        right += output.text + tokenizer.eos_token == prompt.expected
+    assert right >= 0.95 * len(prompts)
 
 
 def test_wrong_answers_are_noticed(scripts, model, tokenizer):
