@@ -39,6 +39,7 @@ sanitize-cuda: build
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	        $(RUN) -m pytest tests/cuda -k "kv or side_stream" || exit 1; \
 	done
+
 # Ten thousand requests through a small cache; `test-cuda` holds a short version.
 soak-cuda: build
 	SGLITE_SOAK_REQUESTS=10000 $(RUN) -m pytest tests/cuda/test_soak.py

@@ -52,7 +52,8 @@ class LLM:
         num_threads: threads of the CPU kernels; None: as many as torch uses.
         seed: where the seeds of requests without one come from; None: the system's randomness.
         trust_remote_code: whether Python code of the checkpoint may run.
-        batch_invariant: whether results are the same bits whatever shares the batch.
+        batch_invariant: whether results are the same bits whatever shares the batch; always so on
+            the CPU.
         revision, cache_dir, token: for hub models, as huggingface_hub takes them.
 
     Attributes:
@@ -120,6 +121,7 @@ class LLM:
             room=free_memory(device) if device.type == "cuda" else None,
             quantization=options.quantization,
             context_length=options.context_length,
+            batch_invariant=bool(options.batch_invariant),
             trust_remote_code=options.trust_remote_code,
         )
         thread = EngineThread(device, num_threads)
@@ -142,7 +144,7 @@ class LLM:
             context_limit=loaded.max_positions,
             kv_cache_tokens=fitting,
             num_threads=num_threads,
-            batch_invariant=options.batch_invariant or device.type == "cpu",
+            batch_invariant=bool(options.batch_invariant) or device.type == "cpu",
         )
         config = self.config
         self.tokenizer = hf_tokenizer

@@ -15,13 +15,15 @@ from sglite.engine.transfer import upload
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.ops.sampling import INTEGERS, REALS
 
-# What is uploaded of each row, in this order: dtype and number of elements.
+# What is uploaded of each row: dtype and number of elements. In this order every field is aligned,
+# and what a step gives lies together.
 _UPLOADED = {
     "token_ids": (np.int64, 1),
-    "positions": (np.int64, 1),
+    "status": (np.int32, 1),
     "kv_lens": (np.int32, 1),
-    "kv_end": (np.int32, 1),
+    "positions": (np.int64, 1),
     "integers": (np.int64, len(INTEGERS)),
+    "kv_end": (np.int32, 1),
     "reals": (np.float32, len(REALS)),
 }
 # How rows without a request sample: the most probable token.
@@ -57,10 +59,10 @@ class DecodeState:
             device=device,
         )
         views = self._views(self._uploaded)
-        self.token_ids, self._positions, self._kv_lens, self._kv_end, self.integers, self.reals = (
-            views[name] for name in _UPLOADED
-        )
-        self.status = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.token_ids, self.status = views["token_ids"], views["status"]
+        self.reals, self.integers = views["reals"], views["integers"]
+        self._positions, self._kv_lens = views["positions"], views["kv_lens"]
+        self._kv_end = views["kv_end"]
         self._input_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._slots = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)

@@ -77,9 +77,7 @@ class CapturedGraph:
             try:
                 result = function()
             except BaseException:
-                # That the capture has failed is known; this takes the stream out of it.
-                with contextlib.suppress(RuntimeError):
-                    self._graph.capture_end()
+                _end_broken_capture(self._graph, pool)
                 raise
             self._graph.capture_end()
         self.result = _alias(result)
@@ -87,6 +85,15 @@ class CapturedGraph:
     def replay(self) -> None:
         """Launches the work on the current stream; the interpreter's lock is free meanwhile."""
         self._graph.replay()
+
+
+def _end_broken_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """Takes the stream and torch's allocator out of a capture that is known to have failed."""
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()
+    # Where that raises, the allocator is left recording, and would give no memory back from now on.
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 class GraphPool:

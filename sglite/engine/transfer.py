@@ -8,6 +8,8 @@ from torch import Tensor
 
 # Where arrays start in a common buffer: good for any vector load.
 _ALIGNMENT = 64
+# Bytes up to which what lies between tensors is copied along.
+_SMALL = 1 << 14
 
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -44,12 +46,7 @@ class Download:
         if not tensors or not tensors[0].is_cuda:
             self._host = [tensor.clone() for tensor in tensors]
         else:
-            self._host = [
-                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-                    tensor, non_blocking=True
-                )
-                for tensor in tensors
-            ]
+            self._host = _copy_to_pinned(tensors)
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -58,3 +55,29 @@ class Download:
         if self._event is not None:
             self._event.synchronize()
         return self._host
+
+
+def _copy_to_pinned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that are under way; neighbours in one buffer go by a single copy.
+
+    A device that changes between computing and copying does neither for a while.
+    """
+    storage = tensors[0].untyped_storage()
+    begins = [tensor.storage_offset() * tensor.itemsize for tensor in tensors]
+    begin = min(begins)
+    end = max(start + tensor.nbytes for start, tensor in zip(begins, tensors, strict=True))
+    shared = all(tensor.untyped_storage().data_ptr() == storage.data_ptr() for tensor in tensors)
+    if not shared or end - begin > _SMALL:
+        return [_pinned(tensor) for tensor in tensors]
+    whole = torch.empty(0, dtype=torch.uint8, device=tensors[0].device).set_(storage)
+    host = _pinned(whole[begin:end])
+    return [
+        host[start - begin :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(begins, tensors, strict=True)
+    ]
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+        tensor, non_blocking=True
+    )

@@ -32,6 +32,9 @@ class RadixAttention(nn.Module):
             configs; None: all. One of the two only.
         quant_config: must be None.
         prefix: module path, for messages.
+
+    Attributes:
+        batch_invariant: as for `Linear`.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class RadixAttention(nn.Module):
         self.layer_id = layer_id
         self.logit_cap = logit_cap or None
         self.sliding_window = sliding_window
+        self.batch_invariant = False
         self.width = num_heads * head_dim
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, forward_batch: ForwardBatch) -> Tensor:
@@ -111,7 +115,11 @@ class RadixAttention(nn.Module):
             window=self.sliding_window,
             soft_cap=self.logit_cap,
             plan=forward_batch.attention_plan(
-                self.num_heads, self.num_kv_heads, self.head_dim, self.sliding_window
+                self.num_heads,
+                self.num_kv_heads,
+                self.head_dim,
+                self.sliding_window,
+                self.batch_invariant,
             ),
         )
         return out.view(-1, self.width)

@@ -31,10 +31,15 @@ class ForwardBatch:
     _plans: dict[tuple, ops.AttentionPlan | None] = field(default_factory=dict, repr=False)
 
     def attention_plan(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        batch_invariant: bool,
     ) -> ops.AttentionPlan | None:
         """What `sglite.ops.paged_attention` takes, made once for all layers with the same heads."""
-        key = (num_heads, num_kv_heads, head_dim, window)
+        key = (num_heads, num_kv_heads, head_dim, window, batch_invariant)
         if key not in self._plans:
             self._plans[key] = ops.plan_attention(
                 self.page_table,
@@ -47,6 +52,7 @@ class ForwardBatch:
                 head_dim=head_dim,
                 window=window,
                 max_query_tokens=self.max_query_tokens,
+                batch_invariant=batch_invariant,
             )
         return self._plans[key]
 

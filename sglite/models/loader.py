@@ -67,6 +67,7 @@ def load_model(
     room: int | None = None,
     quantization: str | None = None,
     context_length: int | None = None,
+    batch_invariant: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Builds the model that a checkpoint describes, and reads its weights.
@@ -82,6 +83,7 @@ def load_model(
         room: bytes that they may take there; None: it is not known.
         quantization: must be None.
         context_length: positions that may come up; None: what the checkpoint speaks of.
+        batch_invariant: whether layers are told to use one arithmetic for every number of rows.
         trust_remote_code: whether the config's own Python code may run.
 
     Raises:
@@ -110,6 +112,9 @@ def load_model(
             set_context_length(model, context_length or max_positions)
         kv_layers = kv_layers_of(model)
         load_weights(model, files)
+    for module in model.modules():
+        if hasattr(module, "batch_invariant"):
+            module.batch_invariant = batch_invariant
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         config=config,
