@@ -41,8 +41,9 @@ def markdown(result: dict) -> str:
     lines += [
         "Times are medians. The limit is what reading the weights once and the KV cache, or the "
         "matrix products if that is longer, take at the read bandwidth and the matrix rate found "
-        "in the same run. The context is the mean over the measured tokens. Kernel times and gaps "
-        "are the profiler's, under which kernels are slower and do not overlap.",
+        "in the same run. The context is the mean over the measured tokens. Kernels and gaps are "
+        "the profiler's: a kernel that starts early waits within its time, and what it adds to "
+        "the step is the time from the end of all before it to its own.",
         "",
     ]
     return "\n".join(lines)
@@ -124,11 +125,11 @@ def _kernel_tables(model: str, record: dict) -> list[Rows]:
                 kernel["name"][:_NAME_WIDTH].replace("|", "/"),
                 f"{kernel['per_step']:g}",
                 f"{kernel['mean_us']:.2f}",
-                f"{kernel['step_us']:.1f}",
+                f"{kernel['added_us']:.1f}",
             ]
             for kernel in kernels[:_SHOWN_KERNELS]
         ]
         if cells:
-            columns = ["kernel", "in a step", "mean, us", "sum, us"]
+            columns = ["kernel", "in a step", "mean, us", "adds to the step, us"]
             made.append(Rows(f"{model}, {workload}: kernels", columns, cells))
     return made

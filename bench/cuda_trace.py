@@ -1,7 +1,8 @@
 """What the GPU does in decode steps, from torch's profiler: kernels of a step, and idle time.
 
-The profiler makes kernels slower and keeps them from overlapping, so the times of kernels say how a
-step is divided, not how long it is. Gaps between steps it leaves as they are.
+Where a kernel starts before the one before it has ended (programmatic dependent launch), its time
+holds its waiting. What it adds is the time from the end of all before it to its own end: over a
+step, that sums up to the time in which the GPU was busy.
 """
 
 import json
@@ -50,8 +51,8 @@ def describe_steps(events: Sequence[dict]) -> dict:
         `steps`: how many graphs were replayed; `period_us`: from the start of one to the next;
         `span_us`: from a graph's first kernel to its last one's end; `gap_us`: from there to the
         next graph's start; `idle_us`: the part of the gap in which the GPU did nothing at all (all
-        medians); `max_idle_us`; `kernels`: per name how many in a step, their mean time and their
-        sum. Only `steps` where no graph was replayed.
+        medians); `max_idle_us`; `kernels`: per name how many in a step, their mean time, and what
+        they add to a step. Only `steps` where no graph was replayed.
     """
     by_launch = defaultdict(list)
     for event in events:
@@ -91,17 +92,21 @@ def _idle(events: Sequence[dict], begin: float, end: float) -> float:
 
 
 def _kernel_table(graphs: Sequence[Sequence[dict]]) -> list[dict]:
-    times = defaultdict(list)
+    durations, added = defaultdict(list), defaultdict(float)
     for group in graphs:
-        for event in group:
-            times[event["name"]].append(event["dur"])
+        busy_until = 0.0
+        for event in sorted(group, key=lambda event: event["ts"]):
+            start, end = event["ts"], event["ts"] + event["dur"]
+            durations[event["name"]].append(event["dur"])
+            added[event["name"]] += max(0.0, end - max(start, busy_until))
+            busy_until = max(busy_until, end)
     rows = [
         {
             "name": name,
-            "per_step": len(durations) / len(graphs),
-            "mean_us": sum(durations) / len(durations),
-            "step_us": sum(durations) / len(graphs),
+            "per_step": len(times) / len(graphs),
+            "mean_us": sum(times) / len(times),
+            "added_us": added[name] / len(graphs),
         }
-        for name, durations in times.items()
+        for name, times in durations.items()
     ]
-    return sorted(rows, key=lambda row: -row["step_us"])
+    return sorted(rows, key=lambda row: -row["added_us"])

@@ -65,8 +65,11 @@ def test_a_trace_gives_periods_gaps_and_kernels():
     events = [{"cat": "cpu_op", "name": "aten::add", "ts": 0, "dur": 900}]
     for step in range(5):
         begin = 1000 * step
-        for kernel in range(8):  # 100 us each, 800 in all
-            events.append(event("a" if kernel else "b", begin + 100 * kernel, 100, launch=step))
+        for kernel in range(8):  # which add 100 us each, 800 in all
+            # From the second on they start 40 us early, and wait.
+            early = 40 if kernel else 0
+            name = "a" if kernel else "b"
+            events.append(event(name, begin + 100 * kernel - early, 100 + early, launch=step))
         events.append(event("copy", begin + 850, 30, launch=100 + step, category="gpu_memcpy"))
     events += [event("prefill", 9000 + index, 1, launch=200 + index) for index in range(20)]
     found = describe_steps(gpu_events(events))
@@ -75,7 +78,7 @@ def test_a_trace_gives_periods_gaps_and_kernels():
     assert found["span_us"] == 800
     assert found["gap_us"] == 200
     assert found["idle_us"] == found["max_idle_us"] == 170
-    assert [(row["name"], row["per_step"], row["step_us"]) for row in found["kernels"]] == [
+    assert [(row["name"], row["per_step"], row["added_us"]) for row in found["kernels"]] == [
         ("a", 7, 700),
         ("b", 1, 100),
     ]
