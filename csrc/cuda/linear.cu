@@ -9,15 +9,13 @@ namespace sglite::cuda {
 namespace {
 
 constexpr const char* kOp = "linear";
-constexpr int kMostTokens = 64;  // of one launch
+constexpr int kMostTokens = 64;     // of one launch
+constexpr int kMostNormTokens = 8;  // where x is normalised as well
 // Warps that share k. The order of additions follows from it: it may depend on the weight's shape,
-// but on nothing else.
+// but on nothing else. All the rest below may, and was chosen by measuring.
 constexpr int kWarps = 8;
-// Blocks of which a multiprocessor has room for two, so that the next kernel's can wait beside
-// those of this one.
+// So that a multiprocessor has room for two blocks.
 constexpr size_t kMostShared = 110 * 1024;
-// Weights that each block asks for before the previous kernel has ended.
-constexpr int64_t kPrefetchBytes = 128 * 1024;
 
 int multiprocessors(Stream stream) {
 #ifdef __CUDACC__
@@ -30,18 +28,20 @@ int multiprocessors(Stream stream) {
 #endif
 }
 
-template <typename T, int kGroups, int kOctets, int kDepth, bool kHoldX>
-void run(LinearRowsArgs args, Stream stream) {
+int weight_rows(const LinearRowsArgs& args) { return args.is_gated ? 2 * args.n : args.n; }
+
+// kRoom: blocks that a multiprocessor has registers for; kBlocks: how many of them are used. What
+// is left is for the next kernel's blocks, which load their weights while they wait.
+template <typename T, int kGroups, int kOctets, int kDepth, bool kHoldX, int kRoom, int kBlocks>
+void run(const LinearRowsArgs& args, Stream stream) {
     constexpr int kRows = 8 * kGroups;
     const int width = args.is_gated ? kRows / 2 : kRows;
     const int tiles = (args.n + width - 1) / width;
     // As many tiles for every block, as nearly as can be.
-    const int most = multiprocessors(stream);
+    const int most = kBlocks * multiprocessors(stream);
     const int each = (tiles + most - 1) / most;
-    args.prefetched_tiles =
-        static_cast<int>(min(int64_t{each}, kPrefetchBytes / (args.k * int64_t{2 * kRows})));
     const bool is_normed = args.norm_weight != nullptr;
-    launch<linear_rows_kernel<T, kGroups, kOctets, kDepth, kHoldX, kWarps, 2>>(
+    launch<linear_rows_kernel<T, kGroups, kOctets, kDepth, kHoldX, kWarps, kRoom>>(
         {
             .op = kOp,
             .grid = dim3((tiles + each - 1) / each),
@@ -53,24 +53,26 @@ void run(LinearRowsArgs args, Stream stream) {
         args);
 }
 
-// Small tiles spread evenly over the multiprocessors; large ones read x less often.
-template <typename T, int kOctets, int kDepth>
-void run_tiles(const LinearRowsArgs& args, Stream stream) {
+// At most 8 tokens. Keeping x in shared memory costs a barrier, which several tiles of a block or
+// several blocks of a multiprocessor make up for.
+template <typename T>
+void run_octet(const LinearRowsArgs& args, Stream stream) {
     const bool is_normed = args.norm_weight != nullptr;
-    const bool holds_x =
+    const bool fits =
         linear_shared(args.m, args.k, 16, kWarps, true, is_normed).bytes <= kMostShared;
-    if (is_normed && !holds_x) {
-        throw std::invalid_argument("linear: norm_weight: too many rows of x");
+    if (is_normed && !fits) {
+        throw std::invalid_argument("linear: norm_weight: too many columns of x");
     }
-    if (holds_x) {
-        if (args.n <= 3072 && !args.is_gated) return run<T, 1, kOctets, 4, true>(args, stream);
-        return run<T, 2, kOctets, kDepth, true>(args, stream);
+    if (!is_normed && (!fits || args.k >= 8192 || weight_rows(args) <= 1024)) {
+        return run<T, 2, 1, 4, false, 1, 1>(args, stream);
     }
-    run<T, 2, kOctets, 2, false>(args, stream);
+    const bool is_short = args.k <= 2 * kWarps * kLinearChunk;  // no more than two turns
+    if (is_short) return run<T, 2, 1, 2, true, 3, 2>(args, stream);
+    run<T, 2, 1, 4, true, 2, 2>(args, stream);
 }
 
 template <typename T, int kGroups, int kOctets, int kStages>
-void run_wide(LinearRowsArgs args, Stream stream) {
+void run_wide(const LinearRowsArgs& args, Stream stream) {
     const int width = args.is_gated ? 4 * kGroups : 8 * kGroups;
     launch<linear_wide_kernel<T, kGroups, kOctets, kStages, kWarps>>(
         {
@@ -86,14 +88,25 @@ void run_wide(LinearRowsArgs args, Stream stream) {
 
 template <typename T>
 void run_rows(const LinearRowsArgs& args, Stream stream) {
-    if (args.m <= 8) return run_tiles<T, 1, 4>(args, stream);
-    if (args.m <= 16) return run_tiles<T, 2, 4>(args, stream);
-    if (args.norm_weight) throw std::invalid_argument("linear: norm_weight: too many rows of x");
-    const bool is_narrow = (args.is_gated ? 2 * args.n : args.n) <= 4096;
-    if (args.m <= 32) {
-        return is_narrow ? run_wide<T, 4, 4, 4>(args, stream) : run_wide<T, 8, 4, 4>(args, stream);
+    if (args.m <= kMostNormTokens) return run_octet<T>(args, stream);
+    if (args.norm_weight) {
+        throw std::invalid_argument("linear: norm_weight: expected at most " +
+                                    std::to_string(kMostNormTokens) + " rows of x");
     }
-    is_narrow ? run_wide<T, 4, 8, 4>(args, stream) : run_wide<T, 8, 8, 3>(args, stream);
+    const int rows = weight_rows(args);
+    if (args.m <= 16) {
+        if (rows >= 8192) return run<T, 4, 2, 2, false, 1, 1>(args, stream);
+        if (rows <= 4096 && args.k <= 3072) return run_wide<T, 2, 2, 6>(args, stream);
+        return run<T, 2, 2, 2, false, 2, 2>(args, stream);
+    }
+    if (args.m <= 32) {
+        if (rows < 3072) return run_wide<T, 2, 4, 6>(args, stream);
+        if (rows < 6144) return run_wide<T, 4, 4, 6>(args, stream);
+        return run_wide<T, 8, 4, 4>(args, stream);
+    }
+    if (rows < 3072) return run_wide<T, 2, 8, 3>(args, stream);
+    if (rows < 6144) return run_wide<T, 4, 8, 3>(args, stream);
+    run_wide<T, 8, 8, 3>(args, stream);
 }
 
 template <typename T>

@@ -29,7 +29,6 @@ struct LinearRowsArgs {
     const void* norm_weight;  // [k] of T
     float epsilon, weight_offset;
     int m, n, k;
-    int prefetched_tiles;  // of every block; see linear_rows_kernel
     int64_t out_stride, x_stride, weight_stride, residual_stride;
     bool is_gated;  // out = activation(gate) * up
     Activation activation;
@@ -241,16 +240,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kBlocks)
             point_at_tile();
         }
     };
-    // Weights do not depend on the kernel before, so that they are asked for while it still runs:
-    // the first into registers, more of them into the L2 cache.
+    // Weights do not depend on the kernel before, so that they are asked for while it still runs.
     let_next_kernel_start();
     point_at_tile();
 #pragma unroll
     for (int stage = 0; stage < kDepth; ++stage) load_weights(stage);
-    for (int i = threadIdx.x; i < args.prefetched_tiles * kRows; i += blockDim.x) {
-        const int tile = blockIdx.x + i / kRows * gridDim.x;
-        if (tile < tiles) prefetch(weight_row<T, kRows>(args, tile, i % kRows), args.k * 2);
-    }
 
     const T* x = static_cast<const T*>(args.x);
     int64_t x_stride = args.x_stride;

@@ -1,4 +1,4 @@
-// linear_rows.cuh for 17 to 64 tokens: the same products added up in the same order, so that the
+// linear_rows.cuh for 9 to 64 tokens: the same products added up in the same order, so that the
 // bits are the same, with wider tiles, so that the rows of x are read by fewer blocks.
 //
 // The sums alone then fill the registers. What is on its way waits in shared memory: every lane
@@ -61,9 +61,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) linear_wide_kernel(LinearRo
     // Weights do not depend on the kernel before, so that they are asked for while it still runs.
     let_next_kernel_start();
     for (int step = 0; step < min(kStages - 1, steps); ++step) copy_weights(step);
-    for (int i = threadIdx.x; i < args.prefetched_tiles * kRows; i += blockDim.x) {
-        prefetch(weight_row<T, kRows>(args, blockIdx.x, i), args.k * 2);
-    }
     wait_for_previous_kernel();
     for (int step = 0; step < kStages - 1; ++step) {
         if (step < steps) copy_x(step);

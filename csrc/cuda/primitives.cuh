@@ -153,15 +153,6 @@ __device__ inline float4 load_written_by_others(const float* from) {
 #endif
 }
 
-// Asks for a multiple of 16 bytes, aligned so, to be brought into the L2 cache. (sm_90.)
-__device__ inline void prefetch(const void* from, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#else
-    (void)from, (void)bytes;
-#endif
-}
-
 // 2^x, to about 2 units in the last place; 0 for -infinity.
 __device__ inline float exp2_fast(float x) {
 #ifdef __CUDACC__

@@ -13,9 +13,10 @@ from sglite.ops.linear import kernel_runs, linear
 from sglite.ops.norm import rms_norm
 from sglite.ops.packed_weight import PackedWeight
 
-# Every block normalises all rows and keeps them in shared memory, which pays while they are few.
-_MOST_NORM_ROWS = 16
-_MOST_NORM_BYTES = 64 * 1024
+# Every block normalises all rows, which pays while they are few: one, or some short ones.
+_MOST_NORM_ROWS = 8
+_MOST_NORM_ELEMENTS = 4096
+_MOST_NORM_WIDTH = 16384
 
 
 def gated(x: Tensor, activation: str) -> Tensor:
@@ -126,7 +127,7 @@ def _kernel_runs(x: Tensor, weight: PackedWeight | Tensor, batch_invariant: bool
 def _norm_fits(x: Tensor, norm_weight: Tensor) -> bool:
     elements, width = x.numel(), x.shape[-1]
     return (
-        elements <= _MOST_NORM_ROWS * width
-        and elements * x.element_size() <= _MOST_NORM_BYTES
+        elements <= max(width, min(_MOST_NORM_ROWS * width, _MOST_NORM_ELEMENTS))
+        and width <= _MOST_NORM_WIDTH
         and norm_weight.data_ptr() % 16 == 0
     )
