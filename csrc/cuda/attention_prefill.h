@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attention.h"
+#include "cuda/tensor_map.cuh"
 
 namespace sglite::cuda {
 
@@ -18,6 +19,8 @@ void attention_prefill(const AttentionArgs& args, Stream stream);
 constexpr int kPrefillSpan = 16;
 
 struct PrefillArgs {
+    TensorMap key_map, value_map;  // of the caches, in tiles of kPrefillSpan rows; if has_maps
+    bool has_maps;
     AttentionArgs::Heads out, q;
     const void* k_cache;  // [pages, page_size, kv_heads, head_dim]
     const void* v_cache;
