@@ -11,6 +11,7 @@
 // a row sees nothing of leaves the row's state as it is: a row's bits do not depend on the tile.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -27,11 +28,11 @@ namespace prefill {
 template <typename T, typename Shape, bool kScaled>
 class Attender {
     static constexpr int kKeys = Shape::kKeys, kDim = Shape::kDim;
-    using Barriers = prefill::Barriers<Shape::kStages>;
+    using Signals = prefill::Signals<Shape::kStages>;
 
   public:
-    __device__ Attender(const PrefillArgs& args, char* shared, Barriers& barriers, int group)
-        : args_(args), barriers_(barriers), group_(group) {
+    __device__ Attender(const PrefillArgs& args, char* shared, Signals& signals, int group)
+        : args_(args), signals_(signals), group_(group) {
         const uint32_t start = shared_address(shared);
         queries_ = wgmma_operand(start + group * 64 * 128);
         keys_ = wgmma_operand(start + Shape::kQueryBytes);
@@ -42,9 +43,11 @@ class Attender {
     }
 
     __device__ void run() {
-        if (!(Shape::kFlags & 8) && group_ == Shape::kGroups - 1) give_turn();
-        Work work;
-        for (int n = 0; find_work(args_, nth_item(n), work); ++n) {
+        WorkQueue<Shape::kStages> queue(signals_);
+        if (group_ == Shape::kGroups - 1) give_turn();
+        while (true) {
+            const Work work = queue.take();
+            if (!work.tokens) return;
             find_visible(work);
             clear();
             if (work.begin < work.end) attend(work);
@@ -59,68 +62,68 @@ class Attender {
         float scores[kKeys / 2];
         uint32_t weights[kKeys / 16][4];
 
-        barrier_wait(barriers_.query_full, query_turn_.parity);
-        barrier_wait(barriers_.key_full[key_turn_.stage], key_turn_.parity);
-        if constexpr (!(Shape::kFlags & 1)) show_to_matrix_unit();
+        barrier_wait(signals_.query_full, query_turn_.parity);
+        barrier_wait(signals_.key_full[key_turn_.stage], key_turn_.parity);
+        show_to_matrix_unit();
         wgmma_begin();
         multiply_keys(scores);
         wgmma_wait<0>();
         pin(scores);
-        release(barriers_.key_empty[key_turn_.stage]);
+        release(signals_.key_empty[key_turn_.stage]);
         key_turn_.advance();
         weigh(scores, block);
         pack(weights, scores);
 
         for (--block; block >= first; --block) {
-            barrier_wait(barriers_.key_full[key_turn_.stage], key_turn_.parity);
-            if constexpr (!(Shape::kFlags & 8)) take_turn();
-            if constexpr (!(Shape::kFlags & 1)) show_to_matrix_unit();
+            barrier_wait(signals_.key_full[key_turn_.stage], key_turn_.parity);
+            take_turn();
+            show_to_matrix_unit();
             pin(scores);
             pin(out_);
             wgmma_begin();
             multiply_keys(scores);
-            barrier_wait(barriers_.value_full[value_turn_.stage], value_turn_.parity);
-            if constexpr (!(Shape::kFlags & 1)) show_to_matrix_unit();
+            barrier_wait(signals_.value_full[value_turn_.stage], value_turn_.parity);
+            show_to_matrix_unit();
             wgmma_begin();
             multiply_values(weights);
-            if constexpr (!(Shape::kFlags & 8)) give_turn();
+            give_turn();
             wgmma_wait<1>();
             pin(scores);
-            release(barriers_.key_empty[key_turn_.stage]);
+            release(signals_.key_empty[key_turn_.stage]);
             key_turn_.advance();
             weigh(scores, block);
-            if constexpr (!(Shape::kFlags & 2)) hold(sum_);
+            hold(sum_);
             wgmma_wait<0>();
             pin(out_);
-            release(barriers_.value_empty[value_turn_.stage]);
+            release(signals_.value_empty[value_turn_.stage]);
             value_turn_.advance();
-            if constexpr (Shape::kFlags & 4) {
-                if (__any_sync(0xFFFFFFFFu, factor_[0] != 1.0f || factor_[1] != 1.0f)) shrink();
-            } else {
-                shrink();
-            }
+            shrink();
             pack(weights, scores);
         }
 
-        release(barriers_.query_empty);
+        release(signals_.query_empty);
         query_turn_.advance();
-        barrier_wait(barriers_.value_full[value_turn_.stage], value_turn_.parity);
-        if constexpr (!(Shape::kFlags & 1)) show_to_matrix_unit();
+        barrier_wait(signals_.value_full[value_turn_.stage], value_turn_.parity);
+        show_to_matrix_unit();
         pin(out_);
         wgmma_begin();
         multiply_values(weights);
         wgmma_wait<0>();
         pin(out_);
-        release(barriers_.value_empty[value_turn_.stage]);
+        release(signals_.value_empty[value_turn_.stage]);
         value_turn_.advance();
     }
 
-    // A branch that is never taken and that the assembler cannot foresee: it moves no wait above
-    // it.
+    // A branch that is never taken, behind the weights: without it the assembler would move the
+    // wait that follows above them, and nothing would be computed while the matrix unit is at work.
     __device__ static void hold(const float (&sum)[2]) {
         asm volatile(
-            "{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p bra.uni stop; bra.uni go;\n stop: "
-            "trap;\n go: }" ::"f"(fminf(sum[0], sum[1]))
+            "{ .reg .pred p;\n"
+            "setp.lt.f32 p, %0, 0f00000000;\n"
+            "@p bra.uni stop;\n"
+            "bra.uni go;\n"
+            "stop: trap;\n"
+            "go: }" ::"f"(fminf(sum[0], sum[1]))
             : "memory");
     }
 
@@ -156,9 +159,8 @@ class Attender {
     // The visible positions of the two rows, and those of all rows of the warp. A row that does not
     // exist counts as one that sees everything: its scores are zeros, and nobody reads its result.
     __device__ void find_visible(const Work& work) {
-        const int pack = args_.q_heads / args_.kv_heads;
         for (int i = 0; i < 2; ++i) {
-            const int token = (row_ + 8 * i) / pack;
+            const int token = args_.token_of(row_ + 8 * i);
             const bool exists = token < work.tokens;
             begin_[i] = exists ? args_.first_visible(work.first_position + token) : 0;
             end_[i] = exists ? args_.kv_end[work.first_token + token] : INT_MAX;
@@ -258,17 +260,17 @@ class Attender {
     // Divides by the sum of weights; a row that sees nothing gets zeros. The four lanes of a row
     // exchange pairs, so that each stores eight neighbours at once.
     __device__ void write(const Work& work) {
-        const int pack = args_.q_heads / args_.kv_heads, lane = threadIdx.x % 4;
+        const int lane = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float sum = sum_[i];
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
             const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-            const int row = row_ + 8 * i, token = row / pack;
+            const int row = row_ + 8 * i, token = args_.token_of(row);
             T* to = static_cast<T*>(args_.out.data) +
                     (work.first_token + token) * args_.out.token_stride +
-                    (work.kv_head * pack + row - token * pack) * args_.out.head_stride + lane * 8;
+                    ((work.kv_head - token) * args_.group + row) * args_.out.head_stride + lane * 8;
 #pragma unroll
             for (int j = 0; j < kDim / 8; j += 4) {
                 uint32_t pairs[4];
@@ -301,7 +303,7 @@ class Attender {
     }
 
     const PrefillArgs& args_;
-    Barriers& barriers_;
+    Signals& signals_;
     const int group_;
     int row_;
     uint64_t queries_, keys_, values_;
@@ -318,29 +320,34 @@ template <typename T, typename Shape, bool kScaled>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     prefill_kernel(const __grid_constant__ PrefillArgs args) {
 #ifdef SGLITE_HAS_WGMMA
-    __shared__ prefill::Barriers<Shape::kStages> barriers;
+    __shared__ prefill::Signals<Shape::kStages> signals;
     char* const unaligned = dynamic_shared<char>();
     char* const shared = unaligned + (-shared_address(unaligned) & (Shape::kAlignment - 1));
     if (threadIdx.x == 0) {
-        constexpr int kConsumerWarps = 4 * Shape::kGroups;
-        barrier_init(barriers.query_full, Shape::kCopiers);
-        barrier_init(barriers.query_empty, kConsumerWarps);
+        constexpr int kConsumers = 4 * Shape::kGroups;  // warps
+        barrier_init(signals.query_full, kWarpgroup);
+        barrier_init(signals.query_empty, kConsumers);
         for (int i = 0; i < Shape::kStages; ++i) {
-            barrier_init(barriers.key_full[i], Shape::kCopiers);
-            barrier_init(barriers.value_full[i], Shape::kCopiers);
-            barrier_init(barriers.key_empty[i], kConsumerWarps);
-            barrier_init(barriers.value_empty[i], kConsumerWarps);
+            barrier_init(signals.key_full[i], kWarpgroup);
+            barrier_init(signals.value_full[i], kWarpgroup);
+            barrier_init(signals.key_empty[i], kConsumers);
+            barrier_init(signals.value_empty[i], kConsumers);
         }
+        for (int i = 0; i < prefill::kWorkStages; ++i) {
+            barrier_init(signals.work_full[i], 1);
+            barrier_init(signals.work_empty[i], kConsumers + 4);
+        }
+        show_barriers();
     }
     __syncthreads();
     wait_for_previous_kernel();
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroup, 0);
     if (warpgroup == 0) {
         lower_registers<Shape::kProducerRegisters>();
-        prefill::Gatherer<T, Shape>(args, shared, barriers).run();
+        prefill::Gatherer<T, Shape>(args, shared, signals).run();
     } else {
         raise_registers<Shape::kConsumerRegisters>();
-        prefill::Attender<T, Shape, kScaled>(args, shared, barriers, warpgroup - 1).run();
+        prefill::Attender<T, Shape, kScaled>(args, shared, signals, warpgroup - 1).run();
     }
     let_next_kernel_start();
 #else
@@ -349,14 +356,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 }
 
 template <int kDim>
-using PrefillShapeOf = PrefillShape<kDim, prefill_rows(kDim) / 64, kDim == 256 ? 80 : 128>;
+using PrefillShapeOf = PrefillShape<kDim, prefill_rows(kDim) / 64, kDim == 256 ? 80 : 128, 2>;
 
 template <int kDim>
 void launch_prefill(const PrefillArgs& args, Stream stream) {
     using Shape = PrefillShapeOf<kDim>;
+    const int items = args.max_tiles * args.kv_heads;
     const Launch settings{
         .op = "paged_attention",
-        .grid = dim3(static_cast<unsigned>(args.max_tiles * args.kv_heads)),
+        .grid = dim3(static_cast<unsigned>(std::min(items, args.multiprocessors))),
         .threads = Shape::kThreads,
         .shared_bytes = Shape::kSharedBytes,
         .stream = stream,
