@@ -28,10 +28,8 @@ ROUND_BYTES = 256 << 20  # what the launches of a graph read together, well abov
 
 def graph_seconds(calls, repeat=7):
     """Seconds of one call: a graph of all of them, replayed; the median."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
+    for call in calls[:2]:
+        call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
