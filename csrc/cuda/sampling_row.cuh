@@ -72,9 +72,12 @@ struct Row {
 
     __device__ float exponent(float x) const { return (x - max) * scale; }
     __device__ float weight(float x) const { return exp2_fast(exponent(x)); }
-    // As an integer, for sums that are exact.
+    // The whole part of weight * 2^fraction_bits, for sums that are exact; `weight` is in [0, 1].
+    // By shifts, since conversions to 64 bits are slow.
     __device__ uint64_t fixed(float weight) const {
-        return static_cast<uint64_t>(weight * static_cast<float>(1ull << fraction_bits));
+        const uint32_t bits = __float_as_uint(weight);
+        const uint64_t mantissa = (bits & 0x7FFFFFu) | 0x800000u;
+        return mantissa << (fraction_bits - 23) >> min(127u - (bits >> 23), 63u);
     }
     __device__ bool leads() const { return rank == 0; }
 };
@@ -287,16 +290,11 @@ __device__ inline void locate(Row& row, const Weigh& weigh, const Target& target
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int chunk = (row.size + kRowWarps * kStrip - 1) / (kRowWarps * kStrip) * kStrip;
     const int begin = warp * chunk + lane * 4, end = min(row.size, (warp + 1) * chunk);
-    const auto sum_at = [&](int i) {
-        uint64_t sum = 0;
-        if (i < end) {
-            const auto quad = load_vector<4>(row.values + i);
-            for (int j = 0; j < 4; ++j) sum += weigh(quad[j], row.first + i + j);
-        }
-        return sum;
-    };
     uint64_t mine = 0;
-    for (int i = begin; i < end; i += kStrip) mine += sum_at(i);
+    for (int i = begin; i < end; i += kStrip) {
+        const auto quad = load_vector<4>(row.values + i);
+        for (int j = 0; j < 4; ++j) mine += weigh(quad[j], row.first + i + j);
+    }
     const Sum* sums = gather(row, Sum{mine});
     uint64_t before = 0, total = 0;
     for (unsigned rank = 0; rank < row.blocks; ++rank) {
@@ -305,34 +303,26 @@ __device__ inline void locate(Row& row, const Weigh& weigh, const Target& target
     }
     const uint64_t wanted = target(total);
     if (wanted < before || wanted >= before + from_block(sums, row.rank).value) return;
-    for (int other = 0; other < warp; ++other) {
-        before += reinterpret_cast<const Sum*>(row.shared->warps[other])->value;
+    // Now the whole block looks into one warp's chunk.
+    int found = 0;
+    for (; found < kRowWarps - 1; ++found) {
+        const uint64_t theirs = reinterpret_cast<const Sum*>(row.shared->warps[found])->value;
+        if (wanted < before + theirs) break;
+        before += theirs;
     }
-    if (wanted < before ||
-        wanted >= before + reinterpret_cast<const Sum*>(row.shared->warps[warp])->value) {
-        return;
+    const int each = (chunk + kRowThreads - 1) / kRowThreads;
+    const int first = min(found * chunk + static_cast<int>(threadIdx.x) * each, row.size);
+    const int last = min(first + each, min((found + 1) * chunk, row.size));
+    uint64_t own = 0;
+    for (int i = first; i < last; ++i) own += weigh(row.values[i], row.first + i);
+    before += sum_before(row.shared, own, total);
+    if (wanted < before || wanted >= before + own) return;
+    int i = first;
+    for (; i < last - 1; ++i) {
+        before += weigh(row.values[i], row.first + i);
+        if (before > wanted) break;
     }
-    for (int start = warp * chunk; start < end; start += kStrip) {
-        const int i = start + lane * 4;
-        const uint64_t own = sum_at(i);
-        uint64_t sum = own;
-        for (int delta = 1; delta < kWarp; delta *= 2) {
-            const uint64_t below = __shfl_up_sync(0xFFFFFFFFu, sum, delta);
-            if (lane >= delta) sum += below;
-        }
-        const uint64_t after = before + sum;
-        if (wanted >= after - own && wanted < after) {
-            uint64_t running = after - own;
-            int j = 0;
-            for (; j < 3; ++j) {
-                running += weigh(row.values[i + j], row.first + i + j);
-                if (running > wanted) break;
-            }
-            emit(row.first + i + j);
-        }
-        before += shuffle(sum, kWarp - 1);
-        if (before > wanted) return;
-    }
+    emit(row.first + i);
 }
 
 }  // namespace sglite::cuda

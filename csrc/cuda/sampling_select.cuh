@@ -220,7 +220,8 @@ __device__ inline uint64_t narrow(Row& row, uint64_t cut, float bottom, const Am
             row, [&](uint64_t sum) { return amount(total ? total : sum) - done; },
             [&](int i, uint64_t sum) {
                 if constexpr (kMeasure == Measure::kCount) return sum;
-                return row.fixed(row.weight(bins.top(i)) * (static_cast<float>(sum) / quantum));
+                const float ones = row.weight(bins.top(i)) * (static_cast<float>(sum) / quantum);
+                return static_cast<uint64_t>(ones * static_cast<float>(1ull << row.fraction_bits));
             });
         bin = min(bin, kBins - 1);
         // The sums of weights by bins were rounded: the exact ones may reach the amount next door.
