@@ -9,8 +9,17 @@ from tests.ops.test_rope import make_table
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 # Ops whose own tests capture them.
-ELSEWHERE = {"linear", "paged_attention", "sample", "log_probs"}
-NOT_ON_A_GPU = {"LogProbs", "PackedWeight", "TokenEdits", "pack_weight", "sampling_workspace"}
+ELSEWHERE = {"log_probs", "paged_attention", "plan_attention", "sample"}
+NOT_KERNELS = {
+    "AttentionPlan",
+    "LogProbs",
+    "PackedWeight",
+    "TokenEdits",
+    "attention_workspace",
+    "gated",
+    "pack_weight",
+    "sampling_workspace",
+}
 
 
 def random(*shape):
@@ -37,6 +46,29 @@ def fused(qkv, positions, table, k_cache, v_cache, at, q_norm, k_norm):
     ops.rope_and_write_kv(qkv, positions, table, k_cache, v_cache, at, q_norm=q_norm, k_norm=k_norm)
 
 
+def linear_inputs():
+    return [random(5, 512), random(256, 512), random(256)]
+
+
+def with_norm(op, **options):
+    """A fused linear op with the weight of its norm as the last of the tensors."""
+    return lambda x, weight, bias, norm: op(x, norm, 1e-5, weight, bias, **options)
+
+
+def decode_inputs():
+    positions = torch.arange(5, device="cuda") * 3
+    return [
+        torch.randint(0, 50, (5,), device="cuda"),
+        torch.zeros(5, dtype=torch.int64, device="cuda"),
+        positions,
+        (positions + 1).int(),
+        (positions + 1).int(),
+        slots(5),
+        torch.randint(0, 50, (5, 4), device="cuda"),
+        torch.randint(0, 9, (5, 3), device="cuda").int(),
+    ]
+
+
 # By name: the op on tensors, some of which it may change; and fresh tensors for it.
 CALLS = {
     "embedding": (ops.embedding, lambda: [torch.randint(0, 50, (5,)).cuda(), random(50, 64)]),
@@ -52,6 +84,21 @@ CALLS = {
         fused,
         lambda: [random(5, 8 * 64), *rope_inputs(), *caches(), slots(5), random(64), random(64)],
     ),
+    "linear": (ops.linear, linear_inputs),
+    "gated_linear": (
+        lambda *tensors: ops.gated_linear(*tensors, activation="silu"),
+        linear_inputs,
+    ),
+    "norm_linear": (with_norm(ops.norm_linear), lambda: [*linear_inputs(), random(512)]),
+    "norm_gated_linear": (
+        with_norm(ops.norm_gated_linear, activation="silu"),
+        lambda: [*linear_inputs(), random(512)],
+    ),
+    "gather_tokens": (
+        ops.gather_tokens,
+        lambda: [torch.randint(-1, 9, (9,), device="cuda") for _ in range(3)],
+    ),
+    "advance": (lambda *tensors: ops.advance(*tensors, 16), decode_inputs),
     "copy_kv_slots": (
         lambda k_cache, v_cache, *at: ops.copy_kv_slots([k_cache, v_cache], *at),
         lambda: [*caches(), slots(9), slots(9)],
@@ -60,7 +107,7 @@ CALLS = {
 
 
 def test_every_op_is_here():
-    assert set(CALLS) | ELSEWHERE | NOT_ON_A_GPU == set(ops.__all__)
+    assert set(CALLS) | ELSEWHERE | NOT_KERNELS == set(ops.__all__)
 
 
 @pytest.fixture(autouse=True)
