@@ -144,7 +144,7 @@ def _machine_table(result: dict) -> Rows:
         ["threads", f"{result['num_threads']}"],
         ["load average at the start", f"{result['load_average']:.1f}"],
         ["reading, GB/s", _spread(read)],
-        ["bfloat16 matrix product, GFLOP/s", _spread(multiply, 0)],
+        ["matrix product, GFLOP/s", _spread(multiply, 0)],
     ]
     return Rows("Machine", ["what", "figure"], cells)
 
