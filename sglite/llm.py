@@ -10,7 +10,12 @@ import torch
 from tqdm.auto import tqdm
 
 from sglite.engine.assembly import make_engine
-from sglite.engine.device import EngineThread, resolve_device, resolve_num_threads
+from sglite.engine.device import (
+    EngineThread,
+    release_after,
+    resolve_device,
+    resolve_num_threads,
+)
 from sglite.engine.driver import Call, Driver
 from sglite.engine.gpu_memory import free_memory
 from sglite.engine.intake import Intake, Limits
@@ -26,7 +31,7 @@ from sglite.interface.errors import (
 from sglite.interface.outputs import RequestOutput, StreamChunk
 from sglite.interface.prompts import Prompt, normalize_prompts
 from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_params
-from sglite.models.checkpoint import load_tokenizer, resolve_checkpoint
+from sglite.models.checkpoint import Checkpoint, load_tokenizer, resolve_checkpoint
 from sglite.models.loader import load_model
 
 
@@ -113,6 +118,22 @@ class LLM:
             cache_dir=options.cache_dir,
             token=options.token,
         )
+        try:
+            self._start(options, checkpoint, hf_tokenizer, device, num_threads)
+        except BaseException as error:
+            if device.type == "cuda":
+                release_after(error)
+            raise
+
+    def _start(
+        self,
+        options: LLMOptions,
+        checkpoint: Checkpoint,
+        hf_tokenizer: Any,
+        device: torch.device,
+        num_threads: int,
+    ) -> None:
+        """Loads the weights and makes the engine."""
         loaded = load_model(
             checkpoint,
             architecture=options.architecture,

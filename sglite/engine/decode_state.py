@@ -22,6 +22,7 @@ _UPLOADED = {
     "status": (np.int32, 1),
     "kv_lens": (np.int32, 1),
     "positions": (np.int64, 1),
+    "slots": (np.int64, 1),
     "integers": (np.int64, len(INTEGERS)),
     "kv_end": (np.int32, 1),
     "reals": (np.float32, len(REALS)),
@@ -36,7 +37,8 @@ class DecodeState:
     A step begins with `advance`, which moves every row on by one token, the one that the step
     before has drawn. So steps that follow each other with the same requests need nothing of the
     host, and what is uploaded otherwise is the state one token back. Rows beyond the requests have
-    no positions; they stay where they are, and what is computed for them goes to the reserved page.
+    no positions; they stay where they are, and what is computed for them goes to slot 0, of the
+    reserved page.
 
     Args:
         max_rows: requests of a step at most.
@@ -61,10 +63,9 @@ class DecodeState:
         views = self._views(self._uploaded)
         self.token_ids, self.status = views["token_ids"], views["status"]
         self.reals, self.integers = views["reals"], views["integers"]
-        self._positions, self._kv_lens = views["positions"], views["kv_lens"]
-        self._kv_end = views["kv_end"]
+        self._positions, self._slots = views["positions"], views["slots"]
+        self._kv_lens, self._kv_end = views["kv_lens"], views["kv_end"]
         self._input_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._slots = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
         self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(max_rows, dtype=torch.int64, device=device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -75,6 +76,15 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     if architecture.endswith("a"):  # with features of this very architecture
         return number == 10 * major + minor
     return number // 10 == major and number % 10 <= minor
+
+
+def release_after(error: BaseException) -> None:
+    """Lets go of what an error's frames hold, such as weights, and gives a GPU's memory back."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 class EngineThread:

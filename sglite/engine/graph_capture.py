@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators whose result the host has to know before it can go on.
-_WAIT_FOR_THE_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+_WAIT_FOR_THE_DEVICE = (
+    "_local_scalar_dense",
+    "_unique",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+    "unique",
+)
+_COPIES = ("copy_", "_to_copy", "to")
 _TORCH = Path(torch.__file__).parent
 _OWN = Path(__file__).parent.parent
 
@@ -39,8 +48,7 @@ class HostAccess(TorchDispatchMode):
         tensors = [tensor for tensor in (*args, result) if isinstance(tensor, Tensor)]
         if name.startswith(_WAIT_FOR_THE_DEVICE):
             return any(tensor.is_cuda for tensor in tensors)
-        copies = name in ("copy_", "_to_copy")
-        return copies and len({tensor.device.type for tensor in tensors}) > 1
+        return name in _COPIES and len({tensor.device.type for tensor in tensors}) > 1
 
 
 def _calling_line() -> str:
@@ -72,7 +80,8 @@ class CapturedGraph:
     def __init__(self, function: Callable[[], Tensor], pool: tuple[int, int]):
         self._graph = torch.cuda.CUDAGraph()
         with _no_collection():
-            # Thread-local: what other threads do with CUDA meanwhile is their affair.
+            # Thread-local: other threads may launch, copy and allocate meanwhile, but not wait for
+            # the whole device (which CUDA forbids) or draw random numbers on it (torch does).
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 result = function()

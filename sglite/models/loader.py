@@ -89,7 +89,8 @@ def load_model(
     Raises:
         CheckpointError: a file cannot be read, or does not fit the model.
         UnsupportedModelError: something that the checkpoint asks for is not implemented.
-        ConfigError: `context_length` is above the model's limit.
+        ConfigError: `context_length` is above the model's limit, or `batch_invariant` asked for
+            with float32 on a GPU.
         OutOfMemoryError: the weights do not fit into the room.
     """
     if quantization is not None:
@@ -103,6 +104,11 @@ def load_model(
         _check_counts(config, len(entries))
         model = _build(model_class, name, config, checkpoint)
         run_dtype = resolve_dtype(dtype, checkpoint, entries)
+        if batch_invariant and device.type == "cuda" and run_dtype == torch.float32:
+            raise ConfigError(
+                "batch_invariant=True is for bfloat16 and float16 on a GPU, but the model would "
+                "run in float32: pass another dtype"
+            )
         _set_dtype(model, run_dtype)
         if room is not None:
             _check_room(model, device, room)

@@ -64,7 +64,7 @@ def baseline(checkpoint):
     """What is free after a first LLM was made, used and closed."""
     gc.collect()  # what a test before this one has left when it failed
     torch.cuda.empty_cache()
-    with LLM(checkpoint, device="cuda", kv_cache_tokens=16_384) as llm:
+    with LLM(checkpoint, device="cuda") as llm:
         use(llm)
     return free_bytes()
 

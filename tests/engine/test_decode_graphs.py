@@ -5,11 +5,17 @@ On the CPU the graph is a stand-in that does the work when it is replayed.
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
-from sglite import LLM
+from sglite import LLM, SamplingParams
+from sglite.cache.kv_pool import KVPool, LayerSpec
 from sglite.engine.decode_graphs import DecodeGraphs
+from sglite.engine.decode_state import DecodeState
+from sglite.engine.request import Request
+from sglite.engine.sampling_state import SamplingState
+from sglite.engine.scheduler import ScheduledRequest
 
 PROMPTS = [
     "What is 12 plus 7?",
@@ -88,6 +94,25 @@ def test_the_same_tokens_as_step_by_step(options):
     if "kv_cache_tokens" in options:
         assert llm.stats()["preemptions"] > 0
     llm._engine.scheduler.cache.check_invariant()
+
+
+def test_rows_without_a_request_write_to_the_reserved_page():
+    pool = KVPool(8, 4, [LayerSpec(1, 8)], torch.float32)
+    state = DecodeState(4, 4, pool)
+    requests = [Request([5] * 6, SamplingParams(max_new_tokens=9).resolve()) for _ in range(3)]
+    sampling = [SamplingState(request, 50) for request in requests]
+    for page, request in enumerate(requests):
+        request.hold(np.array([2 * page + 1, 2 * page + 2], np.int32))
+    items = [ScheduledRequest(request, 5, 6, True, 0) for request in requests]
+    for count in (3, 1):
+        state.set(items[:count], sampling[:count], None, [-1] * count)
+        input_ids, positions, batch = state.advance(4, pool.layers)
+        assert batch.slots.tolist() == [4 * (2 * page + 2) + 1 for page in range(count)] + [0] * (
+            4 - count
+        )
+        assert batch.kv_lens.tolist() == [6] * count + [0] * (4 - count)
+        assert positions[:count].tolist() == [5] * count
+        assert input_ids[:count].tolist() == [5] * count
 
 
 def test_stop_strings_and_processors_in_one_batch():
