@@ -77,7 +77,8 @@ struct PrefillTile {
 
 // What the plan counts, at the start of the workspace.
 struct AttentionCounts {
-    int32_t decode_units, extend_units, prefill_tiles, unused;
+    int32_t decode_units, extend_units, prefill_tiles;
+    int32_t prefill_tickets;  // drawn by the blocks of that kernel; 0 whenever none runs
 };
 
 // The sizes that a plan is made for. The workspace's layout depends on nothing else.

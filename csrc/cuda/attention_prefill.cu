@@ -1,17 +1,23 @@
 // Which prefill kernel takes a batch, and whether this GPU has it.
 #include "cuda/attention_prefill.h"
 
+#include "cuda/attention_launch.cuh"
+
 namespace sglite::cuda {
 
 namespace {
 
-PrefillArgs prefill_args(const AttentionArgs& args) {
+PrefillArgs prefill_args(const AttentionArgs& args, Stream stream) {
     constexpr double kLog2E = 1.44269504088896340736;
     const AttentionShape& shape = args.shape;
     const AttentionLayout layout(shape);
-    const char* workspace = static_cast<const char*>(args.workspace);
+    char* workspace = static_cast<char*>(args.workspace);
+    auto* counts = reinterpret_cast<AttentionCounts*>(workspace);
     const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
     PrefillArgs prefill{
+        .key_map = {},
+        .value_map = {},
+        .has_maps = false,
         .out = {args.out.data, args.out.token_stride, args.out.head_stride},
         .q = {args.q.data, args.q.token_stride, args.q.head_stride},
         .k_cache = args.k_cache,
@@ -21,13 +27,16 @@ PrefillArgs prefill_args(const AttentionArgs& args) {
         .kv_lens = args.kv_lens,
         .kv_end = args.kv_end,
         .tiles = reinterpret_cast<const PrefillTile*>(workspace + layout.prefill_tiles),
-        .tile_count = &reinterpret_cast<const AttentionCounts*>(workspace)->prefill_tiles,
+        .tile_count = &counts->prefill_tiles,
+        .tickets = &counts->prefill_tickets,
         .table_width = shape.table_width,
         .max_tiles = narrow(layout.most_prefill_tiles),
         .page_size = narrow(shape.page_size),
-        .q_heads = narrow(shape.q_heads),
+        .group = narrow(shape.group()),
         .kv_heads = narrow(shape.kv_heads),
         .head_dim = narrow(shape.head_dim),
+        .multiprocessors = machine_of(stream.device).multiprocessors,
+        .group_inverse = narrow(65536 / shape.group() + 1),
         .window = narrow(std::min<int64_t>(shape.window, INT32_MAX)),
         .score_scale = 1.0f,
         .exponent_scale = static_cast<float>(args.scale * kLog2E),
@@ -45,6 +54,14 @@ PrefillArgs prefill_args(const AttentionArgs& args) {
         prefill.exponent_scale = static_cast<float>(kLog2E);
         prefill.scaled = true;
     }
+#ifdef __CUDACC__
+    const auto describe = [&](TensorMap& map, const void* cache) {
+        return make_tensor_map(map, cache, args.dtype, shape.kv_heads, shape.head_dim,
+                               kPrefillSpan);
+    };
+    prefill.has_maps =
+        describe(prefill.key_map, args.k_cache) && describe(prefill.value_map, args.v_cache);
+#endif
     return prefill;
 }
 
@@ -57,7 +74,7 @@ bool takes_prefills(const AttentionShape& shape, int device) {
 }
 
 void attention_prefill(const AttentionArgs& args, Stream stream) {
-    const PrefillArgs prefill = prefill_args(args);
+    const PrefillArgs prefill = prefill_args(args, stream);
     switch (padded_head_dim(args.shape.head_dim)) {
         case 64:
             return launch_prefill<64>(prefill, stream);

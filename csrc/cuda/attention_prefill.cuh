@@ -11,253 +11,28 @@
 // a row sees nothing of leaves the row's state as it is: a row's bits do not depend on the tile.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 
-#include "cuda/attention_prefill.h"
-#include "cuda/warpgroups.cuh"
-#include "cuda/wgmma.cuh"
+#include "cuda/attention_prefill_gather.cuh"
 
 #ifdef __CUDACC__
 
 namespace sglite::cuda {
 
-// kGroups warpgroups of 64 rows; keys are taken kKeys at a time.
-template <int kDim_, int kGroups_, int kKeys_, int kFlags_ = 0, int kStages_ = 2>
-struct PrefillShape {
-    static constexpr int kDim = kDim_, kGroups = kGroups_, kKeys = kKeys_;
-    static constexpr int kFlags =
-        kFlags_;  // 1: no proxy fence, 2: weigh after PV, 4: skip shrink, 8: no turns
-    static constexpr int kRows = 64 * kGroups;
-    static constexpr int kThreads = kWarpgroup * (kGroups + 1);
-    static constexpr int kCopiers = kFlags & 16 ? kWarpgroup / 2 : kWarpgroup;
-    static constexpr int kStages = kStages_;
-    static constexpr int kColumnTiles = (kDim + 63) / 64;  // of 128 bytes
-    static constexpr int kQueryTile = kRows * 128, kKeyTile = kKeys * 128;
-    static constexpr int kQueryBytes = kQueryTile * kColumnTiles;
-    static constexpr int kKeyBytes = kKeyTile * kColumnTiles;
-    static constexpr int kAlignment = 1024;
-    static constexpr int kSharedBytes = kAlignment + kQueryBytes + 2 * kStages * kKeyBytes;
-    // Together no more than the 64k registers of a multiprocessor.
-    static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-    static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 160;
-    // Neighbouring keys that surely lie in one page.
-    static constexpr int kSpan = kPrefillSpan;
-    static constexpr int kSpans = kKeys / kSpan;
-    static_assert(kKeys % kSpan == 0 && kSpans <= kWarp && kDim % 32 == 0);
-};
-
 namespace prefill {
-
-template <int kStages>
-struct Barriers {
-    uint64_t query_full, query_empty;
-    uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
-};
-
-// A place in the ring of buffers, and the parity of the round.
-template <int kStages>
-struct Turn {
-    int stage = 0, parity = 0;
-    __device__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-// A tile and what its rows see.
-struct Work {
-    int first_token, tokens, kv_head;
-    int first_position;
-    const int32_t* pages;
-    int begin, end;  // positions that some row sees; no more than these are read
-};
-
-// Every warp computes it on its own; all lanes get it. False when there is no item of that number.
-__device__ inline bool find_work(const PrefillArgs& args, int item, Work& work) {
-    if (item >= *args.tile_count * args.kv_heads) return false;
-    const PrefillTile tile = args.tiles[item / args.kv_heads];
-    work.kv_head = item % args.kv_heads;
-    work.first_token = tile.first_token;
-    work.tokens = tile.tokens;
-    work.first_position =
-        args.kv_lens[tile.request] - (args.query_start[tile.request + 1] - tile.first_token);
-    work.pages = args.page_table + tile.request * args.table_width;
-    int end = 0;
-    for (int i = threadIdx.x % kWarp; i < tile.tokens; i += kWarp)
-        end = max(end, args.kv_end[tile.first_token + i]);
-    work.end = __reduce_max_sync(0xFFFFFFFFu, end);
-    work.begin = args.first_visible(work.first_position);
-    return true;
-}
-
-// The item that a block takes in its n-th turn, of a list that begins with the most work. Every
-// other round goes the other way, so that no block gets the most of every round.
-__device__ inline int nth_item(int n) {
-    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-    return n * blocks + (n % 2 ? blocks - 1 - block : block);
-}
-
-// What the 128 threads of the gathering warpgroup do. Neighbouring threads copy 16 bytes each of
-// one row.
-template <typename T, typename Shape>
-class Gatherer {
-    static constexpr int kChunks = Shape::kDim / 8;  // of 16 bytes in a row, padded with zeros
-    static constexpr int kRowThreads = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
-    static constexpr int kThreads = Shape::kCopiers;
-    static constexpr int kRowsAtOnce = kThreads / kRowThreads;
-    using Barriers = prefill::Barriers<Shape::kStages>;
-
-  public:
-    __device__ Gatherer(const PrefillArgs& args, char* shared, Barriers& barriers)
-        : args_(args),
-          shared_(shared),
-          barriers_(barriers),
-          half_(threadIdx.x / kThreads),
-          chunk_(threadIdx.x % kThreads % kRowThreads),
-          row_(threadIdx.x % kThreads / kRowThreads),
-          exists_(chunk_ < args.head_dim / 8),
-          stride_(static_cast<uint32_t>(args.kv_heads * args.head_dim * sizeof(T))) {}
-
-    __device__ void run() {
-        Work work;
-        for (int n = 0; find_work(args_, nth_item(n), work); ++n) {
-            if (work.begin >= work.end) continue;
-            const int first = work.begin / Shape::kKeys;
-            const int last = (work.end - 1) / Shape::kKeys;
-            // Found two blocks ahead, since reading the page table takes its time.
-            int rows = find_rows(work, last), next_rows = find_rows(work, last - 1);
-            if constexpr (Shape::kFlags & 16) {
-                if (half_ == 0) load_queries(work);
-                for (int block = last; block >= first; --block) {
-                    const int later_rows = find_rows(work, block - 2);
-                    half_ == 0 ? load_keys(work, block, rows) : load_values(work, block, rows);
-                    rows = next_rows;
-                    next_rows = later_rows;
-                }
-            } else {
-                load_queries(work);
-                load_keys(work, last, rows);
-                for (int block = last; block > first; --block) {
-                    const int later_rows = find_rows(work, block - 2);
-                    load_keys(work, block - 1, next_rows);
-                    load_values(work, block, rows);
-                    rows = next_rows;
-                    next_rows = later_rows;
-                }
-                load_values(work, first, rows);
-            }
-        }
-    }
-
-  private:
-    // Lane i gets the row of the cache where the i-th span of the block begins.
-    __device__ int find_rows(const Work& work, int block) const {
-        const int lane = threadIdx.x % kWarp;
-        const int position = block * Shape::kKeys + lane * Shape::kSpan;
-        const bool read = lane < Shape::kSpans && position >= 0 && position < work.end &&
-                          position + Shape::kSpan > work.begin;
-        if (!read) return 0;
-        const int page = position / args_.page_size;
-        return work.pages[page] * args_.page_size + (position - page * args_.page_size);
-    }
-
-    __device__ void load_queries(const Work& work) {
-        barrier_wait(barriers_.query_empty, query_turn_.parity ^ 1);
-        const int group = args_.q_heads / args_.kv_heads;
-        const T* q = static_cast<const T*>(args_.q.data) + work.first_token * args_.q.token_stride +
-                     work.kv_head * group * args_.q.head_stride + chunk_ * 8;
-#pragma unroll 4
-        for (int i = 0; i < Shape::kRows / kRowsAtOnce; ++i) {
-            const int row = row_ + i * kRowsAtOnce, token = row / group;
-            const bool exists = exists_ && token < work.tokens;
-            const T* from = q + (exists ? token * args_.q.token_stride +
-                                              (row - token * group) * args_.q.head_stride
-                                        : 0);
-            if (chunk_ < kChunks) copy_async(shared_ + place(Shape::kQueryTile, row), from, exists);
-        }
-        barrier_arrive_after_copies(barriers_.query_full);
-        query_turn_.advance();
-    }
-
-    __device__ void load_keys(const Work& work, int block, int rows) {
-        barrier_wait(barriers_.key_empty[key_turn_.stage], key_turn_.parity ^ 1);
-        load(args_.k_cache, work, block, rows,
-             shared_ + Shape::kQueryBytes + key_turn_.stage * Shape::kKeyBytes);
-        barrier_arrive_after_copies(barriers_.key_full[key_turn_.stage]);
-        key_turn_.advance();
-    }
-
-    __device__ void load_values(const Work& work, int block, int rows) {
-        barrier_wait(barriers_.value_empty[value_turn_.stage], value_turn_.parity ^ 1);
-        load(
-            args_.v_cache, work, block, rows,
-            shared_ + Shape::kQueryBytes + (Shape::kStages + value_turn_.stage) * Shape::kKeyBytes);
-        barrier_arrive_after_copies(barriers_.value_full[value_turn_.stage]);
-        value_turn_.advance();
-    }
-
-    // Positions that no row sees become zeros: whatever lies there, NaN included, must not reach a
-    // product.
-    __device__ void load(const void* cache, const Work& work, int block, int rows, char* to) {
-        const int start = block * Shape::kKeys;
-        if (exists_ && work.begin <= start && start + Shape::kKeys <= work.end) {
-            copy<false>(cache, work, start, rows, to);
-        } else {
-            copy<true>(cache, work, start, rows, to);
-        }
-    }
-
-    template <bool kPartly>
-    __device__ void copy(const void* cache, const Work& work, int start, int rows, char* to) {
-        const char* from = static_cast<const char*>(cache) + row_ * stride_ +
-                           (work.kv_head * args_.head_dim + chunk_ * 8) * sizeof(T);
-        const int begin = work.begin - start - row_, end = work.end - start - row_;
-        to += place(Shape::kKeyTile, row_);
-#pragma unroll
-        for (int i = 0; i < Shape::kKeys / kRowsAtOnce; ++i) {
-            const int row = i * kRowsAtOnce;
-            const uint32_t cache_row =
-                __shfl_sync(0xFFFFFFFFu, rows, row / Shape::kSpan) + row % Shape::kSpan;
-            if (chunk_ < kChunks) {
-                copy_async(below(to, row), from + uint64_t{cache_row} * stride_,
-                           !kPartly || (exists_ && row >= begin && row < end));
-            }
-        }
-    }
-
-    // Where this thread's chunk of a row goes, in bytes from the start of a buffer.
-    __device__ int place(int tile_bytes, int row) const {
-        return chunk_ / 8 * tile_bytes + swizzled(row, chunk_ % 8);
-    }
-    // The same for a row that is so many below, a multiple of kRowsAtOnce.
-    __device__ static char* below(char* place, int rows) {
-        return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(place + rows * 128) ^ (rows & 7)
-                                                                                             << 4);
-    }
-
-    const PrefillArgs& args_;
-    char* const shared_;
-    Barriers& barriers_;
-    const int half_, chunk_, row_;
-    const bool exists_;      // whether the head is so long
-    const uint32_t stride_;  // of the cache's rows, in bytes
-    Turn<1> query_turn_;
-    Turn<Shape::kStages> key_turn_, value_turn_;
-};
 
 // What the 128 threads do that hold 64 rows. A thread holds two of them, `row` and `row + 8`, and
 // of each a quarter of the columns.
 template <typename T, typename Shape, bool kScaled>
 class Attender {
     static constexpr int kKeys = Shape::kKeys, kDim = Shape::kDim;
-    using Barriers = prefill::Barriers<Shape::kStages>;
+    using Signals = prefill::Signals<Shape::kStages>;
 
   public:
-    __device__ Attender(const PrefillArgs& args, char* shared, Barriers& barriers, int group)
-        : args_(args), barriers_(barriers), group_(group) {
+    __device__ Attender(const PrefillArgs& args, char* shared, Signals& signals, int group)
+        : args_(args), signals_(signals), group_(group) {
         const uint32_t start = shared_address(shared);
         queries_ = wgmma_operand(start + group * 64 * 128);
         keys_ = wgmma_operand(start + Shape::kQueryBytes);
@@ -268,9 +43,11 @@ class Attender {
     }
 
     __device__ void run() {
-        if (!(Shape::kFlags & 8) && group_ == Shape::kGroups - 1) give_turn();
-        Work work;
-        for (int n = 0; find_work(args_, nth_item(n), work); ++n) {
+        WorkQueue<Shape::kStages> queue(signals_);
+        if (!(Shape::kFlags & 4) && group_ == Shape::kGroups - 1) give_turn();
+        while (true) {
+            const Work work = queue.take();
+            if (!work.tokens) return;
             find_visible(work);
             clear();
             if (work.begin < work.end) attend(work);
@@ -285,68 +62,68 @@ class Attender {
         float scores[kKeys / 2];
         uint32_t weights[kKeys / 16][4];
 
-        barrier_wait(barriers_.query_full, query_turn_.parity);
-        barrier_wait(barriers_.key_full[key_turn_.stage], key_turn_.parity);
-        if constexpr (!(Shape::kFlags & 1)) show_to_matrix_unit();
+        barrier_wait(signals_.query_full, query_turn_.parity);
+        barrier_wait(signals_.key_full[key_turn_.stage], key_turn_.parity);
+        show_to_matrix_unit();
         wgmma_begin();
         multiply_keys(scores);
         wgmma_wait<0>();
         pin(scores);
-        release(barriers_.key_empty[key_turn_.stage]);
+        release(signals_.key_empty[key_turn_.stage]);
         key_turn_.advance();
         weigh(scores, block);
         pack(weights, scores);
 
         for (--block; block >= first; --block) {
-            barrier_wait(barriers_.key_full[key_turn_.stage], key_turn_.parity);
-            if constexpr (!(Shape::kFlags & 8)) take_turn();
-            if constexpr (!(Shape::kFlags & 1)) show_to_matrix_unit();
+            barrier_wait(signals_.key_full[key_turn_.stage], key_turn_.parity);
+            if constexpr (!(Shape::kFlags & 4)) take_turn();
+            show_to_matrix_unit();
             pin(scores);
             pin(out_);
             wgmma_begin();
             multiply_keys(scores);
-            barrier_wait(barriers_.value_full[value_turn_.stage], value_turn_.parity);
-            if constexpr (!(Shape::kFlags & 1)) show_to_matrix_unit();
+            barrier_wait(signals_.value_full[value_turn_.stage], value_turn_.parity);
+            show_to_matrix_unit();
             wgmma_begin();
             multiply_values(weights);
-            if constexpr (!(Shape::kFlags & 8)) give_turn();
+            if constexpr (!(Shape::kFlags & 4)) give_turn();
             wgmma_wait<1>();
             pin(scores);
-            release(barriers_.key_empty[key_turn_.stage]);
+            release(signals_.key_empty[key_turn_.stage]);
             key_turn_.advance();
             weigh(scores, block);
-            if constexpr (!(Shape::kFlags & 2)) hold(sum_);
+            if constexpr (Shape::kFlags == 0 || Shape::kFlags == 4) hold(fminf(sum_[0], sum_[1]));
             wgmma_wait<0>();
             pin(out_);
-            release(barriers_.value_empty[value_turn_.stage]);
+            release(signals_.value_empty[value_turn_.stage]);
             value_turn_.advance();
-            if constexpr (Shape::kFlags & 4) {
-                if (__any_sync(0xFFFFFFFFu, factor_[0] != 1.0f || factor_[1] != 1.0f)) shrink();
-            } else {
-                shrink();
-            }
+            shrink();
             pack(weights, scores);
         }
 
-        release(barriers_.query_empty);
+        release(signals_.query_empty);
         query_turn_.advance();
-        barrier_wait(barriers_.value_full[value_turn_.stage], value_turn_.parity);
-        if constexpr (!(Shape::kFlags & 1)) show_to_matrix_unit();
+        barrier_wait(signals_.value_full[value_turn_.stage], value_turn_.parity);
+        show_to_matrix_unit();
         pin(out_);
         wgmma_begin();
         multiply_values(weights);
         wgmma_wait<0>();
         pin(out_);
-        release(barriers_.value_empty[value_turn_.stage]);
+        release(signals_.value_empty[value_turn_.stage]);
         value_turn_.advance();
     }
 
-    // A branch that is never taken and that the assembler cannot foresee: it moves no wait above
-    // it.
-    __device__ static void hold(const float (&sum)[2]) {
+    // A branch that is never taken, behind the weights: without it the assembler would move the
+    // wait that follows above them, and nothing would be computed while the matrix unit is at work.
+    __device__ static void hold(float sum) {
         asm volatile(
-            "{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p bra.uni stop; bra.uni go;\n stop: "
-            "trap;\n go: }" ::"f"(fminf(sum[0], sum[1]))
+            "{ .reg .pred p;\n"
+            "setp.lt.f32 p, %0, 0f00000000;\n"
+            "@p bra.uni stop;\n"
+            "bra.uni go;\n"
+            "stop: trap;\n"
+            "go: }" ::"f"(sum)
             : "memory");
     }
 
@@ -382,9 +159,8 @@ class Attender {
     // The visible positions of the two rows, and those of all rows of the warp. A row that does not
     // exist counts as one that sees everything: its scores are zeros, and nobody reads its result.
     __device__ void find_visible(const Work& work) {
-        const int pack = args_.q_heads / args_.kv_heads;
         for (int i = 0; i < 2; ++i) {
-            const int token = (row_ + 8 * i) / pack;
+            const int token = args_.token_of(row_ + 8 * i);
             const bool exists = token < work.tokens;
             begin_[i] = exists ? args_.first_visible(work.first_position + token) : 0;
             end_[i] = exists ? args_.kv_end[work.first_token + token] : INT_MAX;
@@ -411,6 +187,7 @@ class Attender {
         }
         const int start = block * kKeys;
         if (start < all_begin_ || start + kKeys > all_end_) hide(scores, start);
+        float offset[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float even = scores[2 * i], odd = scores[2 * i + 1];
@@ -424,16 +201,24 @@ class Attender {
             top = fmaxf(top, shuffle_xor(top, 2));
             top = fmaxf(top, largest_[i]);
             // Nothing seen so far: any finite offset will do.
-            const float offset = top == -INFINITY ? 0.0f : top * args_.exponent_scale;
-            factor_[i] = exp2_fast(largest_[i] * args_.exponent_scale - offset);
+            offset[i] = top == -INFINITY ? 0.0f : top * args_.exponent_scale;
+            factor_[i] = exp2_fast(largest_[i] * args_.exponent_scale - offset[i]);
             largest_[i] = top;
-            even = odd = 0.0f;
+        }
+        if constexpr (Shape::kFlags & 2) {
+            hold(factor_[0] + factor_[1]);
+            wgmma_wait<0>();
+            pin(out_);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float even = 0.0f, odd = 0.0f;
 #pragma unroll
             for (int j = 0; j < kKeys / 8; ++j) {
                 float& left = scores[4 * j + 2 * i];
                 float& right = scores[4 * j + 2 * i + 1];
-                left = exp2_fast(fmaf(left, args_.exponent_scale, -offset));
-                right = exp2_fast(fmaf(right, args_.exponent_scale, -offset));
+                left = exp2_fast(fmaf(left, args_.exponent_scale, -offset[i]));
+                right = exp2_fast(fmaf(right, args_.exponent_scale, -offset[i]));
                 even += left;
                 odd += right;
             }
@@ -484,17 +269,17 @@ class Attender {
     // Divides by the sum of weights; a row that sees nothing gets zeros. The four lanes of a row
     // exchange pairs, so that each stores eight neighbours at once.
     __device__ void write(const Work& work) {
-        const int pack = args_.q_heads / args_.kv_heads, lane = threadIdx.x % 4;
+        const int lane = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float sum = sum_[i];
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);
             const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-            const int row = row_ + 8 * i, token = row / pack;
+            const int row = row_ + 8 * i, token = args_.token_of(row);
             T* to = static_cast<T*>(args_.out.data) +
                     (work.first_token + token) * args_.out.token_stride +
-                    (work.kv_head * pack + row - token * pack) * args_.out.head_stride + lane * 8;
+                    ((work.kv_head - token) * args_.group + row) * args_.out.head_stride + lane * 8;
 #pragma unroll
             for (int j = 0; j < kDim / 8; j += 4) {
                 uint32_t pairs[4];
@@ -527,7 +312,7 @@ class Attender {
     }
 
     const PrefillArgs& args_;
-    Barriers& barriers_;
+    Signals& signals_;
     const int group_;
     int row_;
     uint64_t queries_, keys_, values_;
@@ -544,29 +329,34 @@ template <typename T, typename Shape, bool kScaled>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     prefill_kernel(const __grid_constant__ PrefillArgs args) {
 #ifdef SGLITE_HAS_WGMMA
-    __shared__ prefill::Barriers<Shape::kStages> barriers;
+    __shared__ prefill::Signals<Shape::kStages> signals;
     char* const unaligned = dynamic_shared<char>();
     char* const shared = unaligned + (-shared_address(unaligned) & (Shape::kAlignment - 1));
     if (threadIdx.x == 0) {
-        constexpr int kConsumerWarps = 4 * Shape::kGroups;
-        barrier_init(barriers.query_full, Shape::kCopiers);
-        barrier_init(barriers.query_empty, kConsumerWarps);
+        constexpr int kConsumers = 4 * Shape::kGroups;  // warps
+        barrier_init(signals.query_full, kWarpgroup);
+        barrier_init(signals.query_empty, kConsumers);
         for (int i = 0; i < Shape::kStages; ++i) {
-            barrier_init(barriers.key_full[i], Shape::kCopiers);
-            barrier_init(barriers.value_full[i], Shape::kCopiers);
-            barrier_init(barriers.key_empty[i], kConsumerWarps);
-            barrier_init(barriers.value_empty[i], kConsumerWarps);
+            barrier_init(signals.key_full[i], kWarpgroup);
+            barrier_init(signals.value_full[i], kWarpgroup);
+            barrier_init(signals.key_empty[i], kConsumers);
+            barrier_init(signals.value_empty[i], kConsumers);
         }
+        for (int i = 0; i < prefill::kWorkStages; ++i) {
+            barrier_init(signals.work_full[i], 1);
+            barrier_init(signals.work_empty[i], kConsumers + 4);
+        }
+        show_barriers();
     }
     __syncthreads();
     wait_for_previous_kernel();
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroup, 0);
     if (warpgroup == 0) {
         lower_registers<Shape::kProducerRegisters>();
-        prefill::Gatherer<T, Shape>(args, shared, barriers).run();
+        prefill::Gatherer<T, Shape>(args, shared, signals).run();
     } else {
         raise_registers<Shape::kConsumerRegisters>();
-        prefill::Attender<T, Shape, kScaled>(args, shared, barriers, warpgroup - 1).run();
+        prefill::Attender<T, Shape, kScaled>(args, shared, signals, warpgroup - 1).run();
     }
     let_next_kernel_start();
 #else
@@ -575,14 +365,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 }
 
 template <int kDim>
-using PrefillShapeOf = PrefillShape<kDim, prefill_rows(kDim) / 64, kDim == 256 ? 80 : 128>;
+using PrefillShapeOf = PrefillShape<kDim, prefill_rows(kDim) / 64,
+                                    kDim == 256  ? 80
+                                    : kDim == 64 ? 128
+                                                 : 176,
+                                    2>;
 
 template <int kDim>
 void launch_prefill(const PrefillArgs& args, Stream stream) {
     using Shape = PrefillShapeOf<kDim>;
+    const int items = args.max_tiles * args.kv_heads;
     const Launch settings{
         .op = "paged_attention",
-        .grid = dim3(static_cast<unsigned>(args.max_tiles * args.kv_heads)),
+        .grid = dim3(static_cast<unsigned>(std::min(items, args.multiprocessors))),
         .threads = Shape::kThreads,
         .shared_bytes = Shape::kSharedBytes,
         .stream = stream,

@@ -16,8 +16,19 @@ __device__ inline void barrier_init(uint64_t& barrier, int count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count)
                  : "memory");
 }
+// Makes the barriers that this thread has set up known to the copy engine.
+__device__ inline void show_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ inline void barrier_arrive(uint64_t& barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+// Arrives; the phase also waits for so many bytes that the copy engine brings.
+__device__ inline void barrier_arrive_for_bytes(uint64_t& barrier, int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+        "r"(bytes)
+        : "memory");
 }
 // Arrives when all asynchronous copies that this thread has begun are done.
 __device__ inline void barrier_arrive_after_copies(uint64_t& barrier) {

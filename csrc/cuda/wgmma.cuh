@@ -21,7 +21,9 @@ namespace sglite::cuda {
 // Where the 16 bytes `chunk` (0 to 7) of a row lie, in bytes from the start of a tile whose rows
 // are 128 bytes, swizzled: the bank conflicts of reading a column are gone. The tile starts at a
 // multiple of 1024 bytes.
-__device__ inline int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+__device__ inline int swizzled(int row, int chunk) {
+    return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
 
 // Names an operand in shared memory that is cut into tiles like that, each 64 elements wide.
 // With the summed index along rows (Q and K) only `address` counts; a tile is entered at a multiple
@@ -29,8 +31,8 @@ __device__ inline int swizzled(int row, int chunk) { return row * 128 + ((chunk 
 // columns are `tile_bytes` apart; a tile is entered at a multiple of 16 rows.
 __device__ inline uint64_t wgmma_operand(uint32_t address, uint32_t tile_bytes = 16) {
     constexpr uint64_t kSwizzle128 = 1, kEightRows = 8 * 128;
-    return kSwizzle128 << 62 | (kEightRows >> 4) << 32 | static_cast<uint64_t>(tile_bytes >> 4) << 16 |
-           address >> 4;
+    return kSwizzle128 << 62 | (kEightRows >> 4) << 32 |
+           static_cast<uint64_t>(tile_bytes >> 4) << 16 | address >> 4;
 }
 
 // Orders this warpgroup's earlier accesses of registers before the matrix instructions that follow.
@@ -68,8 +70,8 @@ __device__ inline void pin(float (&registers)[kCount]) {
 #define SGLITE_R13 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define SGLITE_R14 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define SGLITE_R15 ",%120,%121,%122,%123,%124,%125,%126,%127"
-#define SGLITE_D(i)                                                                    \
-    "+f"(d[i * 8]), "+f"(d[i * 8 + 1]), "+f"(d[i * 8 + 2]), "+f"(d[i * 8 + 3]),         \
+#define SGLITE_D(i)                                                             \
+    "+f"(d[i * 8]), "+f"(d[i * 8 + 1]), "+f"(d[i * 8 + 2]), "+f"(d[i * 8 + 3]), \
         "+f"(d[i * 8 + 4]), "+f"(d[i * 8 + 5]), "+f"(d[i * 8 + 6]), "+f"(d[i * 8 + 7])
 
 #define SGLITE_R_24 SGLITE_R0 SGLITE_R1 SGLITE_R2
@@ -98,40 +100,37 @@ struct Wgmma {
     static_assert(kN == 0, "no such width");
 };
 
-#define SGLITE_WGMMA_SHARED(N, TYPE, REGISTERS, VARIABLES, A, B, P)                            \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N  \
+#define SGLITE_WGMMA_SHARED(N, TYPE, REGISTERS, VARIABLES, A, B, P)                             \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" N \
                  "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B ", p, 1, 1, 0, 0; }"    \
                  : VARIABLES                                                                    \
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 #define SGLITE_WGMMA_REGISTERS(N, TYPE, REGISTERS, VARIABLES, A0, A1, A2, A3, B)               \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS  \
-                 "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, 1;"                      \
-                 : VARIABLES                                                                    \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGISTERS \
+                 "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " B ", 1, 1, 1, 1;"                     \
+                 : VARIABLES                                                                   \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
-#define SGLITE_WGMMA(N, HALF_N, I0, I1, I2, I3, I4)                                            \
-    template <typename T>                                                                       \
-    struct Wgmma<T, N> {                                                                        \
-        static constexpr bool kBrain = FormatOf<T>::value == DType::kBFloat16;                  \
-        __device__ static void shared(float (&d)[HALF_N], uint64_t a, uint64_t b, bool add) {   \
-            if constexpr (kBrain) {                                                             \
-                SGLITE_WGMMA_SHARED(#N, "bf16", SGLITE_R_##HALF_N, SGLITE_D_##HALF_N, I0, I1,   \
-                                    I2);                                                        \
-            } else {                                                                            \
-                SGLITE_WGMMA_SHARED(#N, "f16", SGLITE_R_##HALF_N, SGLITE_D_##HALF_N, I0, I1,    \
-                                    I2);                                                        \
-            }                                                                                   \
-        }                                                                                       \
-        __device__ static void registers(float (&d)[HALF_N], const uint32_t (&a)[4],            \
-                                         uint64_t b) {                                          \
-            if constexpr (kBrain) {                                                             \
-                SGLITE_WGMMA_REGISTERS(#N, "bf16", SGLITE_R_##HALF_N, SGLITE_D_##HALF_N, I0,    \
-                                       I1, I2, I3, I4);                                         \
-            } else {                                                                            \
-                SGLITE_WGMMA_REGISTERS(#N, "f16", SGLITE_R_##HALF_N, SGLITE_D_##HALF_N, I0, I1, \
-                                       I2, I3, I4);                                             \
-            }                                                                                   \
-        }                                                                                       \
+#define SGLITE_WGMMA(N, HALF_N, I0, I1, I2, I3, I4)                                                \
+    template <typename T>                                                                          \
+    struct Wgmma<T, N> {                                                                           \
+        static constexpr bool kBrain = FormatOf<T>::value == DType::kBFloat16;                     \
+        __device__ static void shared(float (&d)[HALF_N], uint64_t a, uint64_t b, bool add) {      \
+            if constexpr (kBrain) {                                                                \
+                SGLITE_WGMMA_SHARED(#N, "bf16", SGLITE_R_##HALF_N, SGLITE_D_##HALF_N, I0, I1, I2); \
+            } else {                                                                               \
+                SGLITE_WGMMA_SHARED(#N, "f16", SGLITE_R_##HALF_N, SGLITE_D_##HALF_N, I0, I1, I2);  \
+            }                                                                                      \
+        }                                                                                          \
+        __device__ static void registers(float (&d)[HALF_N], const uint32_t (&a)[4], uint64_t b) { \
+            if constexpr (kBrain) {                                                                \
+                SGLITE_WGMMA_REGISTERS(#N, "bf16", SGLITE_R_##HALF_N, SGLITE_D_##HALF_N, I0, I1,   \
+                                       I2, I3, I4);                                                \
+            } else {                                                                               \
+                SGLITE_WGMMA_REGISTERS(#N, "f16", SGLITE_R_##HALF_N, SGLITE_D_##HALF_N, I0, I1,    \
+                                       I2, I3, I4);                                                \
+            }                                                                                      \
+        }                                                                                          \
     }
 
 SGLITE_WGMMA(48, 24, "%24", "%25", "%26", "%27", "%28");
