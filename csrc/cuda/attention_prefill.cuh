@@ -44,7 +44,7 @@ class Attender {
 
     __device__ void run() {
         WorkQueue<Shape::kStages> queue(signals_);
-        if (group_ == Shape::kGroups - 1) give_turn();
+        if (!(Shape::kFlags & 4) && group_ == Shape::kGroups - 1) give_turn();
         while (true) {
             const Work work = queue.take();
             if (!work.tokens) return;
@@ -76,7 +76,7 @@ class Attender {
 
         for (--block; block >= first; --block) {
             barrier_wait(signals_.key_full[key_turn_.stage], key_turn_.parity);
-            take_turn();
+            if constexpr (!(Shape::kFlags & 4)) take_turn();
             show_to_matrix_unit();
             pin(scores);
             pin(out_);
@@ -86,13 +86,13 @@ class Attender {
             show_to_matrix_unit();
             wgmma_begin();
             multiply_values(weights);
-            give_turn();
+            if constexpr (!(Shape::kFlags & 4)) give_turn();
             wgmma_wait<1>();
             pin(scores);
             release(signals_.key_empty[key_turn_.stage]);
             key_turn_.advance();
             weigh(scores, block);
-            hold(sum_);
+            if constexpr (Shape::kFlags == 0 || Shape::kFlags == 4) hold(fminf(sum_[0], sum_[1]));
             wgmma_wait<0>();
             pin(out_);
             release(signals_.value_empty[value_turn_.stage]);
@@ -116,14 +116,14 @@ class Attender {
 
     // A branch that is never taken, behind the weights: without it the assembler would move the
     // wait that follows above them, and nothing would be computed while the matrix unit is at work.
-    __device__ static void hold(const float (&sum)[2]) {
+    __device__ static void hold(float sum) {
         asm volatile(
             "{ .reg .pred p;\n"
             "setp.lt.f32 p, %0, 0f00000000;\n"
             "@p bra.uni stop;\n"
             "bra.uni go;\n"
             "stop: trap;\n"
-            "go: }" ::"f"(fminf(sum[0], sum[1]))
+            "go: }" ::"f"(sum)
             : "memory");
     }
 
@@ -187,6 +187,7 @@ class Attender {
         }
         const int start = block * kKeys;
         if (start < all_begin_ || start + kKeys > all_end_) hide(scores, start);
+        float offset[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float even = scores[2 * i], odd = scores[2 * i + 1];
@@ -200,16 +201,24 @@ class Attender {
             top = fmaxf(top, shuffle_xor(top, 2));
             top = fmaxf(top, largest_[i]);
             // Nothing seen so far: any finite offset will do.
-            const float offset = top == -INFINITY ? 0.0f : top * args_.exponent_scale;
-            factor_[i] = exp2_fast(largest_[i] * args_.exponent_scale - offset);
+            offset[i] = top == -INFINITY ? 0.0f : top * args_.exponent_scale;
+            factor_[i] = exp2_fast(largest_[i] * args_.exponent_scale - offset[i]);
             largest_[i] = top;
-            even = odd = 0.0f;
+        }
+        if constexpr (Shape::kFlags & 2) {
+            hold(factor_[0] + factor_[1]);
+            wgmma_wait<0>();
+            pin(out_);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float even = 0.0f, odd = 0.0f;
 #pragma unroll
             for (int j = 0; j < kKeys / 8; ++j) {
                 float& left = scores[4 * j + 2 * i];
                 float& right = scores[4 * j + 2 * i + 1];
-                left = exp2_fast(fmaf(left, args_.exponent_scale, -offset));
-                right = exp2_fast(fmaf(right, args_.exponent_scale, -offset));
+                left = exp2_fast(fmaf(left, args_.exponent_scale, -offset[i]));
+                right = exp2_fast(fmaf(right, args_.exponent_scale, -offset[i]));
                 even += left;
                 odd += right;
             }
@@ -356,7 +365,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 }
 
 template <int kDim>
-using PrefillShapeOf = PrefillShape<kDim, prefill_rows(kDim) / 64, kDim == 256 ? 80 : 128, 2>;
+using PrefillShapeOf = PrefillShape<kDim, prefill_rows(kDim) / 64,
+                                    kDim == 256  ? 80
+                                    : kDim == 64 ? 128
+                                                 : 176,
+                                    2>;
 
 template <int kDim>
 void launch_prefill(const PrefillArgs& args, Stream stream) {
