@@ -1,8 +1,9 @@
 """Which requests take part in a step, and how many tokens of each. Touches no tensor."""
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +13,7 @@ from sglite.engine.statistics import Statistics
 from sglite.interface.errors import OutOfMemoryError
 
 
-@dataclass(slots=True, frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """The positions `start` to `stop` (exclusive) of a request, computed in one step."""
 
     request: Request
@@ -51,13 +51,12 @@ class Step:
         return not self.items and not self.page_copies
 
 
-@dataclass(slots=True, frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a step gave one request: a token, where it was to sample one, or an error."""
 
     token_id: int | None = None
     logprobs: dict | None = None
-    prompt_logprobs: list = field(default_factory=list)
+    prompt_logprobs: Sequence = ()
     error: BaseException | None = None
 
 
@@ -132,12 +131,14 @@ class Scheduler:
 
         `reserve(request, num_positions)` finds the pages and says whether it could.
         """
-        is_decode = request.num_pending == 1
-        count = 1 if is_decode else min(request.num_pending, budget, self._max_chunk(request))
-        start, stop = request.num_launched, request.num_launched + count
-        if count <= 0 or not reserve(request, stop):
+        start, expected = request.num_launched, request.num_expected_tokens
+        is_decode = expected - start == 1
+        count = 1 if is_decode else min(expected - start, budget, self._max_chunk(request))
+        stop = start + count
+        has_room = stop <= request.num_pages * self.cache.page_size
+        if count <= 0 or not (has_room or reserve(request, stop)):
             return 0
-        samples = stop == request.num_expected_tokens
+        samples = stop == expected
         step.items.append(ScheduledRequest(request, start, stop, samples, request.incarnation))
         request.num_launched = stop
         request.num_unknown += samples

@@ -3,9 +3,13 @@
 import threading
 from collections.abc import Iterable, Sequence
 
+from transformers import PreTrainedTokenizerFast
+
 # Enough prompt tokens before the output for a tokenizer whose tokens depend on the one before
 # (SentencePiece drops the space of a first word), and for a character that the prompt began.
 _CONTEXT = 6
+# Tokens that are decoded again with every new one, at most.
+_MOST_DECODED = 24
 
 
 class Tokenizer:
@@ -18,6 +22,15 @@ class Tokenizer:
     def __init__(self, hf_tokenizer):
         self.hf = hf_tokenizer
         self._lock = threading.Lock()
+        kind = type(hf_tokenizer)
+        # What Hugging Face's own `decode` comes to; it is called for every token of a stream, and
+        # most of its time is the way there.
+        self._backend = None
+        if (
+            getattr(kind, "decode", None) is PreTrainedTokenizerFast.decode
+            and kind._decode is PreTrainedTokenizerFast._decode
+        ):
+            self._backend = hf_tokenizer.backend_tokenizer
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens unless told otherwise."""
@@ -27,6 +40,10 @@ class Tokenizer:
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that have no token give nothing."""
         with self._lock:
+            if self._backend is not None:
+                return self._backend.decode(
+                    list(token_ids), skip_special_tokens=skip_special_tokens
+                )
             return self.hf.decode(
                 list(token_ids),
                 skip_special_tokens=skip_special_tokens,
@@ -90,11 +107,13 @@ class IncrementalDetokenizer:
         return self._settle(self._decode(self._window))
 
     def _settle(self, text: str) -> str:
-        """Hands out what `text` has beyond the settled part, and moves the window on."""
+        """Hands out what `text`, the window's, has beyond the settled part."""
         piece = text[len(self._settled_text) :]
-        self._window = self._window[max(0, self._num_settled - _CONTEXT) :]
+        self._settled_text = text
+        if len(self._window) > _MOST_DECODED:
+            self._window = self._window[max(0, self._num_settled - _CONTEXT) :]
+            self._settled_text = self._decode(self._window)
         self._num_settled = len(self._window)
-        self._settled_text = self._decode(self._window)
         return piece
 
     def _decode(self, token_ids: Sequence[int]) -> str:
