@@ -101,14 +101,64 @@ struct UnitStream {
     }
 };
 
+// The unit before the one at work, if it has written records. Its tile's other units are told while
+// the next tiles come in, and the answer is used a tile later: nobody waits for either.
 template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads)
+struct Ended {
+    enum Phase { kNone, kWritten, kArrived };
+    struct Places {
+        AttentionUnit unit;
+        int head;
+        int complete[kDecodeRows];
+    };
+
+    Places& at;  // in shared memory
+    Phase phase = kNone;
+    int arrived = 0;
+
+    // The records have been written; nothing else is under way.
+    __device__ void begin(const AttentionUnit& unit, int head) {
+        if (threadIdx.x == 0) {
+            at.unit = unit;
+            at.head = head;
+        }
+        phase = kWritten;
+    }
+    // Before a barrier.
+    __device__ void publish() {
+        if (phase == kArrived) UnitTiles<T>(at.unit).publish(at.complete, arrived);
+    }
+    // Behind it.
+    __device__ void advance(const AttentionView<T>& view) {
+        if (phase == kWritten) {
+            arrived = UnitTiles<T>(at.unit).arrive(view, at.head);
+            phase = kArrived;
+        } else if (phase == kArrived) {
+            combine_complete<T, kD>(view, at.unit, at.head, at.complete);
+            phase = kNone;
+        }
+    }
+    // All that is left, at once.
+    __device__ void finish(const AttentionView<T>& view) {
+        while (phase != kNone) {
+            publish();
+            __syncthreads();
+            advance(view);
+        }
+        __syncthreads();
+    }
+};
+
+template <typename T, int kD>
+__global__ void __launch_bounds__(kThreads, kD <= 64 ? 4 : kD <= 128 ? 3 : 1)
     decode_kernel(const __grid_constant__ AttentionView<T> view) {
     constexpr int kSteps = kD / 16;
     constexpr int kChunks = kD / 8 / kWarps;  // of a warp's channels
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int row = lane / 4, column = lane % 4 * 2;
     const DecodeShared<T, kD> shared(view.stages);
+    __shared__ typename Ended<T, kD>::Places places;
+    Ended<T, kD> ended{places};
 
     // The kernel before this one may write queries and the keys of this step's tokens. The plan and
     // older keys are there already.
@@ -138,6 +188,7 @@ __global__ void __launch_bounds__(kThreads)
                 __syncthreads();  // the tile before has been read
                 stream.copy_tile();
             }
+            ended.publish();
             wait_for_stage(view.stages);
             __syncthreads();
             const T* keys = shared.ring + stage * DecodeShared<T, kD>::kStage;
@@ -150,21 +201,21 @@ __global__ void __launch_bounds__(kThreads)
                 for (int step = 0; step < kSteps; ++step) load_left<kD>(q[step], queries, 0, step);
             }
             if (view.stages > 1) stream.copy_tile();
+            ended.advance(view);
 
             float scores[2][4] = {};
 #pragma unroll
             for (int step = 0; step < kSteps; ++step)
-                add_scores<kD>(scores[0], scores[1], q[step], keys, warp * kWarpKeys, step);
+                add_scores<kD>(scores, q[step], keys, warp * kWarpKeys, step);
+            scale_scores(scores, view);
+            rows.mask(scores, position + warp * kWarpKeys);
 
             float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const int key = position + warp * kWarpKeys + n * 8 + column + i % 2;
-                    float& score = scores[n][i];
-                    score = rows.sees(i / 2, key) ? exponent(view, score) : -INFINITY;
-                    most[i / 2] = fmaxf(most[i / 2], score);
+                    most[i / 2] = fmaxf(most[i / 2], scores[n][i]);
                 }
             }
 #pragma unroll
@@ -213,8 +264,8 @@ __global__ void __launch_bounds__(kThreads)
             for (int n = 0; n < kChunks; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) o[n][i] = multiply(o[n][i], scale[i / 2]);
-                add_values<kD>(o[n], weights, values, warp * kChunks + n);
             }
+            add_values<kD>(o, weights, values, warp * kChunks);
 
             position += kTile;
             if (position < unit.end && split_begin(split_of(position)) != position) continue;
@@ -258,8 +309,11 @@ __global__ void __launch_bounds__(kThreads)
                         float2{total_largest[i], total_sum[i]};
             }
         }
-        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
+        if (unit.parts == 1) continue;
+        if (ended.phase != Ended<T, kD>::kNone) ended.finish(view);
+        ended.begin(unit, head);
     }
+    if (ended.phase != Ended<T, kD>::kNone) ended.finish(view);
     wait_copies<0>();
 }
 

@@ -32,13 +32,14 @@ struct ExtendShared {
 };
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kD > 128 ? 1 : 2)
     extend_kernel(const __grid_constant__ AttentionView<T> view) {
     constexpr int kSteps = kD / 16, kChunks = kD / 8;
     using Shared = ExtendShared<T, kD>;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int row = lane / 4, column = lane % 4 * 2;
     const Shared shared(view.stages);
+    __shared__ int complete;
     TileLoader<T, kD, kThreads> loader;
 
     wait_for_previous_kernel();
@@ -107,22 +108,15 @@ __global__ void __launch_bounds__(kThreads)
                 for (int step = 0; step < kSteps; ++step) {
                     uint32_t q[4];
                     load_left<kD>(q, shared.queries, warp * 16, step);
-#pragma unroll
-                    for (int n = 0; n < 8; n += 2)
-                        add_scores<kD>(scores[n], scores[n + 1], q, keys, n * 8, step);
+                    add_scores<kD>(scores, q, keys, 0, step);
                 }
-                const bool all = position >= all_from && position + kTile <= all_to;
+                scale_scores(scores, view);
+                if (position < all_from || position + kTile > all_to) rows.mask(scores, position);
                 float most[2] = {largest[0], largest[1]};
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        float& score = scores[n][i];
-                        score = exponent(view, score);
-                        if (!all && !rows.sees(i / 2, position + n * 8 + column + i % 2))
-                            score = -INFINITY;
-                        most[i / 2] = fmaxf(most[i / 2], score);
-                    }
+                    for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], scores[n][i]);
                 }
                 float scale[2], at[2];
 #pragma unroll
@@ -150,8 +144,8 @@ __global__ void __launch_bounds__(kThreads)
                 for (int n = 0; n < kChunks; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) o[n][i] = multiply(o[n][i], scale[i / 2]);
-                    add_values<kD>(o[n], weights, values, n);
                 }
+                add_values<kD>(o, weights, values, 0);
             }
 
             const int after = position + kTile;
@@ -203,7 +197,12 @@ __global__ void __launch_bounds__(kThreads)
                         float2{total_largest[i], total_sum[i]};
             }
         }
-        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
+        if (unit.parts == 1) continue;
+        const UnitTiles<T> tiles(unit);
+        __syncthreads();
+        tiles.publish(&complete, tiles.arrive(view, head));
+        __syncthreads();
+        combine_complete<T, kD>(view, unit, head, &complete);
     }
     wait_copies<0>();
 }

@@ -14,7 +14,7 @@ constexpr int kUnitsPerBlock = 8;
 constexpr int kBlocksPerMultiprocessor = 2;
 // Prefills do not split keys: they are for batches that give this share of a machine's processors
 // a block.
-constexpr float kPrefillShare = 0.5f;
+constexpr float kPrefillShare = 0.1f;
 
 struct PlanView {
     AttentionShape shape;

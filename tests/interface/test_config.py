@@ -294,7 +294,7 @@ class TestEngineConfig:
             resolved().dtype = "float32"
 
     def test_it_prints_as_a_table_of_every_setting(self):
-        config = resolved({"token": "hf_secret", "seed": 5})
+        config = resolved({"token": "hf_secret", "seed": 5, "mem_fraction": 0.5})
         assert str(config) == repr(config)
         head, *rows = str(config).splitlines()
         assert head == "EngineConfig"
