@@ -150,7 +150,9 @@ struct Ended {
 };
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads, kD <= 64 ? 4 : kD <= 128 ? 3 : 1)
+__global__ void __launch_bounds__(kThreads, kD <= 64    ? 4
+                                            : kD <= 128 ? 3
+                                                        : 1)
     decode_kernel(const __grid_constant__ AttentionView<T> view) {
     constexpr int kSteps = kD / 16;
     constexpr int kChunks = kD / 8 / kWarps;  // of a warp's channels
@@ -324,7 +326,7 @@ void attention_decode(const AttentionArgs& args, Stream stream) {
         using T = decltype(element);
         constexpr int kD = decltype(dim)::value;
         using Shared = DecodeShared<T, kD>;
-        launch_attention<T, decode_kernel<T, kD>>(args, stream, kThreads, false, kDecodeStages,
+        launch_attention<T, decode_kernel<T, kD>>(args, stream, kThreads, false, kD <= 64 ? 3 : 2,
                                                   Shared::bytes);
     });
 }

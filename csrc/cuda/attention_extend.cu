@@ -214,8 +214,7 @@ void attention_extend(const AttentionArgs& args, Stream stream) {
         using T = decltype(element);
         constexpr int kD = decltype(dim)::value;
         using Shared = ExtendShared<T, kD>;
-        launch_attention<T, extend_kernel<T, kD>>(args, stream, kThreads, true, kExtendStages,
-                                                  Shared::bytes);
+        launch_attention<T, extend_kernel<T, kD>>(args, stream, kThreads, true, 2, Shared::bytes);
     });
 }
 
