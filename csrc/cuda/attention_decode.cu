@@ -101,66 +101,14 @@ struct UnitStream {
     }
 };
 
-// The unit before the one at work, if it has written records. Its tile's other units are told while
-// the next tiles come in, and the answer is used a tile later: nobody waits for either.
 template <typename T, int kD>
-struct Ended {
-    enum Phase { kNone, kWritten, kArrived };
-    struct Places {
-        AttentionUnit unit;
-        int head;
-        int complete[kDecodeRows];
-    };
-
-    Places& at;  // in shared memory
-    Phase phase = kNone;
-    int arrived = 0;
-
-    // The records have been written; nothing else is under way.
-    __device__ void begin(const AttentionUnit& unit, int head) {
-        if (threadIdx.x == 0) {
-            at.unit = unit;
-            at.head = head;
-        }
-        phase = kWritten;
-    }
-    // Before a barrier.
-    __device__ void publish() {
-        if (phase == kArrived) UnitTiles<T>(at.unit).publish(at.complete, arrived);
-    }
-    // Behind it.
-    __device__ void advance(const AttentionView<T>& view) {
-        if (phase == kWritten) {
-            arrived = UnitTiles<T>(at.unit).arrive(view, at.head);
-            phase = kArrived;
-        } else if (phase == kArrived) {
-            combine_complete<T, kD>(view, at.unit, at.head, at.complete);
-            phase = kNone;
-        }
-    }
-    // All that is left, at once.
-    __device__ void finish(const AttentionView<T>& view) {
-        while (phase != kNone) {
-            publish();
-            __syncthreads();
-            advance(view);
-        }
-        __syncthreads();
-    }
-};
-
-template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads, kD <= 64    ? 4
-                                            : kD <= 128 ? 3
-                                                        : 1)
+__global__ void __launch_bounds__(kThreads)
     decode_kernel(const __grid_constant__ AttentionView<T> view) {
     constexpr int kSteps = kD / 16;
     constexpr int kChunks = kD / 8 / kWarps;  // of a warp's channels
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int row = lane / 4, column = lane % 4 * 2;
     const DecodeShared<T, kD> shared(view.stages);
-    __shared__ typename Ended<T, kD>::Places places;
-    Ended<T, kD> ended{places};
 
     // The kernel before this one may write queries and the keys of this step's tokens. The plan and
     // older keys are there already.
@@ -190,7 +138,6 @@ __global__ void __launch_bounds__(kThreads, kD <= 64    ? 4
                 __syncthreads();  // the tile before has been read
                 stream.copy_tile();
             }
-            ended.publish();
             wait_for_stage(view.stages);
             __syncthreads();
             const T* keys = shared.ring + stage * DecodeShared<T, kD>::kStage;
@@ -203,21 +150,21 @@ __global__ void __launch_bounds__(kThreads, kD <= 64    ? 4
                 for (int step = 0; step < kSteps; ++step) load_left<kD>(q[step], queries, 0, step);
             }
             if (view.stages > 1) stream.copy_tile();
-            ended.advance(view);
 
             float scores[2][4] = {};
 #pragma unroll
             for (int step = 0; step < kSteps; ++step)
-                add_scores<kD>(scores, q[step], keys, warp * kWarpKeys, step);
-            scale_scores(scores, view);
-            rows.mask(scores, position + warp * kWarpKeys);
+                add_scores<kD>(scores[0], scores[1], q[step], keys, warp * kWarpKeys, step);
 
             float most[2] = {-INFINITY, -INFINITY};
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    most[i / 2] = fmaxf(most[i / 2], scores[n][i]);
+                    const int key = position + warp * kWarpKeys + n * 8 + column + i % 2;
+                    float& score = scores[n][i];
+                    score = rows.sees(i / 2, key) ? exponent(view, score) : -INFINITY;
+                    most[i / 2] = fmaxf(most[i / 2], score);
                 }
             }
 #pragma unroll
@@ -266,8 +213,8 @@ __global__ void __launch_bounds__(kThreads, kD <= 64    ? 4
             for (int n = 0; n < kChunks; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) o[n][i] = multiply(o[n][i], scale[i / 2]);
+                add_values<kD>(o[n], weights, values, warp * kChunks + n);
             }
-            add_values<kD>(o, weights, values, warp * kChunks);
 
             position += kTile;
             if (position < unit.end && split_begin(split_of(position)) != position) continue;
@@ -311,11 +258,8 @@ __global__ void __launch_bounds__(kThreads, kD <= 64    ? 4
                         float2{total_largest[i], total_sum[i]};
             }
         }
-        if (unit.parts == 1) continue;
-        if (ended.phase != Ended<T, kD>::kNone) ended.finish(view);
-        ended.begin(unit, head);
+        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
     }
-    if (ended.phase != Ended<T, kD>::kNone) ended.finish(view);
     wait_copies<0>();
 }
 
@@ -326,7 +270,7 @@ void attention_decode(const AttentionArgs& args, Stream stream) {
         using T = decltype(element);
         constexpr int kD = decltype(dim)::value;
         using Shared = DecodeShared<T, kD>;
-        launch_attention<T, decode_kernel<T, kD>>(args, stream, kThreads, false, kD <= 64 ? 3 : 2,
+        launch_attention<T, decode_kernel<T, kD>>(args, stream, kThreads, false, kDecodeStages,
                                                   Shared::bytes);
     });
 }

@@ -32,14 +32,13 @@ struct ExtendShared {
 };
 
 template <typename T, int kD>
-__global__ void __launch_bounds__(kThreads, kD > 128 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads)
     extend_kernel(const __grid_constant__ AttentionView<T> view) {
     constexpr int kSteps = kD / 16, kChunks = kD / 8;
     using Shared = ExtendShared<T, kD>;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int row = lane / 4, column = lane % 4 * 2;
     const Shared shared(view.stages);
-    __shared__ int complete;
     TileLoader<T, kD, kThreads> loader;
 
     wait_for_previous_kernel();
@@ -108,15 +107,22 @@ __global__ void __launch_bounds__(kThreads, kD > 128 ? 1 : 2)
                 for (int step = 0; step < kSteps; ++step) {
                     uint32_t q[4];
                     load_left<kD>(q, shared.queries, warp * 16, step);
-                    add_scores<kD>(scores, q, keys, 0, step);
+#pragma unroll
+                    for (int n = 0; n < 8; n += 2)
+                        add_scores<kD>(scores[n], scores[n + 1], q, keys, n * 8, step);
                 }
-                scale_scores(scores, view);
-                if (position < all_from || position + kTile > all_to) rows.mask(scores, position);
+                const bool all = position >= all_from && position + kTile <= all_to;
                 float most[2] = {largest[0], largest[1]};
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], scores[n][i]);
+                    for (int i = 0; i < 4; ++i) {
+                        float& score = scores[n][i];
+                        score = exponent(view, score);
+                        if (!all && !rows.sees(i / 2, position + n * 8 + column + i % 2))
+                            score = -INFINITY;
+                        most[i / 2] = fmaxf(most[i / 2], score);
+                    }
                 }
                 float scale[2], at[2];
 #pragma unroll
@@ -144,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, kD > 128 ? 1 : 2)
                 for (int n = 0; n < kChunks; ++n) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) o[n][i] = multiply(o[n][i], scale[i / 2]);
+                    add_values<kD>(o[n], weights, values, n);
                 }
-                add_values<kD>(o, weights, values, 0);
             }
 
             const int after = position + kTile;
@@ -197,12 +203,7 @@ __global__ void __launch_bounds__(kThreads, kD > 128 ? 1 : 2)
                         float2{total_largest[i], total_sum[i]};
             }
         }
-        if (unit.parts == 1) continue;
-        const UnitTiles<T> tiles(unit);
-        __syncthreads();
-        tiles.publish(&complete, tiles.arrive(view, head));
-        __syncthreads();
-        combine_complete<T, kD>(view, unit, head, &complete);
+        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
     }
     wait_copies<0>();
 }
@@ -214,7 +215,8 @@ void attention_extend(const AttentionArgs& args, Stream stream) {
         using T = decltype(element);
         constexpr int kD = decltype(dim)::value;
         using Shared = ExtendShared<T, kD>;
-        launch_attention<T, extend_kernel<T, kD>>(args, stream, kThreads, true, 2, Shared::bytes);
+        launch_attention<T, extend_kernel<T, kD>>(args, stream, kThreads, true, kExtendStages,
+                                                  Shared::bytes);
     });
 }
 

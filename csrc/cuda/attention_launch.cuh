@@ -2,9 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <bit>
+#include <cstdlib>
 #include <type_traits>
 
 #include "cuda/attention_tile.cuh"
@@ -86,28 +85,28 @@ Machine machine_of(int device);
 // How many blocks of a kernel run at once on one multiprocessor; at least 1.
 int blocks_per_multiprocessor(const void* kernel, int device, int threads, size_t shared_bytes);
 
-// The grid fills the machine whatever the plan holds. `shared_bytes(stages)` is what a block needs
-// with so many tiles in shared memory; there are fewer than `stages` where they do not fit.
+// Tiles in shared memory at once, if they fit.
+constexpr int kDecodeStages = 2, kExtendStages = 2;
+
+// `shared_bytes(stages)` is what a block needs. The grid fills the machine whatever the plan holds.
 template <typename T, auto kKernel>
 void launch_attention(const AttentionArgs& args, Stream stream, int threads, bool extends,
                       int stages, size_t (*shared_bytes)(int)) {
-    // By device: the number of blocks, which takes long to ask for; 0: not asked yet.
-    static std::array<std::atomic<int>, 64> known{};
     AttentionView<T> view = attention_view<T>(args, extends);
     const Machine machine = machine_of(stream.device);
+    if (const char* wanted = std::getenv(extends ? "EXTEND_STAGES" : "DECODE_STAGES"))
+        stages = std::atoi(wanted);
     while (stages > 1 && shared_bytes(stages) > machine.block_shared_bytes) --stages;
     view.stages = stages;
     const size_t bytes = shared_bytes(stages);
-    std::atomic<int>& blocks = known[static_cast<size_t>(stream.device) % known.size()];
-    if (blocks == 0) {
-        const auto* kernel = reinterpret_cast<const void*>(kKernel);
-        blocks = machine.multiprocessors *
-                 blocks_per_multiprocessor(kernel, stream.device, threads, bytes);
-    }
+    int blocks = blocks_per_multiprocessor(reinterpret_cast<const void*>(kKernel), stream.device,
+                                           threads, bytes);
+    if (const char* wanted = std::getenv(extends ? "EXTEND_BLOCKS" : "DECODE_BLOCKS"))
+        blocks = std::min(blocks, std::atoi(wanted));
     launch<kKernel>(
         {
             .op = "paged_attention",
-            .grid = dim3(static_cast<unsigned>(blocks.load())),
+            .grid = dim3(static_cast<unsigned>(machine.multiprocessors * blocks)),
             .threads = threads,
             .shared_bytes = bytes,
             .stream = stream,

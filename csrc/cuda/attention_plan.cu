@@ -14,7 +14,7 @@ constexpr int kUnitsPerBlock = 8;
 constexpr int kBlocksPerMultiprocessor = 2;
 // Prefills do not split keys: they are for batches that give this share of a machine's processors
 // a block.
-constexpr float kPrefillShare = 0.1f;
+constexpr float kPrefillShare = 0.5f;
 
 struct PlanView {
     AttentionShape shape;
@@ -106,7 +106,7 @@ __device__ int common_splits(const PlanView& view, int request) {
     const int seen = min(view.kv_end[before.first_token], view.kv_end[queries.first_token]);
     const int page_size = static_cast<int>(view.shape.page_size);
     const int pages = min(seen / page_size, static_cast<int>(width));
-    constexpr int kAtOnce = 16;
+    constexpr int kAtOnce = 8;
     int same = 0;
     for (bool differs = false; !differs && same < pages;) {
         int equal = 0;

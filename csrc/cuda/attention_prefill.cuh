@@ -3,12 +3,17 @@
 // A block takes tiles: some neighbouring tokens of a request, with all the query heads of one KV
 // head as rows. One warpgroup gathers keys and values from their pages into a ring of buffers in
 // shared memory; the others hold 64 rows each, multiply, and keep an online softmax in registers.
-// They take turns: while one multiplies, the others compute their exponentials (FlashAttention-3,
-// Shah et al., 2024).
+// They take turns: while one multiplies, the other computes its exponentials, and the scores of the
+// next keys are under way while those of the last are weighed (FlashAttention-3, Shah et al.,
+// 2024).
 //
 // Keys are taken in blocks that start at absolute positions, the last block first, and a block that
 // a row sees nothing of leaves the row's state as it is: a row's bits do not depend on the tile.
 #pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
 
 #include "cuda/attention_prefill_gather.cuh"
 
@@ -39,7 +44,7 @@ class Attender {
 
     __device__ void run() {
         WorkQueue<Shape::kStages> queue(signals_);
-        if (group_ == Shape::kGroups - 1) give_turn();
+        if (!(Shape::kFlags & 4) && group_ == Shape::kGroups - 1) give_turn();
         while (true) {
             const Work work = queue.take();
             if (!work.tokens) return;
@@ -69,11 +74,9 @@ class Attender {
         weigh(scores, block);
         pack(weights, scores);
 
-        // Both products of a turn in one go, the scores of a block and the values of the one
-        // before. (Weighing while the second is under way was slower, measured.)
         for (--block; block >= first; --block) {
             barrier_wait(signals_.key_full[key_turn_.stage], key_turn_.parity);
-            take_turn();
+            if constexpr (!(Shape::kFlags & 4)) take_turn();
             show_to_matrix_unit();
             pin(scores);
             pin(out_);
@@ -83,16 +86,17 @@ class Attender {
             show_to_matrix_unit();
             wgmma_begin();
             multiply_values(weights);
-            give_turn();
+            if constexpr (!(Shape::kFlags & 4)) give_turn();
             wgmma_wait<1>();
             pin(scores);
             release(signals_.key_empty[key_turn_.stage]);
             key_turn_.advance();
+            weigh(scores, block);
+            if constexpr (Shape::kFlags == 0 || Shape::kFlags == 4) hold(fminf(sum_[0], sum_[1]));
             wgmma_wait<0>();
             pin(out_);
             release(signals_.value_empty[value_turn_.stage]);
             value_turn_.advance();
-            weigh(scores, block);
             shrink();
             pack(weights, scores);
         }
@@ -108,6 +112,19 @@ class Attender {
         pin(out_);
         release(signals_.value_empty[value_turn_.stage]);
         value_turn_.advance();
+    }
+
+    // A branch that is never taken, behind the weights: without it the assembler would move the
+    // wait that follows above them, and nothing would be computed while the matrix unit is at work.
+    __device__ static void hold(float sum) {
+        asm volatile(
+            "{ .reg .pred p;\n"
+            "setp.lt.f32 p, %0, 0f00000000;\n"
+            "@p bra.uni stop;\n"
+            "bra.uni go;\n"
+            "stop: trap;\n"
+            "go: }" ::"f"(sum)
+            : "memory");
     }
 
     __device__ void multiply_keys(float (&scores)[kKeys / 2]) {
@@ -187,6 +204,11 @@ class Attender {
             offset[i] = top == -INFINITY ? 0.0f : top * args_.exponent_scale;
             factor_[i] = exp2_fast(largest_[i] * args_.exponent_scale - offset[i]);
             largest_[i] = top;
+        }
+        if constexpr (Shape::kFlags & 2) {
+            hold(factor_[0] + factor_[1]);
+            wgmma_wait<0>();
+            pin(out_);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -340,6 +362,69 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 #else
     __trap();
 #endif
+}
+
+template <int kDim>
+using PrefillShapeOf = PrefillShape<kDim, prefill_rows(kDim) / 64,
+                                    kDim == 256  ? 80
+                                    : kDim == 64 ? 128
+                                                 : 176,
+                                    2>;
+
+template <int kDim>
+void launch_prefill(const PrefillArgs& args, Stream stream) {
+    using Shape = PrefillShapeOf<kDim>;
+    const int items = args.max_tiles * args.kv_heads;
+    const Launch settings{
+        .op = "paged_attention",
+        .grid = dim3(static_cast<unsigned>(std::min(items, args.multiprocessors))),
+        .threads = Shape::kThreads,
+        .shared_bytes = Shape::kSharedBytes,
+        .stream = stream,
+        .overlaps = true,
+    };
+    const auto run = [&]<typename T>(T) {
+        if (args.scaled) {
+            launch<prefill_kernel<T, Shape, true>>(settings, args);
+        } else {
+            launch<prefill_kernel<T, Shape, false>>(settings, args);
+        }
+    };
+    args.dtype == DType::kBFloat16 ? run(BFloat16{}) : run(Half{});
+}
+
+// The kernel's body uses static shared memory; what stands in for it in code for other targets does
+// not. So its size tells whether this GPU would run the body: without launching anything.
+template <int kDim>
+bool prefill_is_built(int device) {
+    static std::array<std::atomic<int>, 64> answers{};  // 0: not asked yet, 1: no, 2: yes
+    std::atomic<int>& answer = answers[device % answers.size()];
+    if (!answer) {
+        const DeviceGuard guard("paged_attention", device);
+        cudaFuncAttributes attributes{};
+        const bool loads =
+            cudaFuncGetAttributes(
+                &attributes, prefill_kernel<BFloat16, PrefillShapeOf<kDim>, false>) == cudaSuccess;
+        if (!loads) cudaGetLastError();  // no code at all for this GPU: not an error
+        answer = loads && attributes.sharedSizeBytes > 0 ? 2 : 1;
+    }
+    return answer == 2;
+}
+
+}  // namespace sglite::cuda
+
+#else
+
+namespace sglite::cuda {
+
+// The emulator has no warpgroups.
+template <int kDim>
+void launch_prefill(const PrefillArgs&, Stream) {
+    throw std::logic_error("paged_attention: no prefill kernel in an emulated build");
+}
+template <int kDim>
+bool prefill_is_built(int) {
+    return false;
 }
 
 }  // namespace sglite::cuda

@@ -1,4 +1,4 @@
-#include "cuda/attention_prefill_launch.cuh"
+#include "cuda/attention_prefill.cuh"
 
 namespace sglite::cuda {
 

@@ -11,8 +11,9 @@
 namespace sglite::cuda {
 
 // kGroups warpgroups of 64 rows; keys are taken kKeys at a time.
-template <int kDim_, int kGroups_, int kKeys_, int kStages_>
+template <int kDim_, int kGroups_, int kKeys_, int kStages_, int kFlags_ = 1>
 struct PrefillShape {
+    static constexpr int kFlags = kFlags_;
     static constexpr int kDim = kDim_, kGroups = kGroups_, kKeys = kKeys_, kStages = kStages_;
     static constexpr int kRows = 64 * kGroups;
     static constexpr int kThreads = kWarpgroup * (kGroups + 1);

@@ -144,48 +144,29 @@ __device__ void load_left(uint32_t (&a)[4], const T* tile, int first_row, int st
     load_matrices(a, tile + SharedRows<kD>::at(row, 2 * step + (matrix >> 1)));
 }
 
-// Adds to the scores of 8 kCount keys from first_key on what channels 16 step.. bring.
-template <int kD, int kCount, typename T>
-__device__ void add_scores(float (&scores)[kCount][4], const uint32_t (&q)[4], const T* keys,
+// Adds to the scores of keys first_key.. + 15 what channels 16 step.. bring.
+template <int kD, typename T>
+__device__ void add_scores(float (&low)[4], float (&high)[4], const uint32_t (&q)[4], const T* keys,
                            int first_key, int step) {
     const int lane = threadIdx.x % kWarp, matrix = lane / 8;
     const int key = first_key + lane % 8 + (matrix >> 1) * 8;
-    uint32_t b[kCount / 2][4];
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i)
-        load_matrices(b[i], keys + SharedRows<kD>::at(key + 16 * i, 2 * step + (matrix & 1)));
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-        mma_16x8x16<T>(scores[2 * i], q, {b[i][0], b[i][1]});
-        mma_16x8x16<T>(scores[2 * i + 1], q, {b[i][2], b[i][3]});
-    }
+    uint32_t b[4];
+    load_matrices(b, keys + SharedRows<kD>::at(key, 2 * step + (matrix & 1)));
+    mma_16x8x16<T>(low, q, {b[0], b[1]});
+    mma_16x8x16<T>(high, q, {b[2], b[3]});
 }
 
-// Adds weights [16 x 64] times the values of 8 kCount channels. Sums that do not wait for each
-// other take turns.
-template <int kD, int kCount, typename T>
-__device__ void add_values(float (&o)[kCount][4], const uint32_t (&weights)[4][4], const T* values,
-                           int first_chunk) {
-    constexpr int kTurns = kCount % 4 == 0 ? 4 : kCount % 3 == 0 ? 3 : 2;
+// Adds weights [16 x 64] times the values of 8 channels.
+template <int kD, typename T>
+__device__ void add_values(float (&o)[4], const uint32_t (&weights)[4][4], const T* values,
+                           int chunk) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int first = 0; first < kCount; first += kTurns) {
-            uint32_t b[kTurns][4];
-#pragma unroll
-            for (int i = 0; i < kTurns; ++i) {
-                const int chunk = first_chunk + first + i;
-                load_matrices_transposed(b[i],
-                                         values + SharedRows<kD>::at(half * 32 + lane, chunk));
-            }
-#pragma unroll
-            for (int i = 0; i < kTurns; ++i)
-                mma_16x8x16<T>(o[first + i], weights[2 * half], {b[i][0], b[i][1]});
-#pragma unroll
-            for (int i = 0; i < kTurns; ++i)
-                mma_16x8x16<T>(o[first + i], weights[2 * half + 1], {b[i][2], b[i][3]});
-        }
+        uint32_t b[4];
+        load_matrices_transposed(b, values + SharedRows<kD>::at(half * 32 + lane, chunk));
+        mma_16x8x16<T>(o, weights[2 * half], {b[0], b[1]});
+        mma_16x8x16<T>(o, weights[2 * half + 1], {b[2], b[3]});
     }
 }
 
@@ -197,20 +178,11 @@ __device__ void add_weights(float (&sum)[4], const uint32_t (&weights)[4][4]) {
     for (int step = 0; step < 4; ++step) mma_16x8x16<T>(sum, weights[step], {one, one});
 }
 
-// From q . k to exponents of 2.
-template <int kCount, typename T>
-__device__ void scale_scores(float (&scores)[kCount][4], const AttentionView<T>& view) {
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-#pragma unroll
-        for (float& score : scores[n]) score = multiply(score, view.score_factor);
-    }
-    if (view.cap_factor == 0.0f) return;
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-#pragma unroll
-        for (float& score : scores[n]) score = multiply(tanhf(score), view.cap_factor);
-    }
+// q . k as an exponent of 2.
+template <typename T>
+__device__ float exponent(const AttentionView<T>& view, float score) {
+    const float scaled = multiply(score, view.score_factor);
+    return view.cap_factor == 0.0f ? scaled : multiply(tanhf(scaled), view.cap_factor);
 }
 
 // Largest scores start at -infinity, which must not be subtracted from itself.
@@ -259,19 +231,8 @@ struct RowPair {
         }
     }
 
-    // Of scores for keys from `first_key` on, those that a row does not see become -infinity.
-    template <int kCount>
-    __device__ void mask(float (&scores)[kCount][4], int first_key) const {
-        const int key = first_key + threadIdx.x % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < kCount; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int position = key + n * 8 + i % 2;
-                const bool sees = position >= low[i / 2] && position < high[i / 2];
-                scores[n][i] = sees ? scores[n][i] : -INFINITY;
-            }
-        }
+    __device__ bool sees(int i, int position) const {
+        return position >= low[i] && position < high[i];
     }
 
     // Two channels of row g + 8 i.
@@ -307,7 +268,7 @@ __device__ void combine(const AttentionView<T>& view, int first_row, int rows, i
         const float* record = record_of<kD>(view, row, head, 0);
         float4 total = load_written_by_others(record + channel);
         float4 state = load_written_by_others(record + kD);  // largest score, sum of weights
-#pragma unroll 8
+#pragma unroll 4
         for (int part = 1; part < parts; ++part) {
             record += part_stride;
             const float4 more = load_written_by_others(record + channel);
@@ -329,41 +290,25 @@ __device__ void combine(const AttentionView<T>& view, int first_row, int rows, i
     }
 }
 
-// The tiles of a unit that has written records: how many other units they wait for.
-template <typename T>
-struct UnitTiles {
-    int count;  // of tiles
-    int first, parts;
-
-    __device__ explicit UnitTiles(const AttentionUnit& unit)
-        : count(unit.parts < 0 ? -unit.parts : 1), first(unit.tile), parts(unit.parts) {}
-
-    // After a barrier behind the records. Thread i < count says so for tile i: gives the tile's
-    // parts if this was the last of them, else 0.
-    __device__ int arrive(const AttentionView<T>& view, int head) const {
-        if (static_cast<int>(threadIdx.x) >= count) return 0;
-        const int tile = first + static_cast<int>(threadIdx.x);
-        const int all = parts < 0 ? view.parts[tile] : parts;
-        int32_t* counter = view.counters + static_cast<int64_t>(tile) * view.kv_heads + head;
-        fence_device();
-        const bool last = atomicAdd(counter, 1) + 1 == all;
-        if (last) *counter = 0;  // for the next layer
-        return last ? all : 0;
-    }
-
-    // Hands on what arrive() gave, for use after a barrier.
-    __device__ void publish(int* complete, int arrived) const {
-        if (static_cast<int>(threadIdx.x) >= count) return;
-        fence_device();
-        complete[threadIdx.x] = arrived;
-    }
-};
-
-// Merges those of a unit's tiles that are complete.
+// For a block that has written its records: merges those tiles of which it is the last to finish.
 template <typename T, int kD>
-__device__ void combine_complete(const AttentionView<T>& view, const AttentionUnit& unit, int head,
-                                 const int* complete) {
-    const int tiles = unit.parts < 0 ? -unit.parts : 1, rows = unit.rows / tiles;
+__device__ void finish_records(const AttentionView<T>& view, const AttentionUnit& unit, int head) {
+    __shared__ int complete[kDecodeRows];  // the tile's parts, or 0
+    const bool shared = unit.parts < 0;
+    const int tiles = shared ? -unit.parts : 1;
+    __threadfence();
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < tiles) {
+        const int tile = unit.tile + static_cast<int>(threadIdx.x);
+        const int parts = shared ? view.parts[tile] : unit.parts;
+        int32_t* counter = view.counters + static_cast<int64_t>(tile) * view.kv_heads + head;
+        const bool last = atomicAdd(counter, 1) + 1 == parts;
+        if (last) *counter = 0;  // for the next layer
+        complete[threadIdx.x] = last ? parts : 0;
+    }
+    __syncthreads();
+    __threadfence();
+    const int rows = unit.rows / tiles;
     for (int i = 0; i < tiles; ++i) {
         if (complete[i]) combine<T, kD>(view, unit.first_row + i * rows, rows, complete[i], head);
     }

@@ -153,14 +153,6 @@ __device__ inline float4 load_written_by_others(const float* from) {
 #endif
 }
 
-// Orders this thread's accesses to global memory, and those it has seen through a barrier, before
-// its later ones, for all threads of the device.
-__device__ inline void fence_device() {
-#ifdef __CUDACC__
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-#endif
-}
-
 // 2^x, to about 2 units in the last place; 0 for -infinity.
 __device__ inline float exp2_fast(float x) {
 #ifdef __CUDACC__

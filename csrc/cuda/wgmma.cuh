@@ -74,14 +74,16 @@ __device__ inline void pin(float (&registers)[kCount]) {
     "+f"(d[i * 8]), "+f"(d[i * 8 + 1]), "+f"(d[i * 8 + 2]), "+f"(d[i * 8 + 3]), \
         "+f"(d[i * 8 + 4]), "+f"(d[i * 8 + 5]), "+f"(d[i * 8 + 6]), "+f"(d[i * 8 + 7])
 
-#define SGLITE_R_32 SGLITE_R0 SGLITE_R1 SGLITE_R2 SGLITE_R3
+#define SGLITE_R_24 SGLITE_R0 SGLITE_R1 SGLITE_R2
+#define SGLITE_R_32 SGLITE_R_24 SGLITE_R3
 #define SGLITE_R_40 SGLITE_R_32 SGLITE_R4
 #define SGLITE_R_48 SGLITE_R_40 SGLITE_R5
 #define SGLITE_R_64 SGLITE_R_48 SGLITE_R6 SGLITE_R7
 #define SGLITE_R_80 SGLITE_R_64 SGLITE_R8 SGLITE_R9
 #define SGLITE_R_88 SGLITE_R_80 SGLITE_R10
 #define SGLITE_R_128 SGLITE_R_88 SGLITE_R11 SGLITE_R12 SGLITE_R13 SGLITE_R14 SGLITE_R15
-#define SGLITE_D_32 SGLITE_D(0), SGLITE_D(1), SGLITE_D(2), SGLITE_D(3)
+#define SGLITE_D_24 SGLITE_D(0), SGLITE_D(1), SGLITE_D(2)
+#define SGLITE_D_32 SGLITE_D_24, SGLITE_D(3)
 #define SGLITE_D_40 SGLITE_D_32, SGLITE_D(4)
 #define SGLITE_D_48 SGLITE_D_40, SGLITE_D(5)
 #define SGLITE_D_64 SGLITE_D_48, SGLITE_D(6), SGLITE_D(7)
@@ -131,10 +133,12 @@ struct Wgmma {
         }                                                                                          \
     }
 
+SGLITE_WGMMA(48, 24, "%24", "%25", "%26", "%27", "%28");
 SGLITE_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36");
 SGLITE_WGMMA(80, 40, "%40", "%41", "%42", "%43", "%44");
 SGLITE_WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52");
 SGLITE_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68");
+SGLITE_WGMMA(160, 80, "%80", "%81", "%82", "%83", "%84");
 SGLITE_WGMMA(176, 88, "%88", "%89", "%90", "%91", "%92");
 SGLITE_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132");
 
