@@ -3,6 +3,7 @@
 With SDPA, as its flash-attention packages have to be downloaded; CUDA graphs on.
 """
 
+import inspect
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,17 +60,23 @@ class TransformersContinuous:
             generation_config=GenerationConfig(
                 max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
             ),
-            continuous_batching_config=ContinuousBatchingConfig(
-                use_cuda_graph=self.device == "cuda",
-                auto_switch_to_flash=False,
-                allow_block_sharing=False,
-                max_memory_percent=self.memory_share,
-            ),
+            continuous_batching_config=ContinuousBatchingConfig(**self._settings()),
             record_timestamps=True,
         )
         if len(outputs) != len(prompts):
             raise RuntimeError(f"{len(prompts)} prompts gave {len(outputs)} outputs")
         return list(outputs.values())
+
+    def _settings(self) -> dict:
+        settings = {
+            "use_cuda_graph": self.device == "cuda",
+            "allow_block_sharing": False,
+            "max_memory_percent": self.memory_share,
+        }
+        # Newer versions would look for flash-attention's packages on the hub.
+        if "auto_switch_to_flash" in inspect.signature(ContinuousBatchingConfig).parameters:
+            settings["auto_switch_to_flash"] = False
+        return settings
 
 
 if __name__ == "__main__":
