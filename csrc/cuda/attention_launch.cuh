@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
 #include <type_traits>
 
 #include "cuda/attention_tile.cuh"
@@ -94,15 +93,11 @@ void launch_attention(const AttentionArgs& args, Stream stream, int threads, boo
                       int stages, size_t (*shared_bytes)(int)) {
     AttentionView<T> view = attention_view<T>(args, extends);
     const Machine machine = machine_of(stream.device);
-    if (const char* wanted = std::getenv(extends ? "EXTEND_STAGES" : "DECODE_STAGES"))
-        stages = std::atoi(wanted);
     while (stages > 1 && shared_bytes(stages) > machine.block_shared_bytes) --stages;
     view.stages = stages;
     const size_t bytes = shared_bytes(stages);
-    int blocks = blocks_per_multiprocessor(reinterpret_cast<const void*>(kKernel), stream.device,
-                                           threads, bytes);
-    if (const char* wanted = std::getenv(extends ? "EXTEND_BLOCKS" : "DECODE_BLOCKS"))
-        blocks = std::min(blocks, std::atoi(wanted));
+    const int blocks = blocks_per_multiprocessor(reinterpret_cast<const void*>(kKernel),
+                                                 stream.device, threads, bytes);
     launch<kKernel>(
         {
             .op = "paged_attention",
