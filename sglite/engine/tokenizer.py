@@ -3,8 +3,6 @@
 import threading
 from collections.abc import Iterable, Sequence
 
-from transformers import PreTrainedTokenizerFast
-
 # Enough prompt tokens before the output for a tokenizer whose tokens depend on the one before
 # (SentencePiece drops the space of a first word), and for a character that the prompt began.
 _CONTEXT = 6
@@ -22,15 +20,7 @@ class Tokenizer:
     def __init__(self, hf_tokenizer):
         self.hf = hf_tokenizer
         self._lock = threading.Lock()
-        kind = type(hf_tokenizer)
-        # What Hugging Face's own `decode` comes to; it is called for every token of a stream, and
-        # most of its time is the way there.
-        self._backend = None
-        if (
-            getattr(kind, "decode", None) is PreTrainedTokenizerFast.decode
-            and kind._decode is PreTrainedTokenizerFast._decode
-        ):
-            self._backend = hf_tokenizer.backend_tokenizer
+        self._backend = _backend_of(hf_tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens unless told otherwise."""
@@ -60,6 +50,23 @@ class Tokenizer:
             return self.hf.apply_chat_template(
                 messages, tools=tools, tokenize=False, **template_arguments
             )
+
+
+def _backend_of(hf_tokenizer):
+    """What the tokenizer's `decode` comes to, or None where a class has its own way.
+
+    It is called for every token of a stream, and takes a third of the time.
+    """
+    # Not at the top: `import sglite` must not take the time that this one does.
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(hf_tokenizer)
+    is_plain = (
+        isinstance(hf_tokenizer, PreTrainedTokenizerFast)
+        and kind.decode is PreTrainedTokenizerFast.decode
+        and kind._decode is PreTrainedTokenizerFast._decode
+    )
+    return hf_tokenizer.backend_tokenizer if is_plain else None
 
 
 class IncrementalDetokenizer:
