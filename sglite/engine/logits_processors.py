@@ -28,7 +28,8 @@ def _process(row: Tensor, state: SamplingState) -> RequestError | None:
     for processor in state.processors:
         try:
             result = processor(list(state.output_token_ids), row)
-        except Exception as error:
+        # SystemExit too: it is the request's affair, not that of the engine's thread.
+        except BaseException as error:
             failure = step_error(
                 len(state.output_token_ids),
                 f"the logits processor {_name(processor)} raised {type(error).__name__}: {error}",
