@@ -32,12 +32,17 @@ test: build
 test-cuda: build
 	$(RUN) -m pytest tests/cuda tests/test_cuda_device.py
 
-# Memory errors and races of the kernels that write the KV cache, on a GPU. Without torch's caching
+# Memory errors and races of attention, sampling and what writes the KV cache, on a GPU. Without torch's caching
 # every tensor is an allocation of its own, whose ends the tool knows.
 sanitize-cuda: build
 	for tool in memcheck racecheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
 	        $(RUN) -m pytest tests/cuda -k kv || exit 1; \
+	    for kernels in attention sampling; do \
+	        compute-sanitizer --tool $$tool --error-exitcode 9 \
+	            --kernel-name kernel_substring=kernel \
+	            $(RUN) -m tests.cuda.sanitize $$kernels || exit 1; \
+	    done; \
 	done
 
 # Ten thousand requests through a small cache; `test-cuda` holds a short version.
