@@ -7,6 +7,7 @@
 #include "cpu/parallel.h"
 #include "cpu/selection.h"
 #include "cpu/simd.h"
+#include "philox.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
@@ -79,25 +80,6 @@ static int64_t draw(const Row& row, const Cut& cut, float min_weight, double uni
         chosen = i;
     }
     return block * kBlock + chosen;
-}
-
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the first 53
-// bits of the block with this counter and key, as a number in [0, 1).
-static double random_uniform(uint64_t seed, uint64_t position, uint32_t sample_index) {
-    uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
-    uint32_t c2 = sample_index, c3 = 0;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t first = 0xD2511F53u * uint64_t{c0}, second = 0xCD9E8D57u * uint64_t{c2};
-        c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
-        c1 = static_cast<uint32_t>(second);
-        c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
-        c3 = static_cast<uint32_t>(first);
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    const uint64_t bits = uint64_t{c0} << 21 | c1 >> 11;
-    return static_cast<double>(bits) * 0x1p-53;
 }
 
 // The logits of row r with penalties, biases and bans; the model's own row where it has none.
@@ -179,8 +161,9 @@ static SampleStatus sample_filtered(const SampleArgs& args, int64_t r, Row& row,
         if (lower > cut.value) cut = {lower, row.size};
     }
     const uint64_t seed = static_cast<uint64_t>(integers[kSeed]);
-    const double uniform = random_uniform(seed, static_cast<uint64_t>(integers[kPosition]),
-                                          static_cast<uint32_t>(integers[kSampleIndex]));
+    const double uniform =
+        0x1p-53 * static_cast<double>(random_bits(seed, static_cast<uint64_t>(integers[kPosition]),
+                                                  static_cast<uint32_t>(integers[kSampleIndex])));
     token = draw(row, cut, min_p, uniform);
     return SampleStatus::kSampled;
 }

@@ -10,13 +10,8 @@
 #include <cstdint>
 
 #include "cuda/kernels.h"
+#include "host_device.h"
 #include "tensor.h"
-
-#ifdef __CUDACC__
-#define SGLITE_HOST_DEVICE __host__ __device__
-#else
-#define SGLITE_HOST_DEVICE
-#endif
 
 namespace sglite::cuda {
 

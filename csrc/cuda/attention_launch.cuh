@@ -1,7 +1,6 @@
 // How the two attention kernels are launched: a persistent grid over the plan's units.
 #pragma once
 
-#include <algorithm>
 #include <bit>
 #include <type_traits>
 
