@@ -119,7 +119,7 @@ def _wanted_logits(step: Step, query_start: np.ndarray) -> tuple[np.ndarray, lis
     for index, item in enumerate(step.items):
         request = item.request
         first_row, num_prompt_rows, first_position = len(wanted), 0, 0
-        if request.wants_prompt_logprobs and request.num_missing_prompt_logprobs:
+        if request.misses_prompt_logprobs:
             # The row of position p scores the token at p + 1.
             first_position = request.num_prompt_tokens - request.num_missing_prompt_logprobs
             end = min(item.stop, request.num_prompt_tokens - 1)

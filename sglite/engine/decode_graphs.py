@@ -86,10 +86,7 @@ class DecodeGraphs:
                 item.samples and item.stop - item.start == 1 and item.start > 0
                 for item in step.items
             )
-            and not any(
-                item.request.wants_prompt_logprobs and item.request.num_missing_prompt_logprobs
-                for item in step.items
-            )
+            and not any(item.request.misses_prompt_logprobs for item in step.items)
         )
 
     def launch(self, step: Step, drawn: Tensor | None, sources: Sequence[int]) -> DrawnTokens:
@@ -184,7 +181,7 @@ class DecodeGraphs:
 
 
 def _batch_sizes(max_requests: int) -> list[int]:
-    """1, 2, 4, then in steps of an eighth of the next power of two, and the largest batch itself.
+    """1, 2, 4, then in steps of a quarter of the next power of two, and the largest batch itself.
 
     A row more than needed costs a decode step next to nothing, a graph memory and a capture.
     """

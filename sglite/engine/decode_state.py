@@ -11,7 +11,7 @@ from sglite.cache.kv_pool import KVPool
 from sglite.engine.request import Request
 from sglite.engine.sampling_state import SamplingState, parameters
 from sglite.engine.scheduler import ScheduledRequest
-from sglite.engine.transfer import upload
+from sglite.engine.transfer import torch_dtype, upload
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.ops.sampling import INTEGERS, REALS
 
@@ -178,17 +178,12 @@ class DecodeState:
         """Goes back to before the steps since `save`."""
         self._uploaded.copy_(saved)
 
-    def forget(self) -> None:
-        """Drops the requests, so that the next step uploads everything."""
-        self._requests, self._starts, self._page_counts = [], [], []
-
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         """The fields that lie one after the other in `buffer`."""
         views, offset = {}, 0
         for name, (dtype, width) in _UPLOADED.items():
             num_bytes = np.dtype(dtype).itemsize * width * self._max_rows
-            kind = getattr(torch, np.dtype(dtype).name)
-            view = buffer[offset : offset + num_bytes].view(kind)
+            view = buffer[offset : offset + num_bytes].view(torch_dtype(np.dtype(dtype)))
             views[name] = view.view(self._max_rows, width) if width > 1 else view
             offset += num_bytes
         return views

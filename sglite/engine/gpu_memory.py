@@ -81,46 +81,31 @@ def step_memory(
     Raises:
         OutOfMemoryError: there is no room for the step.
     """
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info(device)[0]
+    num_pages = -(-num_tokens // page_size)
     try:
-        return _run_step(
-            model, layers, dtype, device, page_size, num_tokens, num_requests, context_length
+        pool = KVPool(num_pages + 1, page_size, layers, dtype, device)
+        tokens = torch.arange(num_tokens, device=device)
+        page_table = torch.arange(1, num_pages + 1, dtype=torch.int32, device=device)
+        batch = ForwardBatch(
+            query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+            kv_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+            kv_end=(tokens + 1).int(),
+            slots=tokens + page_size,
+            page_table=page_table[None],
+            logits_rows=tokens[-num_requests:],
+            kv_cache=pool.layers,
+            max_query_tokens=num_tokens,
         )
+        model(torch.zeros_like(tokens), tokens % context_length, batch)
+        torch.cuda.synchronize(device)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"no room on {device} for a step of {num_tokens} tokens beside the weights, where "
             f"{free_memory(device) / _GB:.2f} GB are free: free memory on the GPU, or pass a "
             f"smaller chunked_prefill_size or max_running_requests"
         ) from error
-
-
-def _run_step(
-    model: nn.Module,
-    layers: Sequence[LayerSpec],
-    dtype: torch.dtype,
-    device: torch.device,
-    page_size: int,
-    num_tokens: int,
-    num_requests: int,
-    context_length: int,
-) -> int:
-    torch.cuda.empty_cache()
-    before = torch.cuda.mem_get_info(device)[0]
-    num_pages = -(-num_tokens // page_size)
-    pool = KVPool(num_pages + 1, page_size, layers, dtype, device)
-    tokens = torch.arange(num_tokens, device=device)
-    page_table = torch.arange(1, num_pages + 1, dtype=torch.int32, device=device)
-    batch = ForwardBatch(
-        query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-        kv_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
-        kv_end=(tokens + 1).int(),
-        slots=tokens + page_size,
-        page_table=page_table[None],
-        logits_rows=tokens[-num_requests:],
-        kv_cache=pool.layers,
-        max_query_tokens=num_tokens,
-    )
-    model(torch.zeros_like(tokens), tokens % context_length, batch)
-    torch.cuda.synchronize(device)
     taken = before - torch.cuda.mem_get_info(device)[0] - pool.num_bytes
     pool.close()
     del batch, tokens, page_table

@@ -125,7 +125,7 @@ class Request:
         wanted, so is every position that gives one which is not there yet.
         """
         limit = self.num_tokens - 1
-        if self.wants_prompt_logprobs and self.num_missing_prompt_logprobs:
+        if self.misses_prompt_logprobs:
             first = self.num_prompt_tokens - self.num_missing_prompt_logprobs
             limit = min(limit, first - 1)
         return limit
@@ -134,6 +134,11 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of the prompt are asked for (by the first of `n` only)."""
         return self.params.prompt_logprobs is not None and self.sample_index == 0
+
+    @property
+    def misses_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt that were asked for are still to come."""
+        return self.wants_prompt_logprobs and self.num_missing_prompt_logprobs > 0
 
     @property
     def num_missing_prompt_logprobs(self) -> int:

@@ -168,7 +168,8 @@ class Sampler:
 
     def _scratch(self, logits: Tensor) -> Tensor:
         rows, vocab_size = logits.shape
-        if self._workspace_for < (vocab_size, rows):
+        made_for_vocab, made_for_rows = self._workspace_for
+        if vocab_size != made_for_vocab or rows > made_for_rows:
             self._workspace = ops.sampling_workspace(vocab_size, rows, device=logits.device)
             self._workspace_for = (vocab_size, rows)
         return self._workspace

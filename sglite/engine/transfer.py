@@ -27,11 +27,14 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
         host[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
     buffer = staging.to(device, non_blocking=True)
     return [
-        buffer[offset : offset + array.nbytes]
-        .view(torch.from_numpy(array[:0] if array.ndim else array.reshape(1)[:0]).dtype)
-        .view(array.shape)
+        buffer[offset : offset + array.nbytes].view(torch_dtype(array.dtype)).view(array.shape)
         for array, offset in zip(arrays, offsets.tolist(), strict=False)
     ]
+
+
+def torch_dtype(dtype: np.dtype) -> torch.dtype:
+    """Torch's name of one of numpy's types, as both have it."""
+    return getattr(torch, dtype.name)
 
 
 class Download:

@@ -171,6 +171,8 @@ def paged_attention(
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    tensors = (out, q, k_cache, v_cache, page_table, query_start, kv_lens, kv_end)
+    numbers = (scale, window, soft_cap)
     if _C.attention_is_planned(q):
         heads = (q.shape[1], k_cache.shape[2], q.shape[2])
         if plan is None:
@@ -192,34 +194,8 @@ def paged_attention(
                 f"{heads[2]} and {window}"
             )
         _C.paged_attention_cuda(
-            out,
-            q,
-            k_cache,
-            v_cache,
-            page_table,
-            query_start,
-            kv_lens,
-            kv_end,
-            scale,
-            window,
-            soft_cap,
-            plan.workspace,
-            plan.max_query_tokens,
-            plan.batch_invariant,
+            *tensors, *numbers, plan.workspace, plan.max_query_tokens, plan.batch_invariant
         )
-        return out
-    _C.paged_attention(
-        out,
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        query_start,
-        kv_lens,
-        kv_end,
-        scale,
-        window,
-        soft_cap,
-        _empty_bytes,
-    )
+    else:
+        _C.paged_attention(*tensors, *numbers, _empty_bytes)
     return out
