@@ -1,6 +1,6 @@
 """Times paged decode and extend attention on a GPU, beside torch's scaled_dot_product_attention.
 
-    python bench/cuda_attention.py [--dtype bfloat16] [--only "8b decode"] [--json out.json]
+    python -m bench.cuda_attention [--dtype bfloat16] [--only "8b decode"] [--json out.json]
 
 Every timing is a CUDA graph of many launches, going round over caches of more than the L2 cache
 holds, with random numbers in shuffled pages. Bandwidth is that of the keys and values read, as a
@@ -10,12 +10,12 @@ length. "plan" is the time of the planning kernel, which a step pays once.
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.cuda_limits import graph_microseconds, read_gigabytes_per_second
 from sglite import ops
 
 PAGE_SIZE = 16
@@ -26,37 +26,8 @@ MOST_BYTES = 24 << 30
 ROUND_BYTES = 256 << 20  # what the launches of a graph read together, well above the L2 cache
 
 
-def graph_seconds(calls, repeat=7):
-    """Seconds of one call: a graph of all of them, replayed; the median."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeat):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e-3 / len(calls))
-    return statistics.median(times)
-
-
-def read_bandwidth():
-    """Bytes a second of summing a large tensor, the plainest read there is."""
-    data = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
-    view = data.view(torch.int32).view(1 << 15, -1)
-    best = graph_seconds([lambda: torch.amax(view, 1)] * 4)
-    return data.nbytes / best
-
-
 def decode_case(batch, context, heads, kv_heads, head_dim, dtype, with_torch, shared=0):
-    """Seconds of one layer: ours, the plan, torch's (or None).
+    """Microseconds of one layer: ours, the plan, torch's (or None).
 
     The first `shared` positions of all requests are in the same pages.
     """
@@ -85,12 +56,12 @@ def decode_case(batch, context, heads, kv_heads, head_dim, dtype, with_torch, sh
         )
         for k, v in caches
     ]
-    ours, planning = graph_seconds(calls * 4), graph_seconds([plan] * 20)
+    ours, planning = graph_microseconds(calls * 4), graph_microseconds([plan] * 20)
     theirs = None
     if with_torch:
         dense = caches.view(rounds, 2, batch, context, kv_heads, head_dim).transpose(3, 4)
         query = q[:, :, None]
-        theirs = graph_seconds(
+        theirs = graph_microseconds(
             [
                 lambda k=k, v=v: scaled_dot_product_attention(query, k, v, enable_gqa=True)
                 for k, v in dense
@@ -100,7 +71,7 @@ def decode_case(batch, context, heads, kv_heads, head_dim, dtype, with_torch, sh
 
 
 def extend_case(tokens, context, heads, kv_heads, head_dim, dtype, invariant=False):
-    """Seconds of one layer for the last `tokens` positions of one request: ours, torch's."""
+    """Microseconds of one layer for the last `tokens` positions of one request: ours, torch's."""
     pages, device = context // PAGE_SIZE, "cuda"
     q = torch.randn(tokens, heads, head_dim, device=device, dtype=dtype)
     table = torch.randperm(pages, device=device, dtype=torch.int32)[None]
@@ -120,11 +91,11 @@ def extend_case(tokens, context, heads, kv_heads, head_dim, dtype, invariant=Fal
     query = q.transpose(0, 1)[None]
     theirs = None
     if tokens == context and not invariant:
-        theirs = graph_seconds(
+        theirs = graph_microseconds(
             [lambda: scaled_dot_product_attention(query, *dense, is_causal=True, enable_gqa=True)]
             * 4
         )
-    return graph_seconds([call] * 4), theirs
+    return graph_microseconds([call] * 4), theirs
 
 
 def main():
@@ -136,8 +107,8 @@ def main():
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(0)
-    limit = read_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, {arguments.dtype}, read {limit / 1e12:.2f} TB/s")
+    limit = read_gigabytes_per_second() * 1e3  # bytes per microsecond
+    print(f"{torch.cuda.get_device_name()}, {arguments.dtype}, read {limit / 1e6:.2f} TB/s")
     print(f"{'work':28} {'us':>9} {'TB/s':>6} {'share':>6} {'plan us':>8} {'torch us':>9}")
     rows = []
     for model, shape in MODELS.items():
@@ -151,11 +122,11 @@ def main():
                 own, plan, other = decode_case(
                     batch, context, *shape, dtype, not arguments.no_torch and read < 4 << 30
                 )
-                rows.append({"work": name, "us": own * 1e6, "share": read / own / limit})
+                rows.append({"work": name, "us": own, "share": read / own / limit})
                 print(
-                    f"{name:28} {own * 1e6:9.2f} {read / own / 1e12:6.2f} "
-                    f"{read / own / limit:6.1%} {plan * 1e6:8.2f} "
-                    f"{other * 1e6 if other else float('nan'):9.2f}",
+                    f"{name:28} {own:9.2f} {read / own / 1e6:6.2f} "
+                    f"{read / own / limit:6.1%} {plan:8.2f} "
+                    f"{other if other else float('nan'):9.2f}",
                     flush=True,
                 )
         for batch, context, tail in ((64, 4096, 256), (256, 1280, 256)):
@@ -163,8 +134,8 @@ def main():
             if arguments.only not in name:
                 continue
             own, plan, _ = decode_case(batch, context, *shape, dtype, False, context - tail)
-            rows.append({"work": name, "us": own * 1e6})
-            print(f"{name:28} {own * 1e6:9.2f} {'':13} {plan * 1e6:8.2f}", flush=True)
+            rows.append({"work": name, "us": own})
+            print(f"{name:28} {own:9.2f} {'':13} {plan:8.2f}", flush=True)
         for tokens, context in ((32, 8192), (512, 8192), (2048, 2048), (8192, 8192)):
             name = f"{model} extend {tokens} of {context}"
             if arguments.only not in name:
@@ -172,15 +143,15 @@ def main():
             own, other = extend_case(tokens, context, *shape, dtype)
             same, _ = extend_case(tokens, context, *shape, dtype, True)
             seen = sum(range(context - tokens + 1, context + 1))
-            rate, same_rate = (4 * seen * heads * head_dim / t / 1e12 for t in (own, same))
-            rows.append({"work": name, "us": own * 1e6, "tflops": rate, "same_tflops": same_rate})
+            rate, same_rate = (4 * seen * heads * head_dim / t / 1e6 for t in (own, same))
+            rows.append({"work": name, "us": own, "tflops": rate, "same_tflops": same_rate})
             print(
-                f"{name:28} {own * 1e6:9.2f} {rate:6.0f} TFLOP/s, batch-invariant {same_rate:.0f}"
-                f"{'':9} {other * 1e6 if other else float('nan'):9.2f}",
+                f"{name:28} {own:9.2f} {rate:6.0f} TFLOP/s, batch-invariant {same_rate:.0f}"
+                f"{'':9} {other if other else float('nan'):9.2f}",
                 flush=True,
             )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"read": limit, "rows": rows}, indent=1))
+        arguments.json.write_text(json.dumps({"read": limit * 1e6, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

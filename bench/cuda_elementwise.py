@@ -11,12 +11,12 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from bench.cuda_limits import copy_gigabytes_per_second, graph_microseconds
 from sglite import ops
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -203,32 +203,9 @@ def all_ops(model: Shape, tokens: int) -> list[Op]:
     return [make(model, tokens) for make in makers] + attention_ops(model, tokens)
 
 
-def microseconds(calls: Sequence[Callable[[], object]], repeats: int = 9) -> float:
-    """Median time of one of the calls, which run one after the other in a graph."""
-    for call in calls:
-        call()
-    calls = list(calls) * max(1, 48 // len(calls))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return 1000 * median(times) / len(calls)
-
-
-def copied_bytes_per_microsecond() -> float:
-    """Bytes read and written by a copy of 1 GiB."""
-    source = torch.randint(0, 1 << 30, (1 << 28,), dtype=torch.int32, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / microseconds([lambda: target.copy_(source)])
+def microseconds(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time of one of the calls, repeated until they fill a graph."""
+    return graph_microseconds(list(calls) * max(1, 48 // len(calls)))
 
 
 def rows(model: Shape, tokens: int, rate: float) -> Iterator[dict]:
@@ -267,7 +244,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures into this file")
     options = parser.parse_args()
     torch.manual_seed(0)
-    rate = copied_bytes_per_microsecond()
+    rate = copy_gigabytes_per_second() * 1e3  # bytes per microsecond
     print(f"{torch.cuda.get_device_name()}, copy {rate / 1e6:.2f} TB/s, {DTYPE}")
     print("| model | tokens | op | us | share of copy | torch us |\n|---|---|---|---|---|---|")
     figures = []

@@ -7,7 +7,7 @@ since a GPU is faster on zeros.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -76,6 +76,18 @@ def seconds_of_runs(run: Callable[[], object], repeats: int) -> list[float]:
         mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+
+
+def graph_microseconds(calls: Sequence[Callable[[], object]], repeats: int = 9) -> float:
+    """Median time of one of the calls, which run one after the other in a CUDA graph."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median(seconds_of_runs(graph.replay, repeats)) / len(calls) * 1e6
 
 
 def _random(num_bytes: int) -> Tensor:

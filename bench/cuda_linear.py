@@ -10,14 +10,12 @@ float32 (torch's are rounded to bfloat16).
 import argparse
 import json
 from collections.abc import Callable
-from itertools import pairwise
-from statistics import median
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.cuda_limits import read_gigabytes_per_second
+from bench.cuda_limits import graph_microseconds, read_gigabytes_per_second
 from sglite import ops
 
 # Per model and layer (n, k).
@@ -47,26 +45,6 @@ MODELS = {
 ROUND_BYTES = 600 << 20
 ARENA_BYTES = 2100 << 20
 MOST_CALLS = 64
-
-
-def microseconds(calls: list[Callable[[], object]], repeats: int) -> float:
-    """The median time of one call within a graph of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in pairwise(marks)]
-    return median(times) * 1e3 / len(calls)
 
 
 def contestants(layer: str, rows: int, n: int, k: int, arena: Tensor) -> dict[str, list[Callable]]:
@@ -143,7 +121,7 @@ def measure(rows: list[int], repeats: int) -> dict:
         elements = sum(n * k for name, (n, k) in layers.items() if name != "head")
         for count in rows:
             times = {
-                name: microseconds(calls, repeats)
+                name: graph_microseconds(calls, repeats)
                 for name, calls in layer_calls(layers, count, arena).items()
             }
             table.append(
@@ -152,7 +130,7 @@ def measure(rows: list[int], repeats: int) -> dict:
         for layer, (n, k) in layers.items():
             for count in rows:
                 times = {
-                    name: microseconds(calls, repeats)
+                    name: graph_microseconds(calls, repeats)
                     for name, calls in contestants(layer, count, n, k, arena).items()
                 }
                 table.append(

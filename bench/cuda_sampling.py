@@ -8,11 +8,11 @@ them). The limit is one read of the logits at the bandwidth that this machine re
 import argparse
 import importlib.util
 import json
-from statistics import median
 
 import torch
 from torch import Tensor
 
+from bench.cuda_limits import graph_microseconds, read_gigabytes_per_second
 from sglite import ops
 
 KINDS = {
@@ -37,33 +37,6 @@ def arguments():
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", help="also writes the figures to this file")
     return parser.parse_args()
-
-
-def microseconds(calls) -> float:
-    """Time of one of these calls, which are replayed as one graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(8):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return median(times[2:])
-
-
-def read_bandwidth() -> float:
-    """Bytes per microsecond of a reduction over 4 GB."""
-    x = torch.randn(2**30, device="cuda")
-    return x.numel() * 4 / microseconds([x.sum] * 4)
 
 
 def draw_logits(batch: int, vocab: int) -> list[Tensor]:
@@ -126,7 +99,7 @@ def flashinfer_calls(logits: list[Tensor], kind: str):
 
 def main():
     options = arguments()
-    bandwidth = read_bandwidth()
+    bandwidth = read_gigabytes_per_second() * 1e3  # bytes per microsecond
     print(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e6:.2f} TB/s")
     print(f"{'':>22}{'cold':>8}{'warm':>8}{'limit':>8}{'torch':>9}{'FlashInfer':>12}")
     figures = []
@@ -140,17 +113,17 @@ def main():
                     "batch": batch,
                     "vocab": vocab,
                     "kind": kind,
-                    "cold": microseconds(calls[:200]),
-                    "warm": microseconds(calls[:1] * 50),
+                    "cold": graph_microseconds(calls[:200]),
+                    "warm": graph_microseconds(calls[:1] * 50),
                     "limit": batch * vocab * 4 / bandwidth,
                 }
                 if not options.no_peers and KINDS[kind] is not None:
                     values = KINDS[kind]
-                    row["torch"] = microseconds(
+                    row["torch"] = graph_microseconds(
                         [lambda x=x, v=values: torch_sample(x, **v) for x in logits[:4]]
                     )
                     peer = flashinfer_calls(logits[:20], kind)
-                    row["flashinfer"] = microseconds(peer) if peer else None
+                    row["flashinfer"] = graph_microseconds(peer) if peer else None
                 figures.append(row)
                 numbers = [row["cold"], row["warm"], row["limit"], row.get("torch")]
                 text = "".join("       -" if n is None else f"{n:8.1f}" for n in numbers)
