@@ -56,7 +56,9 @@ struct alignas(16) AttentionUnit {
 // Decode's units are cut such that groups of neighbouring ones have equally many keys. A group is
 // done by one block for each KV head.
 struct alignas(16) UnitGroup {
-    int32_t first, count;  // units
+    AttentionUnit unit;    // the first of them
+    int32_t first, count;  // places among the units
+    int32_t unused[2];
 };
 constexpr int kMostGroups = 1024;
 

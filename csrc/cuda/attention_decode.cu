@@ -40,24 +40,30 @@ struct DecodeShared {
 template <typename T>
 struct UnitCursor {
     const AttentionView<T>& view;
+    AttentionUnit unit;
     int work = static_cast<int>(blockIdx.x), index = 0, stop = 0;
 
     __device__ explicit UnitCursor(const AttentionView<T>& view) : view(view) { find(); }
     __device__ bool is_done() const { return work >= view.works; }
     __device__ int head() const { return work % view.kv_heads; }
     __device__ void advance() {
-        if (++index < stop) return;
-        work += static_cast<int>(gridDim.x);
-        find();
+        if (++index < stop) {
+            unit = load_unit(view.units + index);
+        } else {
+            work += static_cast<int>(gridDim.x);
+            find();
+        }
     }
 
   private:
     // The first unit of the next group that has any.
     __device__ void find() {
         for (; work < view.works; work += static_cast<int>(gridDim.x)) {
-            const UnitGroup group = load_group(view, work / view.kv_heads);
-            index = group.first;
-            stop = group.first + group.count;
+            const UnitGroup* group = view.groups + work / view.kv_heads;
+            unit = load_unit(&group->unit);  // side by side with the next
+            const int2 range = load_range(group);
+            index = range.x;
+            stop = range.x + range.y;
             if (index < stop) return;
         }
     }
@@ -70,7 +76,6 @@ struct UnitStream {
     const DecodeShared<T, kD>& shared;
     TileLoader<T, kD, kThreads> loader;
     UnitCursor<T> cursor;
-    AttentionUnit unit;
     int next_tile = 0, next_queries = 0;
     bool is_first = true;  // tile of its unit
 
@@ -81,18 +86,17 @@ struct UnitStream {
 
     __device__ void enter() {
         if (cursor.is_done()) return;
-        unit = load_unit(view, cursor.index);
-        loader.position = unit.begin / kTile * kTile;
-        loader.begin = unit.begin;
-        loader.end = unit.end;
+        loader.position = cursor.unit.begin / kTile * kTile;
+        loader.begin = cursor.unit.begin;
+        loader.end = cursor.unit.end;
         loader.head = cursor.head();
-        loader.look_up(view, unit.request);
+        loader.look_up(view, cursor.unit.request);
         is_first = true;
     }
 
     // Whether the next tile's keys were in the cache before this step.
     __device__ bool is_old() const {
-        return !cursor.is_done() && loader.position + kTile + kDecodeRows <= unit.end;
+        return !cursor.is_done() && loader.position + kTile + kDecodeRows <= cursor.unit.end;
     }
 
     __device__ void copy_keys() {
@@ -107,15 +111,15 @@ struct UnitStream {
             if (!has_keys) copy_keys();
             if (is_first) {
                 copy_queries<T, kD, kRows>(
-                    view, unit.first_row, unit.rows, loader.head,
+                    view, cursor.unit.first_row, cursor.unit.rows, loader.head,
                     shared.queries + next_queries * DecodeShared<T, kD>::kQueries);
                 next_queries = next_queries + 1 == view.stages ? 0 : next_queries + 1;
                 is_first = false;
             }
             next_tile = next_tile + 1 == view.stages ? 0 : next_tile + 1;
             loader.position += kTile;
-            if (loader.position < unit.end) {
-                loader.look_up(view, unit.request);
+            if (loader.position < cursor.unit.end) {
+                loader.look_up(view, cursor.unit.request);
             } else {
                 cursor.advance();
                 enter();
@@ -137,6 +141,7 @@ __global__ void __launch_bounds__(kThreads)
     // The kernel before this one may write queries and the keys of this step's tokens. The plan and
     // older keys are there already.
     UnitStream<T, kD> stream(view, shared);
+    UnitCursor<T> cursor = stream.cursor;  // of what is at work
     const bool early = view.stages > 1 && stream.is_old();
     if (early) stream.copy_keys();
     wait_for_previous_kernel();
@@ -145,8 +150,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int stage = 2; stage < view.stages; ++stage) stream.copy_tile();
 
     int stage = 0, queries_at = 0;
-    for (UnitCursor<T> cursor(view); !cursor.is_done(); cursor.advance()) {
-        const AttentionUnit unit = view.units[cursor.index];
+    for (; !cursor.is_done(); cursor.advance()) {
+        const AttentionUnit& unit = cursor.unit;
         const int head = cursor.head();
         const RowPair<T> rows(view, unit, 0);
         uint32_t q[kSteps][4];
@@ -295,17 +300,10 @@ __global__ void __launch_bounds__(kThreads)
     wait_copies<0>();
 }
 
-// Few requests are done soon, and what counts is that the kernels around this one need not wait for
-// it: they want another division of a multiprocessor's memory, and get it once its blocks are gone.
-constexpr int kFewPerMultiprocessor = 8;  // multiprocessors for one KV head of a request
-
 template <typename T, int kD>
-Residency decode_residency(const AttentionShape& shape, int device) {
-    Residency found = residency<decode_kernel<T, kD>>(device, kThreads, kDecodeStages,
-                                                      DecodeShared<T, kD>::bytes);
-    const int64_t pairs = shape.requests * shape.kv_heads;
-    if (pairs * kFewPerMultiprocessor <= machine_of(device).multiprocessors) found.blocks = 1;
-    return found;
+Residency decode_residency(int device) {
+    return residency<decode_kernel<T, kD>>(device, kThreads, kDecodeStages,
+                                           DecodeShared<T, kD>::bytes);
 }
 
 int groups_of(const AttentionShape& shape, int device, const Residency& residency) {
@@ -319,7 +317,7 @@ int decode_groups(const AttentionShape& shape, int device) {
     int groups = 0;
     visit_head_dim(shape.head_dim, [&](auto dim) {
         // The plan does not know the element type, and both take the same room.
-        groups = groups_of(shape, device, decode_residency<BFloat16, dim()>(shape, device));
+        groups = groups_of(shape, device, decode_residency<BFloat16, dim()>(device));
     });
     return groups;
 }
@@ -328,12 +326,12 @@ void attention_decode(const AttentionArgs& args, Stream stream) {
     visit_attention(args, [&](auto element, auto dim) {
         using T = decltype(element);
         constexpr int kD = decltype(dim)::value;
-        const int groups = groups_of(args.shape, stream.device,
-                                     decode_residency<BFloat16, kD>(args.shape, stream.device));
+        const int groups =
+            groups_of(args.shape, stream.device, decode_residency<BFloat16, kD>(stream.device));
         AttentionView<T> view = attention_view<T>(args, false);
         view.works = groups * view.kv_heads;
-        launch_attention<T, decode_kernel<T, kD>>(
-            view, stream, kThreads, decode_residency<T, kD>(args.shape, stream.device));
+        launch_attention<T, decode_kernel<T, kD>>(view, stream, kThreads,
+                                                  decode_residency<T, kD>(stream.device));
     });
 }
 

@@ -75,7 +75,6 @@ AttentionView<T> attention_view(const AttentionArgs& args, bool extends) {
         .q_head_stride = args.q.head_stride,
         .slot_stride = shape.kv_heads * shape.head_dim,
         .record_rows = shape.tokens * shape.q_heads,
-        .unit_places = static_cast<int>(extends ? layout.extend_places : layout.decode_places),
         .works = 0,
         .table_width = static_cast<int>(shape.table_width),
         .page_shift = std::countr_zero(static_cast<uint64_t>(shape.page_size)),

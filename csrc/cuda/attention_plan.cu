@@ -237,6 +237,10 @@ struct DecodeRequest {
     }
 };
 
+struct GroupRange {
+    int first, count;  // units
+};
+
 struct UnitCount {
     int units = 0, shared_parts = 0, own_parts = 0;
 
@@ -259,7 +263,7 @@ struct UnitCount {
 
 // Writes a request's units from place `index` on, and enters them in their groups.
 __device__ void add_decode(const DecodeCut& cut, const DecodeRequest& request,
-                           const UnitCount& count, int index, UnitGroup* groups) {
+                           const UnitCount& count, int index, GroupRange* groups) {
     if (count.units == 0) return;
     const PlanView& view = cut.view;
     const int rows = request.queries.tokens * view.group;
@@ -375,7 +379,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     __shared__ int counts[3];
     __shared__ float scratch[kPlanThreads / kWarp];
     __shared__ int sums[kPlanThreads / kWarp];
-    __shared__ UnitGroup groups[kMostGroups];
+    __shared__ GroupRange groups[kMostGroups];
     // The next kernel may read the plan before it waits: it must not start before the end of this.
     wait_for_previous_kernel();
     if (threadIdx.x < 3) counts[threadIdx.x] = 0;
@@ -444,7 +448,12 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
         if (threadIdx.x == 0) counts[0] = index;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < view.groups; i += kPlanThreads) view.unit_groups[i] = groups[i];
+    for (int i = threadIdx.x; i < view.groups; i += kPlanThreads) {
+        const GroupRange range = groups[i];
+        UnitGroup group{.unit = {}, .first = range.first, .count = range.count, .unused = {}};
+        if (range.count) group.unit = view.decode_units[range.first];
+        view.unit_groups[i] = group;
+    }
     if (view.shape.has_extends()) {
         for (int first = 0; first < requests; first += kWarp) {
             const int mine = first + static_cast<int>(threadIdx.x % kWarp);

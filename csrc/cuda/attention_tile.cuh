@@ -29,7 +29,6 @@ struct AttentionView {
     float* records;
     int64_t out_token_stride, out_head_stride, q_token_stride, q_head_stride, slot_stride;
     int64_t record_rows;  // of one part: tokens * q_heads
-    int unit_places;      // in the array
     int works;            // decode's groups times kv_heads
     int table_width, page_shift, kv_heads, group, head_dim, window, stages;
     float score_factor;  // turns q . k into an exponent of 2, or into tanh's argument
@@ -41,17 +40,12 @@ template <typename T>
 __device__ int load_extend_units(const AttentionView<T>& view) {
     return __float_as_int(load_written_by_others(reinterpret_cast<const float*>(view.counts)).y);
 }
-template <typename T>
-__device__ UnitGroup load_group(const AttentionView<T>& view, int index) {
-    const float4 loaded =
-        load_written_by_others(reinterpret_cast<const float*>(view.groups + index));
+__device__ inline int2 load_range(const UnitGroup* group) {
+    const float4 loaded = load_written_by_others(reinterpret_cast<const float*>(&group->first));
     return {__float_as_int(loaded.x), __float_as_int(loaded.y)};
 }
-// Behind the last unit: any unit.
-template <typename T>
-__device__ AttentionUnit load_unit(const AttentionView<T>& view, int index) {
-    const auto* from =
-        reinterpret_cast<const float*>(view.units + min(index, view.unit_places - 1));
+__device__ inline AttentionUnit load_unit(const AttentionUnit* unit) {
+    const auto* from = reinterpret_cast<const float*>(unit);
     const float4 first = load_written_by_others(from), second = load_written_by_others(from + 4);
     return {__float_as_int(first.x),  __float_as_int(first.y),  __float_as_int(first.z),
             __float_as_int(first.w),  __float_as_int(second.x), __float_as_int(second.y),
