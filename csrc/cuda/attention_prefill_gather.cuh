@@ -71,8 +71,7 @@ class WorkQueue {
     __device__ Work take() {
         barrier_wait(signals_.work_full[turn_.stage], turn_.parity);
         const Work work = signals_.work[turn_.stage];
-        __syncwarp();
-        if (threadIdx.x % kWarp == 0) barrier_arrive(signals_.work_empty[turn_.stage]);
+        barrier_arrive(signals_.work_empty[turn_.stage]);  // each thread has read it
         turn_.advance();
         return work;
     }
