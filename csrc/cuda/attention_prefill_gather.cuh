@@ -71,7 +71,8 @@ class WorkQueue {
     __device__ Work take() {
         barrier_wait(signals_.work_full[turn_.stage], turn_.parity);
         const Work work = signals_.work[turn_.stage];
-        barrier_arrive(signals_.work_empty[turn_.stage]);  // each thread has read it
+        __syncwarp();  // the lanes need not have left the wait together
+        barrier_arrive(signals_.work_empty[turn_.stage]);
         turn_.advance();
         return work;
     }
