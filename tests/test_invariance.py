@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sglite import LLM, InvalidRequestError, register
-from sglite.layers import LogitsProcessor
+from sglite import _C, LLM, InvalidRequestError, register
+from sglite.engine.invariance import Condition, InvarianceReport
+from sglite.layers import LogitsProcessor, LogitsProcessorOutput
 from sglite.models.llama import LlamaForCausalLM
 from tests.checkpoints import make_checkpoint
 
@@ -22,9 +23,11 @@ def folder(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
+FAMILIES = ["llama", "mistral", "qwen2", "qwen2-window", "qwen3"]
+
+
 @pytest.mark.parametrize(("dtype", "quantization"), STORAGE)
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize(("name", "num_threads"), [*((name, 1) for name in FAMILIES), ("llama", 2)])
 def test_every_native_family(name, dtype, quantization, num_threads, tmp_path):
     folder = make_checkpoint(tmp_path, name, cancels=True, max_position_embeddings=1024)
     with LLM(
@@ -46,7 +49,8 @@ def test_every_native_family(name, dtype, quantization, num_threads, tmp_path):
 
 
 def test_nothing_is_left_behind():
-    with LLM("demo", kv_cache_tokens=512, seed=1) as llm, LLM("demo", seed=1) as other:
+    options = {"kv_cache_tokens": 512, "seed": 1, "num_threads": 1}
+    with LLM("demo", **options) as llm, LLM("demo", **options) as other:
         for model in (llm, other):
             model.generate("What is 17 + 25?", temperature=0)
         before = llm.stats()
@@ -60,7 +64,7 @@ def test_nothing_is_left_behind():
 
 
 def test_the_report_prints_as_a_table(folder):
-    with LLM(folder, kv_cache_tokens=2048, prefix_cache=False) as llm:
+    with LLM(folder, kv_cache_tokens=2048, prefix_cache=False, num_threads=1) as llm:
         report = llm.check_invariance(**QUICK)
     text = str(report)
     assert "batch of 17" in text
@@ -78,7 +82,7 @@ class Planted(LlamaForCausalLM):
     def forward(self, input_ids, positions, forward_batch, input_embeds=None):
         out = super().forward(input_ids, positions, forward_batch, input_embeds)
         logits = out.next_token_logits
-        if self.differs(positions, forward_batch):
+        if len(logits) and self.differs(positions, forward_batch):
             logits[-1, 7] = torch.nextafter(logits[-1, 7], torch.tensor(torch.inf))
         return out
 
@@ -104,8 +108,6 @@ class DependsOnThePrefix(Planted):
 @register("DependsOnThreads")
 class DependsOnThreads(Planted):
     def differs(self, positions, forward_batch):
-        from sglite import _C
-
         return _C.num_threads() == 2
 
 
@@ -149,7 +151,7 @@ class OtherOrder(LogitsProcessor):
         total = torch.zeros(len(rows), len(weight))
         for column, factors in zip(rows.T, weight.T, strict=True):
             total += column[:, None] * factors
-        return super().forward(input_ids, hidden_states, lm_head, forward_batch).__class__(total)
+        return LogitsProcessorOutput(next_token_logits=total)
 
 
 @register("AddsInAnotherOrder")
@@ -160,23 +162,19 @@ class AddsInAnotherOrder(LlamaForCausalLM):
 
 
 def test_another_order_of_addition_is_found(folder):
-    with LLM(
-        folder, architecture="AddsInAnotherOrder", dtype="float32", kv_cache_tokens=2048
-    ) as llm:
+    with LLM(folder, architecture="AddsInAnotherOrder", kv_cache_tokens=2048, num_threads=1) as llm:
         report = llm.check_invariance(**QUICK)
     condition = next(c for c in report.conditions if c.name == "batch of 17")
-    # Sums that cancel show it everywhere.
-    assert condition.differing_rows > 0.5 * condition.rows
-    assert condition.differing_logits > 0.3 * condition.logits
+    # Rows of long prefills are added up like those of large batches.
+    assert condition.differing_rows > 0.25 * condition.rows
+    # Sums that cancel show it nearly everywhere.
+    assert condition.differing_logits > 0.9 * 384 * condition.differing_rows
 
 
-def test_a_setting_that_does_not_promise_it_is_named(folder):
-    from dataclasses import replace
-
-    with LLM(folder, kv_cache_tokens=2048) as llm:
-        report = llm.check_invariance(**QUICK)
-    report = replace(report, is_promised=False)
+def test_a_setting_that_does_not_promise_it_is_named():
+    report = InvarianceReport("a model", False, [Condition("batch of 2", rows=1, logits=5)])
     assert "batch_invariant is off" in str(report)
+    assert report
 
 
 @pytest.mark.parametrize(

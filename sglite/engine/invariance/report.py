@@ -8,6 +8,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+_WIDTH = 140  # of the text; a terminal has its own
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -136,7 +138,7 @@ class InvarianceReport:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=120).print(self)
+        Console(file=text, width=_WIDTH).print(self)
         return text.getvalue().rstrip("\n")
 
     __repr__ = __str__
