@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
+from typing import TYPE_CHECKING
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.table import Table
-from rich.text import Text
+# rich is imported where something is printed: `LLM` is to be ready quickly.
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 _WIDTH = 140  # of the text; a terminal has its own
 
@@ -109,7 +110,10 @@ class InvarianceReport:
         """Bits that differ, over all conditions."""
         return sum(condition.differing_bits for condition in self.conditions)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title=f"Invariance of {self.model}", title_justify="left")
         table.add_column("condition", no_wrap=True)
         for name in ("rows", "logits", "rows differ", "bits differ", "largest"):
@@ -118,7 +122,8 @@ class InvarianceReport:
         for condition in self.conditions:
             style = "bold red" if not condition.ok else "" if condition.is_met else "yellow"
             table.add_row(*_cells(condition), style=style)
-        yield Group(table, *(Text(line) for line in self._verdict()))
+        yield table
+        yield from (Text(line) for line in self._verdict())
 
     def _verdict(self) -> list[str]:
         if self.ok:
@@ -137,6 +142,8 @@ class InvarianceReport:
         return lines
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = StringIO()
         Console(file=text, width=_WIDTH).print(self)
         return text.getvalue().rstrip("\n")
