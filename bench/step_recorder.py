@@ -22,7 +22,14 @@ from sglite.ops import PackedWeight
 _ASKED = ("linear_workspace", "sampling_workspace_bytes", "attention_is_planned", "linear_takes")
 _OPS = (
     *("embedding_packed", "embedding_plain", "rms_norm", "linear_packed", "linear_plain"),
-    *("linear_fused", "apply_rope", "rope_and_write_kv", "write_kv", "copy_kv_slots"),
+    *(
+        "linear_fused",
+        "decoder_layer",
+        "apply_rope",
+        "rope_and_write_kv",
+        "write_kv",
+        "copy_kv_slots",
+    ),
     *("paged_attention", "silu_and_mul", "gelu_and_mul", "sample", "log_probs", "gather_tokens"),
 )
 

@@ -55,4 +55,5 @@ PYBIND11_MODULE(_C, m) {
     sglite::bind_machine(m);
     sglite::bind_cache(m);
     sglite::bind_ops(m);
+    sglite::bind_decoder_layer(m);
 }
