@@ -1,6 +1,7 @@
 """Where a decode step on the CPU spends its time: `python -m bench.step_profile`.
 
-Requests of one length decode together, greedily; each figure is the median over the steps. Bytes
+Requests of one length decode together, greedily; each figure is the median over the steps. A layer
+is one op; it is shown as such, and then with its ops called one by one, which costs more. Bytes
 are what the tensors of a stage hold (of the cache, what is seen), and the limit of a stage is the
 longer of reading them at this machine's streaming speed and of its products at the machine's
 arithmetic peak, both measured in the same run, before and after: the better counts, since whatever
@@ -16,6 +17,7 @@ import shlex
 import statistics
 import sys
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -59,8 +61,8 @@ def profile(options: argparse.Namespace) -> dict:
         prefix_cache=False,
         **{name: json.loads(value) for name, value in extra.items()},
     ) as llm:
-        recorder = StepRecorder(llm)
-        for batch in options.batch:
+        for batch, by_stage in product(options.batch, (False, True)):
+            recorder = StepRecorder(llm, by_stage=by_stage)
             workload = Workload("steps", batch, 0, options.context, options.steps)
             for repeat in range(2):  # the first one warms up
                 prompts = workload.prompts(repeat, vocab_size_of(folder))
@@ -72,7 +74,8 @@ def profile(options: argparse.Namespace) -> dict:
                         ignore_eos=True,
                         progress=False,
                     )
-            batches[str(batch)] = _summary([record for record in records if record.rows == batch])
+            name = f"batch {batch}, layers by stage" if by_stage else f"batch {batch}"
+            batches[name] = _summary([record for record in records if record.rows == batch])
     limits.append(limits_now(options.num_threads))
     return {
         "model": options.model,
@@ -129,7 +132,7 @@ def tables(result: dict) -> list[Rows]:
         cells.append(_stage("all ops", vars(total), gigabytes, gigaflops))
         whole = {**vars(total), "seconds": record["seconds"]}
         cells.append(_stage("step", whole, gigabytes, gigaflops))
-        title = f"{result['model']}, {result['dtype']}, batch {batch}, context {result['context']}"
+        title = f"{result['model']}, {result['dtype']}, {batch}, context {result['context']}"
         columns = ["stage", "calls", "ms", "MB", "GB/s", "GFLOP/s", "limit, ms", "reached"]
         found.append(Rows(title, columns, cells))
         busy = {name: part["busy_seconds"] for name, part in record["host"].items()}
@@ -140,7 +143,7 @@ def tables(result: dict) -> list[Rows]:
         calls = total.calls
         host.append([f"calling an op, us, of {calls} calls", f"{calling * 1e6 / calls:.2f}"])
         host.append(["questions to the extension", str(record["questions"])])
-        found.append(Rows(f"batch {batch}: the host, ms", ["part", "figure"], host))
+        found.append(Rows(f"{batch}: the host, ms", ["part", "figure"], host))
     found.append(
         Rows(
             "Machine",

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sglite import _C, LLM
+from sglite.layers import DecoderLayer
 from sglite.layers.weight import WeightModule
 from sglite.ops import PackedWeight
 
@@ -82,10 +83,12 @@ class StepRecorder:
 
     Args:
         llm: what to watch; it must be idle.
+        by_stage: whether the ops of a layer are called one by one, to be seen apart.
     """
 
-    def __init__(self, llm: LLM):
+    def __init__(self, llm: LLM, *, by_stage: bool = False):
         self._engine = llm._engine
+        self._by_stage = by_stage
         self._names: dict[int, str] = {}
         for path, module in self._engine.runner.model.named_modules():
             if isinstance(module, WeightModule):
@@ -112,6 +115,11 @@ class StepRecorder:
         ]
         undo += [_replace(_C, name, self._op) for name in _OPS if hasattr(_C, name)]
         undo += [_replace(_C, name, self._question) for name in _ASKED if hasattr(_C, name)]
+        if self._by_stage:
+            # What somebody listens to runs by itself.
+            for module in runner.model.modules():
+                if isinstance(module, DecoderLayer):
+                    undo.append(module.mlp.act_fn.register_forward_hook(lambda *call: None).remove)
         try:
             yield records
         finally:
@@ -192,6 +200,12 @@ class StepRecorder:
         if name == "sample":
             return name, float(tensors[2].nbytes), 0.0
         stage, operations, num_bytes = name, 0.0, 0.0
+        if name == "decoder_layer":
+            # Its attention.
+            batch, layer, k_cache = args[2], args[3], tensors[-2]
+            seen = int(batch.kv_lens.sum())
+            num_bytes += 2.0 * k_cache[0, 0].nbytes * seen
+            operations += 4.0 * layer.output.k * seen
         for tensor in tensors:
             address = tensor.data_ptr()
             # Of the caches and of the table of angles a step touches next to nothing.
@@ -200,7 +214,7 @@ class StepRecorder:
                 continue
             num_bytes += tensor.nbytes
             if is_weight:
-                stage = self._names[address]
+                stage = self._names[address] if name != "decoder_layer" else name
                 operations += 2.0 * tensors[0].shape[0] * tensor.numel()
         return stage, num_bytes, operations
 
