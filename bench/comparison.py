@@ -86,7 +86,7 @@ def compare(
                 "first_tokens": {name: [] for name in engines},
             }
         for repeat in range(repeats):
-            result["limits"].append(_limits(num_threads))
+            result["limits"].append(limits_now(num_threads))
             for workload in workloads:
                 prompts = workload.prompts(repeat, vocab_size_of(folder))
                 record = result["workloads"][workload.name]
@@ -101,7 +101,7 @@ def compare(
     return result
 
 
-def _limits(num_threads: int) -> dict:
+def limits_now(num_threads: int) -> dict:
     """What the machine can do now, measured in a process that ends before an engine goes on."""
     command = [sys.executable, "-m", "bench.limits", "--num-threads", str(num_threads)]
     return json.loads(subprocess.run(command, cwd=_ROOT, check=True, stdout=-1).stdout)
