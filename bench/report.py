@@ -42,25 +42,29 @@ def markdown_rows(rows: Rows) -> list[str]:
 
 
 def tables(result: dict) -> list[Rows]:
-    """What was measured, as three tables: workloads, engines, the machine.
+    """What was measured, as tables: workloads, engines, the machine, and engines that failed.
 
     The first engine is ours; ratios are its tok/s over a peer's. A figure is the median of the
     repeats, and in brackets stand the least and the greatest. A ratio's bracket holds those of
     single turns, in each of which the engines ran directly one after the other.
     """
-    return [_workload_table(result), _engine_table(result), _machine_table(result)]
+    found = [_workload_table(result), _engine_table(result), _machine_table(result)]
+    if result["failures"]:
+        cells = [[name, _last_words(words)] for name, words in result["failures"].items()]
+        found.append(Rows("Left out", ["engine", "why"], cells))
+    return found
 
 
 def print_tables(result: dict, console: Console) -> None:
     """Prints `tables` to a terminal."""
-    console.print(f"{result['model']}, {result['dtype']}", style="bold")
+    console.print(f"{result['model']}, {weights_of(result)}", style="bold")
     for rows in tables(result):
         print_rows(rows, console)
 
 
 def markdown(result: dict) -> str:
     """`tables` and the command that made them, as a page."""
-    lines = [f"# Throughput: {result['model']}, {result['dtype']}", ""]
+    lines = [f"# Throughput: {result['model']}, {weights_of(result)}", ""]
     lines += [f"`{result['command']}`, {result['date']}", ""]
     for rows in tables(result):
         lines += markdown_rows(rows)
@@ -94,7 +98,7 @@ def _workload_table(result: dict) -> Rows:
             ratio = median(rates[ours]) / median(rates[peer])
             row += [_spread(rates[peer]), _bracket(ratio, in_turn, 2)]
         limit = workload.counted_tokens / least_seconds(
-            workload, Weights(**result["weights"]), result["dtype"], *_best_limits(result)
+            workload, Weights(**result["weights"]), weights_of(result), *best_limits(result)
         )
         row += [f"{limit:.0f}", f"{median(rates[ours]) / limit:.0%}"]
         cells.append(row)
@@ -149,12 +153,23 @@ def _machine_table(result: dict) -> Rows:
     return Rows("Machine", ["what", "figure"], cells)
 
 
-def _best_limits(result: dict) -> tuple[float, float]:
+def best_limits(result: dict) -> tuple[float, float]:
     """GB/s and GFLOP/s, the best of the repeats: other work can only lower them."""
     return tuple(
         max(limits[name] for limits in result["limits"])
         for name in ("read_gigabytes_per_second", "matmul_gigaflops_per_second")
     )
+
+
+def _last_words(text: str) -> str:
+    """The last line of what a failed engine said, after what it was doing."""
+    doing, said = text.split(": ", 1)
+    return f"{doing}: {said.strip().splitlines()[-1]}"
+
+
+def weights_of(result: dict) -> str:
+    """How the weights were stored: "bfloat16", "int8"."""
+    return result["quantization"] or result["dtype"]
 
 
 def _spread(values: list[float], digits: int = 1) -> str:

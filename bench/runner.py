@@ -3,9 +3,9 @@
 Needs the standard library only, so that it runs beside any engine in any virtual environment. What
 the engine prints goes to standard error; standard output carries the answers.
 
-Requests: {"do": "load", "model": ..., "dtype": ..., "num_threads": ..., "kv_tokens": ...},
-{"do": "run", "prompts": [[...]], "max_new_tokens": ...}, {"do": "quit"}. Every answer is an object;
-one with the key "error" says what went wrong.
+Requests: {"do": "load", "model": ..., "dtype": ..., "num_threads": ..., "kv_tokens": ...,
+"quantization": ...}, {"do": "run", "prompts": [[...]], "max_new_tokens": ...}, {"do": "quit"}.
+Every answer is an object; one with the key "error" says what went wrong.
 """
 
 import json
@@ -25,9 +25,10 @@ _FIRST_PROMPT = list(range(1, 17))
 class BenchEngine(Protocol):
     """What a file in `bench/peers/` provides.
 
-    Made with `model` (a folder), `dtype` ("bfloat16", ...), `num_threads` and `kv_tokens` (how many
-    tokens the largest workload keeps at once). `about` is a dict for the report: the engine's
-    version, and the settings that were chosen because they are its best.
+    Made with `model` (a folder), `dtype` ("bfloat16", ...), `num_threads`, `kv_tokens` (how many
+    tokens the largest workload keeps at once) and `quantization` (None or "int8"). `about` is a
+    dict for the report: the engine's version, and the settings that were chosen because they are
+    its best.
     """
 
     about: dict[str, str]
