@@ -17,6 +17,8 @@ from bench.models import vocab_size_of
 from bench.roofline import kv_bytes_per_token, read_weights
 from bench.workloads import Workload
 
+# As a request's last page may not be full: a page for each of 64 requests.
+_ROOM = 64 * 16
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -53,7 +55,7 @@ def compare(
         EngineError: our engine failed.
     """
     weights = read_weights(folder)
-    kv_tokens = max(workload.kv_tokens for workload in workloads)
+    kv_tokens = max(workload.kv_tokens for workload in workloads) + _ROOM
     result = {
         "machine": {
             "processor": processor(),
@@ -65,6 +67,7 @@ def compare(
         "dtype": dtype,
         "quantization": quantization,
         "weights": dataclasses.asdict(weights),
+        "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "kv_bytes": kv_bytes_per_token(folder, dtype) * kv_tokens,
         "limits": [],
         "engines": {},

@@ -1,4 +1,4 @@
-"""Installs peers, each in a virtual environment of its own: `python -m bench.environments openvino`.
+"""Installs peers, each in an environment of its own: `python -m bench.environments openvino`.
 
 The environments lie in `.peers/` of this repository, or in the folder that `SGLITE_PEERS` names.
 What is installed there is pinned here and nowhere else. Needs the standard library only.
@@ -47,7 +47,7 @@ ENVIRONMENTS = {
             # From source, for this very processor: wheels hold code for the oldest one.
             ("--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"),
         ),
-        variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
         commands=("cmake", "c++"),
     ),
     "openvino": Environment(
@@ -76,6 +76,11 @@ def environments_folder() -> Path:
     return Path(os.environ.get("SGLITE_PEERS", _ROOT / ".peers"))
 
 
+def is_installed(name: str) -> bool:
+    """Whether the environment of a peer is complete."""
+    return (environments_folder() / name / ".installed").exists()
+
+
 def python_of(name: str) -> str:
     """The interpreter that runs a peer: its own environment's, or this one if it needs none.
 
@@ -84,10 +89,9 @@ def python_of(name: str) -> str:
     """
     if name not in ENVIRONMENTS:
         return sys.executable
-    folder = environments_folder() / name
-    if not (folder / ".installed").exists():
+    if not is_installed(name):
         raise ValueError(f"{name} is not installed: python -m bench.environments {name}")
-    return str(folder / "bin" / "python")
+    return str(environments_folder() / name / "bin" / "python")
 
 
 def install(name: str, niceness: int = 0) -> None:

@@ -37,6 +37,14 @@ class BenchEngine(Protocol):
         """The new tokens of each prompt: greedy, end tokens ignored, all prompts in one batch."""
 
 
+def common_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with: all of them where there is one prompt."""
+    for index, column in enumerate(zip(*prompts, strict=False)):
+        if len(set(column)) > 1:
+            return index
+    return min(map(len, prompts))
+
+
 def serve(make_engine) -> None:
     """Answers requests until "quit" or until the other side is gone.
 

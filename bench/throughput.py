@@ -7,8 +7,8 @@ Four workloads on a checkpoint with random weights, greedy, end tokens ignored:
     shared   32 prompts of 1024 tokens in common and 32 of their own, 32 new tokens for each
     prefill  1 prompt of 2048 tokens, 1 new token; tok/s counts the tokens of the prompt
 
-Each engine lives in a process of its own, and they take turns. Peers that need a virtual environment
-of their own get it from `python -m bench.environments NAME`; another interpreter for one is
+Each engine lives in a process of its own, and they take turns. Peers that need an environment of
+their own get it from `python -m bench.environments NAME`; another interpreter for one is
 `--peer NAME --peer-python NAME=/path/to/python`. A peer that cannot run here is left out, and the
 result says why.
 """

@@ -7,12 +7,12 @@ the cells of the others.
 """
 
 import ctypes
-import os.path
+import os
 
 import llama_cpp
 import numpy as np
 
-from bench.runner import serve
+from bench.runner import common_prefix, serve
 
 _BATCH = 2048  # tokens of one call of `llama_decode`
 _MICROBATCH = 512  # rows that pass through the layers at once
@@ -43,7 +43,7 @@ class LlamaCppEngine:
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The new tokens of each prompt."""
-        shared = len(os.path.commonprefix(prompts))
+        shared = common_prefix(prompts)
         # At least one token of each prompt is its own: its logits are wanted.
         shared = min(shared, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
         context = self._context(prompts, shared, max_new_tokens)

@@ -4,13 +4,11 @@ Its best setting on a CPU: prefix cache on, and a common prefix computed by a re
 before the others come, as requests that come together do not find each other's pages.
 """
 
-import os.path
-
 import numpy as np
 import openvino
 import openvino_genai
 
-from bench.runner import serve
+from bench.runner import common_prefix, serve
 
 _BLOCK = 32  # tokens of a page of its cache on a CPU
 
@@ -25,8 +23,7 @@ class OpenvinoEngine:
         scheduler.enable_prefix_caching = True
         scheduler.max_num_seqs = 64
         scheduler.max_num_batched_tokens = 4096
-        # As many tokens as the workloads keep, and a page for the end of each of 64 sequences.
-        scheduler.num_kv_blocks = kv_tokens // _BLOCK + 2 * 64
+        scheduler.num_kv_blocks = kv_tokens // _BLOCK + 64  # its pages are twice as large as ours
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(
             model, scheduler, "CPU", {"INFERENCE_NUM_THREADS": num_threads}
         )
@@ -38,9 +35,9 @@ class OpenvinoEngine:
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The new tokens of each prompt."""
-        shared = os.path.commonprefix(prompts) if len(prompts) > 1 else []
-        if len(shared) >= _BLOCK:
-            self._run([shared], 1)
+        shared = common_prefix(prompts)
+        if len(prompts) > 1 and shared >= _BLOCK:
+            self._run([prompts[0][:shared]], 1)
         return self._run(prompts, max_new_tokens)
 
     def _run(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:

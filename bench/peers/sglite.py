@@ -16,8 +16,7 @@ class SgliteEngine:
             quantization=quantization,
             device="cpu",
             num_threads=num_threads,
-            # A page more for each of 64 requests, as a request's last page may not be full.
-            kv_cache_tokens=kv_tokens + 64 * 16,
+            kv_cache_tokens=kv_tokens,
         )
         self.about = {"version": __version__, "settings": "defaults"}
 
