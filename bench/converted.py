@@ -38,9 +38,7 @@ def converted_folder(
     script = _CONVERSIONS / f"{name}.py"
     if not script.exists():
         return folder
-    recipe = hashlib.sha256()
-    for file in sorted(_CONVERSIONS.glob("*.py")):
-        recipe.update(file.read_bytes())
+    recipe = hashlib.sha256(script.read_bytes())
     for file in sorted(folder.iterdir()):
         status = file.stat()
         recipe.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
