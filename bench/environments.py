@@ -43,8 +43,9 @@ _BROKEN_BESIDE_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 ENVIRONMENTS = {
     "llama_cpp": Environment(
         steps=(
-            ("numpy==2.3.5", "gguf==0.19.0", "safetensors==0.8.0"),
-            # From source, for this very processor: wheels hold code for the oldest one.
+            ("numpy==2.3.5", "gguf==0.19.0"),
+            # From source, for this very processor: wheels hold code for the oldest one. Without its
+            # libraries for images, which take longer to compile than the rest.
             ("--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"),
         ),
         variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
