@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--peer", action="append", help="(default: transformers, and all that are installed)"
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--startups", type=int, default=5)
+    parser.add_argument("--startups", type=int, default=3)
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cache-folder", type=Path, default=default_cache_folder())
     parser.add_argument("--output-folder", type=Path, default=Path("bench/results"))

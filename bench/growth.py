@@ -52,12 +52,17 @@ def prefix_workload(share: int) -> Workload:
     return Workload(f"prefix {share} %", 16, shared, _PREFIX_PROMPT_TOKENS - shared, 16)
 
 
-def all_workloads() -> Iterator[Workload]:
+def all_workloads(longest: int) -> Iterator[Workload]:
+    """What is measured of a model that takes `longest` tokens of prompt and answer."""
     yield from map(batch_workload, BATCHES)
-    for context in CONTEXTS:
+    for context in _contexts(longest):
         yield context_workload(context, 1)
         yield context_workload(context, _CONTEXT_NEW_TOKENS)
     yield from map(prefix_workload, SHARES)
+
+
+def _contexts(longest: int) -> list[int]:
+    return [context for context in CONTEXTS if context <= longest]
 
 
 def curves(result: dict, engine: str) -> dict[str, dict[int, list[float]]]:
@@ -74,7 +79,7 @@ def curves(result: dict, engine: str) -> dict[str, dict[int, list[float]]]:
     for size in BATCHES:
         workload = batch_workload(size)
         found["batch"][size] = [workload.counted_tokens / turn for turn in seconds(workload)]
-    for context in CONTEXTS:
+    for context in _contexts(result["longest"]):
         first = seconds(context_workload(context, 1))
         all_tokens = seconds(context_workload(context, _CONTEXT_NEW_TOKENS))
         found["prefill"][context] = first
@@ -197,10 +202,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output-folder", type=Path, default=Path("bench/results"))
     options = parser.parse_args(arguments)
     console, progress = Console(), Console(stderr=True)
+    folder = checkpoint_folder(options.model, options.cache_folder)
+    longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     measured = compare(
         {"sglite": sys.executable, **{name: python_of(name) for name in options.peer}},
-        checkpoint_folder(options.model, options.cache_folder),
-        list(all_workloads()),
+        folder,
+        list(all_workloads(longest)),
         dtype=options.dtype,
         quantization=None,
         cache_folder=options.cache_folder,
@@ -216,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         "model": Path(options.model).name,
         "command": shlex.join(["python", "-m", "bench.growth", *words]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "longest": longest,
         **measured,
     }
     stem = options.output_folder / f"growth-{result['model']}"

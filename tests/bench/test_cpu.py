@@ -4,6 +4,7 @@ from itertools import pairwise
 import pytest
 
 from bench import cpu, throughput
+from bench.engines import EngineError
 from bench.report import reached_share
 from bench.workloads import WORKLOADS
 
@@ -110,3 +111,16 @@ def test_a_quantization_is_counted_with_its_bytes():
     seconds = {"single": {"sglite": 1.28}}
     assert reached_share(result(seconds), "single") == pytest.approx(1.0)
     assert reached_share(result(seconds, "int8"), "single") == pytest.approx(0.5)
+
+
+def test_a_part_that_fails_does_not_lose_the_others(tmp_path, monkeypatch):
+    def measure(arguments):
+        options = throughput.parse_arguments([*arguments, *_pythons(arguments)])
+        if options.quantization:
+            raise EngineError("sglite failed:\nno int8")
+        options.output.write_text(json.dumps(result({"single": {"sglite": 1.0}})))
+
+    monkeypatch.setattr(throughput, "main", measure)
+    with pytest.raises(SystemExit, match="tiny-int8: sglite failed"):
+        cpu.main(["--model", "tiny", "--peer", "transformers", "--output-folder", str(tmp_path)])
+    assert "128.0" in (tmp_path / "cpu.md").read_text()

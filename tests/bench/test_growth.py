@@ -21,10 +21,11 @@ def result(seconds) -> dict:
         workload.name: {
             "seconds": {"sglite": [seconds(workload), 2 * seconds(workload)], "peer": [1.0, 1.0]}
         }
-        for workload in all_workloads()
+        for workload in all_workloads(8192)
     }
     return {
         "model": "tiny",
+        "longest": 8192,
         "command": "python -m bench.growth",
         "date": "today",
         "dtype": "bfloat16",
@@ -45,8 +46,9 @@ def linear(workload: Workload) -> float:
 
 
 def test_workloads_have_their_shapes():
-    by_name = {workload.name: workload for workload in all_workloads()}
+    by_name = {workload.name: workload for workload in all_workloads(8192)}
     assert len(by_name) == len(BATCHES) + 2 * len(CONTEXTS) + len(SHARES)
+    assert len(list(all_workloads(4096))) == len(by_name) - 2
     assert by_name["context 8192, 32 new"].kv_tokens == 8192
     for share in SHARES:
         workload = by_name[f"prefix {share} %"]
