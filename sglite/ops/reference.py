@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sglite.ops.packed_weight import PackedWeight
+from sglite.ops.quantized_weight import QuantizedWeight
 from sglite.ops.sampling import (
     INTEGERS,
     NOT_A_NUMBER,
@@ -36,7 +37,7 @@ def rms_norm(
 
 def linear(
     x: Tensor,
-    weight: PackedWeight | Tensor | Sequence[Tensor],
+    weight: PackedWeight | QuantizedWeight | Tensor | Sequence[Tensor],
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
@@ -51,14 +52,14 @@ def linear(
     return y if residual is None else y + residual
 
 
-def embedding(ids: Tensor, weight: PackedWeight | Tensor) -> Tensor:
+def embedding(ids: Tensor, weight: PackedWeight | QuantizedWeight | Tensor) -> Tensor:
     """See `sglite.ops.embedding`."""
     return plain_weight(weight)[ids]
 
 
-def plain_weight(weight: PackedWeight | Tensor | Sequence[Tensor]) -> Tensor:
+def plain_weight(weight: PackedWeight | QuantizedWeight | Tensor | Sequence[Tensor]) -> Tensor:
     """A weight in any of the forms that ops take, as one tensor [n, k]."""
-    if isinstance(weight, PackedWeight):
+    if isinstance(weight, PackedWeight | QuantizedWeight):
         return weight.unpack()
     return weight if isinstance(weight, Tensor) else torch.cat(list(weight))
 
