@@ -12,6 +12,9 @@ namespace sglite::cpu::SGLITE_CPU_PATH {
 constexpr int64_t kCodePieceSteps = kLargestGroup / kQuantizedDepth;
 constexpr int64_t kCodePieceRows = 192;
 
+// Up to so many blocks of rows convert codes anew each, which is cheaper than writing them out.
+constexpr int64_t kFewBlocks = 3;
+
 // x that is laid out in no more bytes than this needs no workspace of the caller's.
 constexpr int64_t kCodeStackBytes = 16 << 10;
 
@@ -77,7 +80,7 @@ class QuantizedLinear {
                 const int64_t chunk = unit % plan.chunks, group = unit / plan.chunks;
                 const Range panels{chunk * plan.chunk_panels,
                                    smaller((chunk + 1) * plan.chunk_panels, panels_)};
-                if (num_blocks_ == 1) {
+                if (num_blocks_ <= kFewBlocks) {
                     multiply_few(panels);
                 } else {
                     multiply_many(panels, {num_blocks_ * group / plan.groups,
@@ -204,18 +207,23 @@ class QuantizedLinear {
 
     void multiply_few(Range panels) const {
         alignas(64) float tile[kMaxCodeRows * 2 * kPanelColumns];
-        const int64_t rows = args_.m, at_once = rows <= kMaxTwoPanelRows ? 2 : 1;
+        const int64_t at_once = args_.m <= kMaxTwoPanelRows ? 2 : 1;
         int64_t taken;
         for (int64_t panel = panels.begin; panel < panels.end; panel += taken) {
             taken = smaller(at_once, panels.end - panel);
-            const auto kernel = taken == 2 ? kernel_for<Codes, 2, kMaxTwoPanelRows>(rows)
-                                           : kernel_for<Codes, 1, kMaxCodeRows>(rows);
-            CodeArgs call{x_of(0), sums_of(0),   codes_of(panel),       steps_ * Codes::kStepBytes,
+            CodeArgs call{nullptr, nullptr,      codes_of(panel),       steps_ * Codes::kStepBytes,
                           steps_,  group_steps_, scales_from(panel, 0), tile,
                           false};
             if (scales_at_end()) call.scales.scales = nullptr;
-            kernel(call);
-            finish(tile, 0, panel, taken);
+            for (int64_t block = 0; block < num_blocks_; ++block) {
+                const int64_t rows = height(block);
+                const auto kernel = taken == 2 ? kernel_for<Codes, 2, kMaxTwoPanelRows>(rows)
+                                               : kernel_for<Codes, 1, kMaxCodeRows>(rows);
+                call.x = x_of(block);
+                call.x_sums = sums_of(block);
+                kernel(call);
+                finish(tile, block, panel, taken);
+            }
         }
     }
 

@@ -22,9 +22,10 @@ from sglite.ops import (
     quantize_rows,
 )
 
-# Elements of a tensor that are converted to another dtype, or quantised, at a time, so that a large
-# one does not stand in memory twice.
+# Elements of a tensor that are converted to another dtype at a time, so that a large one does not
+# stand in memory twice, and that are quantised at a time, which takes several passes over them.
 _CONVERTED_AT_ONCE = 1 << 22
+_QUANTIZED_AT_ONCE = 1 << 20
 _ROWS_AT_ONCE = 32  # or a multiple, which is what panels are made of
 
 
@@ -97,7 +98,8 @@ class Weight:
     def write_rows(self, start: int, rows: Tensor) -> None:
         """Sets the rows from `start` on to `rows`, [count, columns] of any floating-point dtype."""
         stored = self._allocated()
-        count = max(1, _CONVERTED_AT_ONCE // self.shape[1] // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
+        elements = _CONVERTED_AT_ONCE if self.layout is None else _QUANTIZED_AT_ONCE
+        count = max(1, elements // self.shape[1] // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
         if rows.dtype == self.dtype and self.layout is None:
             count = max(1, rows.shape[0])
         for begin in range(0, rows.shape[0], count):

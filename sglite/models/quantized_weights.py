@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sglite.models.weights import Target
 
 # Elements that are unpacked at a time, in whole panels of 32 rows.
-_UNPACKED_AT_ONCE = 1 << 22
+_UNPACKED_AT_ONCE = 1 << 20
 _PANEL_ROWS = 32
 
 
