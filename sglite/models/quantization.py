@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sglite.interface.errors import ConfigError, UnsupportedModelError
+from sglite.layers.embedding import Embedding, LMHead
 from sglite.layers.weight import Weight, WeightModule
 from sglite.models.awq import AwqFormat
 from sglite.models.checkpoint import Checkpoint
@@ -74,15 +75,18 @@ def quantize_at_load(model: nn.Module, method: str) -> None:
     Args:
         model: nothing has been written into it yet.
         method: "int8" (one scale for each row, an output of a linear layer) or "int4" (one for
-            each 128 elements of a row, or 64 or 32 where that does not divide it).
+            each 128 elements of a row, or 64 or 32 where that does not divide it). With "int4"
+            embeddings and output head are int8: they suffer most, and halve the loss so.
     """
     for module in model.modules():
         if isinstance(module, WeightModule) and module.matrix.layout is None:
-            module.matrix.quantize(layout_at_load(module.matrix, method))
+            is_vocabulary = isinstance(module, Embedding | LMHead)
+            own_method = "int8" if is_vocabulary else method
+            module.matrix.quantize(layout_at_load(module.matrix, own_method))
 
 
 def layout_at_load(matrix: Weight, method: str) -> QuantizedLayout:
-    """What `quantize_at_load` gives one matrix."""
+    """How a matrix is stored by a method."""
     columns = matrix.shape[1]
     if method == "int8":
         return QuantizedLayout(bits=8, group_size=columns)
