@@ -50,7 +50,8 @@ struct LinearArgs {
     DType out_dtype;  // dtype or float32
 };
 
-// A linear layer over a quantised weight (cpu/quantized_panels.h); `linear` says all but the weight.
+// A linear layer over a quantised weight (cpu/quantized_panels.h); `linear` says all but the
+// weight.
 struct QuantizedLinearArgs {
     LinearArgs linear;
     const void* codes;    // panels
@@ -71,6 +72,18 @@ struct PackCodesArgs {
     int64_t row_stride, k_stride;
     int64_t start, count, k;
     int bits;
+};
+
+// Rows that are rounded to codes and scales, which go into panels.
+struct QuantizeRowsArgs {
+    void* packed;      // panels
+    void* scales;      // [panels][groups][32]
+    const void* rows;  // [count, k]
+    int64_t row_stride;
+    int64_t start, count, k;
+    int64_t groups, group_size;
+    int bits;
+    DType scale_dtype, dtype;  // dtype: of rows
 };
 
 // Rows of a quantised weight as numbers: those from `start` on, or those in `ids`.

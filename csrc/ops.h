@@ -58,6 +58,9 @@ struct QuantizedTensors {
 // Codes [count, k], int8, of the rows from `start` on into the panels.
 void pack_codes(const QuantizedTensors& weight, int64_t start, const Tensor& codes);
 
+// Rows [count, k], rounded to codes and scales, into the panels; without zero points.
+void quantize_rows(const QuantizedTensors& weight, int64_t start, const Tensor& rows);
+
 // out[i] = weight[start + i], and weight[ids[i]], as numbers. Shapes: out [count, k]; ids [count].
 void read_quantized_rows(const QuantizedTensors& weight, int64_t start, const Tensor& out);
 void embedding_quantized(const Tensor& out, const Tensor& ids, const QuantizedTensors& weight);

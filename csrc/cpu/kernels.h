@@ -57,6 +57,7 @@ struct Kernels {
     int64_t (*linear_workspace)(int64_t m, int64_t k, DType dtype);
     void (*linear)(const LinearArgs&);
     void (*pack_codes)(const PackCodesArgs&);
+    void (*quantize_rows)(const QuantizeRowsArgs&);
     void (*read_quantized_rows)(const QuantizedRowsArgs&);
     int64_t (*linear_quantized_workspace)(int64_t m, int64_t k, int64_t groups, DType dtype);
     void (*linear_quantized)(const QuantizedLinearArgs&);

@@ -46,6 +46,84 @@ void pack_codes(const PackCodesArgs& args) {
     });
 }
 
+// Rounds to the type that scales are stored in, and back.
+static float store_scale(void* scales, DType dtype, int64_t index, float scale) {
+    switch (dtype) {
+        case DType::kBFloat16: {
+            const BFloat16 rounded = to_bfloat16(scale);
+            static_cast<BFloat16*>(scales)[index] = rounded;
+            return to_float(rounded);
+        }
+        case DType::kFloat16: {
+            const Float16 rounded = static_cast<Float16>(scale);
+            static_cast<Float16*>(scales)[index] = rounded;
+            return to_float(rounded);
+        }
+        default:
+            static_cast<float*>(scales)[index] = scale;
+            return scale;
+    }
+}
+
+// The scale of one group: the largest element becomes 127 or, in 4 bits, -8 whatever its sign.
+template <typename T>
+static float scale_of(const T* x, int64_t count, int bits) {
+    Vec low = splat(0.0f), high = splat(0.0f);
+    for (int64_t i = 0; i < count; i += Vec::kSize) {
+        const Vec values = count - i >= Vec::kSize
+                               ? load(x + i)
+                               : load_partial(x + i, static_cast<int>(count - i));
+        low = min(low, values);
+        high = max(high, values);
+    }
+    const float largest = reduce_max(high), smallest = -reduce_max(splat(0.0f) - low);
+    if (bits == 8) return (largest > -smallest ? largest : -smallest) / 127.0f;
+    return (largest >= -smallest ? largest : smallest) / -8.0f;
+}
+
+template <typename T>
+static void quantize_row(const QuantizeRowsArgs& args, const T* x, int64_t row) {
+    constexpr int kMost = kQuantizedDepth * 4;  // groups are multiples of the depth
+    const float lowest = args.bits == 8 ? -127.0f : -8.0f, highest = args.bits == 8 ? 127.0f : 7.0f;
+    const int64_t panel = row / kPanelColumns, column = row % kPanelColumns;
+    uint8_t* codes = static_cast<uint8_t*>(args.packed) + panel * panel_bytes_of(args.k, args.bits);
+    const int64_t k_bytes =
+        (args.bits == 8 ? Int8Codes::kStepBytes : Int4Codes::kStepBytes) / kQuantizedDepth;
+    for (int64_t group = 0; group < args.groups; ++group) {
+        const int64_t begin = group * args.group_size;
+        const int64_t end = group + 1 < args.groups ? begin + args.group_size : args.k;
+        const int64_t index = (panel * args.groups + group) * kPanelColumns + column;
+        const float scale = store_scale(args.scales, args.scale_dtype, index,
+                                        scale_of(x + begin, end - begin, args.bits));
+        const Vec inverse = splat(scale == 0.0f ? 0.0f : 1.0f / scale);
+        for (int64_t i = begin; i < end; i += kMost) {
+            float rounded[kMost];
+            const int64_t count = end - i < kMost ? end - i : kMost;
+            for (int64_t j = 0; j < count; j += Vec::kSize) {
+                const Vec values = count - j >= Vec::kSize
+                                       ? load(x + i + j)
+                                       : load_partial(x + i + j, static_cast<int>(count - j));
+                store(rounded + j,
+                      min(max(round_to_int(values * inverse), splat(lowest)), splat(highest)));
+            }
+            write_column(codes + i * k_bytes, column, count, args.bits,
+                         [&](int64_t j) { return static_cast<int8_t>(rounded[j]); });
+        }
+    }
+}
+
+void quantize_rows(const QuantizeRowsArgs& args) {
+    visit_float_type(args.dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel_for(args.count, 1 + 65536 / args.k, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                quantize_row(args, static_cast<const T*>(args.rows) + i * args.row_stride,
+                             args.start + i);
+            }
+        });
+    });
+}
+
 static float scale_at(const QuantizedRowsArgs& args, int64_t index) {
     switch (args.scale_dtype) {
         case DType::kBFloat16:

@@ -103,6 +103,31 @@ void pack_codes(const QuantizedTensors& weight, int64_t start, const Tensor& cod
     });
 }
 
+void quantize_rows(const QuantizedTensors& weight, int64_t start, const Tensor& rows) {
+    constexpr const char* kOp = "QuantizedWeight";
+    const Layout layout = checked_weight(kOp, weight);
+    Check(kOp, "rows", rows)
+        .dtype_in(kFloatTypes)
+        .shape({-1, weight.k})
+        .dense_rows()
+        .same_device(weight.codes);
+    check_rows(kOp, start, rows.size(0), weight.n);
+    cpu::kernels().quantize_rows({
+        .packed = weight.codes.data,
+        .scales = weight.scales.data,
+        .rows = rows.data,
+        .row_stride = rows.stride(0),
+        .start = start,
+        .count = rows.size(0),
+        .k = weight.k,
+        .groups = layout.groups,
+        .group_size = layout.group_size,
+        .bits = layout.bits,
+        .scale_dtype = weight.scales.dtype,
+        .dtype = rows.dtype,
+    });
+}
+
 void read_quantized_rows(const QuantizedTensors& weight, int64_t start, const Tensor& out) {
     constexpr const char* kOp = "QuantizedWeight";
     QuantizedRowsArgs args = rows_arguments(kOp, weight, out);

@@ -104,6 +104,13 @@ static void bind_quantized(py::module_& m) {
         },
         py::arg("weight"), py::arg("start"), py::arg("codes"));
     m.def(
+        "quantize_rows",
+        [named](const Weight& weight, int64_t start, const Tensor& rows) {
+            ReleaseGilIfLong release(static_cast<double>(rows.numel()) * 4);
+            ops::quantize_rows(named(weight), start, rows);
+        },
+        py::arg("weight"), py::arg("start"), py::arg("rows"));
+    m.def(
         "read_quantized_rows",
         [named](const Weight& weight, int64_t start, const Tensor& out) {
             ReleaseGilIfLong release(static_cast<double>(out.numel()) * 4);

@@ -7,7 +7,6 @@ dtype it will run in.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,14 +18,11 @@ from sglite.ops import (
     QuantizedRows,
     QuantizedWeight,
     pack_weight,
-    quantize_rows,
 )
 
 # Elements of a tensor that are converted to another dtype at a time, so that a large one does not
-# stand in memory twice, and that are quantised at a time, which takes several passes over them.
+# stand in memory twice.
 _CONVERTED_AT_ONCE = 1 << 22
-_QUANTIZED_AT_ONCE = 1 << 20
-_ROWS_AT_ONCE = 32  # or a multiple, which is what panels are made of
 
 
 class Weight:
@@ -98,18 +94,17 @@ class Weight:
     def write_rows(self, start: int, rows: Tensor) -> None:
         """Sets the rows from `start` on to `rows`, [count, columns] of any floating-point dtype."""
         stored = self._allocated()
-        elements = _CONVERTED_AT_ONCE if self.layout is None else _QUANTIZED_AT_ONCE
-        count = max(1, elements // self.shape[1] // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
-        if rows.dtype == self.dtype and self.layout is None:
+        dtype = self.dtype if self.layout is None else _quantizable(rows.dtype)
+        count = max(1, _CONVERTED_AT_ONCE // self.shape[1])
+        if rows.dtype == dtype and self._order is None:
             count = max(1, rows.shape[0])
         for begin in range(0, rows.shape[0], count):
-            some = rows[begin : begin + count].to(self.dtype)
+            some = rows[begin : begin + count].to(dtype)
             if isinstance(stored, PackedWeight):
                 stored.write_rows(start + begin, some)
             elif isinstance(stored, QuantizedWeight):
                 some = some if self._order is None else some[:, self._order]
-                layout = replace(self.layout, has_zeros=False)
-                stored.write_rows(start + begin, quantize_rows(some, layout))
+                stored.quantize_rows(start + begin, some)
             else:
                 stored[start + begin : start + begin + len(some)].copy_(some)
 
@@ -161,6 +156,11 @@ class Weight:
 
     def __repr__(self) -> str:
         return f"Weight({list(self.shape)}, {self.dtype}, {self.device})"
+
+
+def _quantizable(dtype: torch.dtype) -> torch.dtype:
+    """What rows are converted to before they are quantised: nothing else where that can be."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 class WeightModule(nn.Module):

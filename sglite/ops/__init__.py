@@ -23,7 +23,6 @@ from sglite.ops.quantized_weight import (
     QuantizedLayout,
     QuantizedRows,
     QuantizedWeight,
-    quantize_rows,
     quantize_weight,
 )
 from sglite.ops.rope import apply_rope, rope_and_write_kv
@@ -53,7 +52,6 @@ __all__ = [
     "pack_weight",
     "paged_attention",
     "plan_attention",
-    "quantize_rows",
     "quantize_weight",
     "rms_norm",
     "rope_and_write_kv",

@@ -154,6 +154,24 @@ class QuantizedWeight:
         elif rows.zeros is not None:
             raise ValueError("QuantizedWeight.write_rows: zeros: the weight has no zero points")
 
+    def quantize_rows(self, start: int, rows: Tensor) -> None:
+        """Rounds rows to the nearest codes, symmetric around zero, group by group.
+
+        With 8 bits a group's largest element becomes 127; with 4 bits, where one code more is worth
+        something, it becomes -8, whatever its sign: the scale takes it. (The latter as GGML's
+        Q4_0.) Scales are rounded to their dtype before they are used.
+
+        Args:
+            start: the first row to set.
+            rows: [count, k] of float32, bfloat16 or float16, finite, in the stored order of
+                columns; a row's elements side by side.
+        """
+        _C.quantize_rows(self.arguments, start, rows)
+        if self.zeros is not None:
+            self._write_by_column(
+                self.zeros, start, torch.zeros(1, 1).expand(rows.shape[0], self.zeros.shape[1])
+            )
+
     @staticmethod
     def _write_by_column(panels: Tensor, start: int, values: Tensor) -> None:
         """values: [count, groups], into [panels, groups, 32]."""
@@ -194,38 +212,6 @@ class QuantizedWeight:
         )
 
 
-def quantize_rows(rows: Tensor, layout: QuantizedLayout) -> QuantizedRows:
-    """Rounds rows to the nearest codes, symmetric around zero, group by group.
-
-    With 8 bits a group's largest element becomes 127; with 4 bits, where one code more is worth
-    something, it becomes -8, whatever its sign (the scale takes it). (The latter as GGML's Q4_0.)
-
-    Args:
-        rows: [count, k], floating point, finite.
-        layout: without zero points; scales are rounded to their dtype before they are used.
-
-    Returns:
-        codes [count, k], scales [count, groups].
-    """
-    if layout.has_zeros:
-        raise ValueError("quantize_rows: layout: expected one without zero points")
-    count, k = rows.shape
-    groups = layout.num_groups(k)
-    size = min(layout.group_size, k)
-    padded = torch.nn.functional.pad(rows.float(), (0, groups * size - k)).view(count, groups, size)
-    if layout.bits == 8:
-        scales = padded.abs().amax(-1) / 127
-        lowest, highest = -127, 127
-    else:
-        largest = padded.gather(-1, padded.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scales = largest / -8
-        lowest, highest = -8, 7
-    scales = scales.to(layout.scale_dtype)
-    inverse = torch.where(scales == 0, 0, 1 / scales.float())
-    codes = padded.mul(inverse[..., None]).round_().clamp_(lowest, highest).to(torch.int8)
-    return QuantizedRows(codes.view(count, groups * size)[:, :k], scales)
-
-
 def quantize_weight(weight: Tensor, layout: QuantizedLayout) -> QuantizedWeight:
     """Quantises a plain weight [n, k] of float32, bfloat16 or float16."""
     if weight.ndim != 2:
@@ -233,5 +219,5 @@ def quantize_weight(weight: Tensor, layout: QuantizedLayout) -> QuantizedWeight:
             f"quantize_weight: weight: expected [n, k], got shape {list(weight.shape)}"
         )
     quantized = QuantizedWeight(*weight.shape, layout, weight.dtype)
-    quantized.write_rows(0, quantize_rows(weight, layout))
+    quantized.quantize_rows(0, weight)
     return quantized

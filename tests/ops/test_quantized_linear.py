@@ -198,20 +198,28 @@ def test_columns_in_another_order():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("k", "group_size"), [(256, 64), (150, 32), (70, 1000)])
-def test_quantising_rounds_to_the_nearest_code(dtype, bits, k, group_size):
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_quantising_rounds_to_the_nearest_code(cpu_path, dtype, bits, k, group_size, scale_dtype):
     rows = torch.randn(37, k).to(dtype)
     rows[3] = 0
-    layout = QuantizedLayout(bits, group_size)
+    layout = QuantizedLayout(bits, group_size, scale_dtype=scale_dtype)
     weight = ops.quantize_weight(rows, layout)
-    error = (numbers(ops.quantize_rows(rows, layout), layout) - rows.double()).abs()
+    expected = QuantizedWeight(37, k, layout, dtype)
+    expected.write_rows(0, reference.quantize_rows(rows, layout))
+    assert torch.equal(weight.codes, expected.codes)
+    assert torch.equal(weight.scales, expected.scales)
+    error = (numbers(reference.quantize_rows(rows, layout), layout) - rows.double()).abs()
+    # A scale that is rounded moves every code, and so may put the largest out of reach.
+    rounding = 0 if scale_dtype == torch.float32 else torch.finfo(scale_dtype).eps
     for group in range(layout.num_groups(k)):
         part = slice(group * group_size, (group + 1) * group_size)
         largest = rows[:, part].double().abs().amax(1, keepdim=True)
+        room = largest * rounding
         if bits == 8:
-            assert (error[:, part] <= largest / 127 / 2 * 1.001).all()
+            assert (error[:, part] <= largest / 127 / 2 * 1.01 + room).all()
         else:  # the code 8 of what is as large as the largest, on the other side, is not there
             near = rows[:, part].double().abs() <= largest * 7.5 / 8
-            assert (error[:, part] <= largest / 8 * (1.001 - 0.5 * near)).all()
+            assert (error[:, part] <= largest / 8 * (1.01 - 0.5 * near) + room).all()
     assert torch.equal(weight.unpack()[3], torch.zeros(k, dtype=dtype))
     assert weight.unpack().dtype == dtype
 
@@ -238,4 +246,4 @@ def test_errors_name_what_is_wrong():
         with pytest.raises(ValueError, match=re.escape(message)):
             QuantizedWeight(10, 300, dataclasses.replace(layout, **bad), torch.float32)
     with pytest.raises(ValueError, match="rows 5 to 15 of a weight with 10 rows"):
-        weight.write_rows(5, ops.quantize_rows(torch.randn(10, 128), layout))
+        weight.write_rows(5, reference.quantize_rows(torch.randn(10, 128), layout))
