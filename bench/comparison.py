@@ -10,12 +10,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bench.engines import EngineProcess
+from bench.converted import ConversionError, converted_folder
+from bench.engines import EngineError, EngineProcess
 from bench.machine import processor
 from bench.models import vocab_size_of
-from bench.roofline import read_weights
+from bench.roofline import kv_bytes_per_token, read_weights
 from bench.workloads import Workload
 
+# As a request's last page may not be full: a page for each of 64 requests.
+_ROOM = 64 * 16
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,6 +28,8 @@ def compare(
     workloads: Sequence[Workload],
     *,
     dtype: str,
+    quantization: str | None,
+    cache_folder: Path,
     num_threads: int,
     repeats: int,
     startups: int,
@@ -32,20 +37,25 @@ def compare(
 ) -> dict:
     """Runs every workload on every engine, and gives all that was measured, ready for JSON.
 
+    A peer that fails is left out, and `failures` says why: not every engine runs on every machine.
+
     Args:
-        engines: from the name of each to the Python interpreter that runs it.
+        engines: from the name of each to the Python interpreter that runs it; ours is the first.
         folder: the checkpoint.
         workloads: what to run.
         dtype: of weights and activations.
+        quantization: of the weights; None: none.
+        cache_folder: for checkpoints in the formats of the peers.
         num_threads: for each engine; only one works at a time.
         repeats: how often each workload runs, every time with other prompts.
         startups: how often each engine starts; the last time it stays for the workloads.
         say: is told what is happening.
 
     Raises:
-        EngineError: an engine failed.
+        EngineError: our engine failed.
     """
     weights = read_weights(folder)
+    kv_tokens = max(workload.kv_tokens for workload in workloads) + _ROOM
     result = {
         "machine": {
             "processor": processor(),
@@ -55,30 +65,58 @@ def compare(
         "load_average": os.getloadavg()[0],  # of the minute before: what else is running
         "num_threads": num_threads,
         "dtype": dtype,
+        "quantization": quantization,
         "weights": dataclasses.asdict(weights),
+        "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "kv_bytes": kv_bytes_per_token(folder, dtype) * kv_tokens,
         "limits": [],
         "engines": {},
+        "failures": {},
         "workloads": {},
     }
-    kv_tokens = max(workload.kv_tokens for workload in workloads)
+    ours = next(iter(engines))
+    alive: dict[str, EngineProcess] = {}
+
+    @contextlib.contextmanager
+    def unless_a_peer_fails(name: str, doing: str):
+        try:
+            yield
+        except (EngineError, ConversionError) as error:
+            if name == ours:
+                raise
+            say(f"{name} is left out, {doing}: {error}")
+            result["failures"][name] = f"{doing}: {error}"
+            alive.pop(name, None)
+
     with contextlib.ExitStack() as stack:
-        alive = []
         for startup in range(startups):
             for name, python in engines.items():
-                engine = stack.enter_context(EngineProcess(name, python, num_threads))
-                loaded = engine.load(folder, dtype, kv_tokens)
-                say(f"{name}: first token after {loaded['seconds']:.2f} s")
-                record = result["engines"].setdefault(
-                    name, {"import_seconds": [], "startup_seconds": []}
-                )
-                record["import_seconds"].append(engine.import_seconds)
-                record["startup_seconds"].append(loaded["seconds"])
-                if startup < startups - 1:
-                    engine.quit()
+                if name in result["failures"]:
                     continue
-                record["about"] = loaded["about"]
-                record["memory_after_imports"] = engine.memory_after_imports
-                alive.append(engine)
+                with unless_a_peer_fails(name, "start"), contextlib.ExitStack() as one:
+                    model = converted_folder(
+                        name,
+                        python,
+                        folder,
+                        dtype=dtype,
+                        quantization=quantization,
+                        cache_folder=cache_folder,
+                    )
+                    engine = one.enter_context(EngineProcess(name, python, num_threads))
+                    loaded = engine.load(model, dtype, kv_tokens, quantization)
+                    say(f"{name}: first token after {loaded['seconds']:.2f} s")
+                    record = result["engines"].setdefault(
+                        name, {"import_seconds": [], "startup_seconds": []}
+                    )
+                    record["import_seconds"].append(engine.import_seconds)
+                    record["startup_seconds"].append(loaded["seconds"])
+                    if startup < startups - 1:
+                        engine.quit()
+                        continue
+                    record["about"] = loaded["about"]
+                    record["memory_after_imports"] = engine.memory_after_imports
+                    alive[name] = engine
+                    stack.push(one.pop_all())
         for workload in workloads:
             result["workloads"][workload.name] = {
                 **dataclasses.asdict(workload),
@@ -86,22 +124,27 @@ def compare(
                 "first_tokens": {name: [] for name in engines},
             }
         for repeat in range(repeats):
-            result["limits"].append(_limits(num_threads))
+            result["limits"].append(limits_now(num_threads))
             for workload in workloads:
                 prompts = workload.prompts(repeat, vocab_size_of(folder))
                 record = result["workloads"][workload.name]
-                for engine in alive:
-                    answer = engine.run(prompts, workload.new_tokens)
-                    rate = workload.counted_tokens / answer["seconds"]
-                    say(f"{workload.name} {repeat + 1}/{repeats}, {engine.name}: {rate:.1f} tok/s")
-                    record["seconds"][engine.name].append(answer["seconds"])
-                    record["first_tokens"][engine.name] += [ids[0] for ids in answer["token_ids"]]
-        for engine in alive:
-            result["engines"][engine.name]["peak_memory"] = engine.quit()
+                for name, engine in list(alive.items()):
+                    with unless_a_peer_fails(name, workload.name):
+                        answer = engine.run(prompts, workload.new_tokens)
+                        rate = workload.counted_tokens / answer["seconds"]
+                        say(f"{workload.name} {repeat + 1}/{repeats}, {name}: {rate:.1f} tok/s")
+                        record["seconds"][name].append(answer["seconds"])
+                        record["first_tokens"][name] += [ids[0] for ids in answer["token_ids"]]
+        for name, engine in alive.items():
+            result["engines"][name]["peak_memory"] = engine.quit()
+    for name in result["failures"]:
+        result["engines"].pop(name, None)
+        for record in result["workloads"].values():
+            del record["seconds"][name], record["first_tokens"][name]
     return result
 
 
-def _limits(num_threads: int) -> dict:
+def limits_now(num_threads: int) -> dict:
     """What the machine can do now, measured in a process that ends before an engine goes on."""
     command = [sys.executable, "-m", "bench.limits", "--num-threads", str(num_threads)]
     return json.loads(subprocess.run(command, cwd=_ROOT, check=True, stdout=-1).stdout)

@@ -197,9 +197,6 @@ def sampling_runs(ours: bool, flashinfer: bool) -> dict[str, Callable]:
         import flashinfer as other
 
         runs["FlashInfer"] = rotating(
-            lambda x: other.sampling.top_k_top_p_sampling_from_logits(x, TOP_K, TOP_P), logits
-        )
-        runs["FlashInfer, jointly"] = rotating(
             lambda x: other.sampling.top_k_top_p_sampling_from_probs(
                 x.softmax(-1), TOP_K, TOP_P, filter_apply_order="joint"
             ),

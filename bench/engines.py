@@ -64,7 +64,9 @@ class EngineProcess:
             on_failure.pop_all()
         self.import_seconds = time.perf_counter() - start
 
-    def load(self, model: Path, dtype: str, kv_tokens: int) -> dict:
+    def load(
+        self, model: Path, dtype: str, kv_tokens: int, quantization: str | None = None
+    ) -> dict:
         """Loads the model and generates a first token: {"seconds", "about"}."""
         return self._ask(
             {
@@ -73,6 +75,7 @@ class EngineProcess:
                 "dtype": dtype,
                 "num_threads": self._num_threads,
                 "kv_tokens": kv_tokens,
+                "quantization": quantization,
             }
         )
 

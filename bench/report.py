@@ -42,25 +42,29 @@ def markdown_rows(rows: Rows) -> list[str]:
 
 
 def tables(result: dict) -> list[Rows]:
-    """What was measured, as three tables: workloads, engines, the machine.
+    """What was measured, as tables: workloads, engines, the machine, and engines that failed.
 
     The first engine is ours; ratios are its tok/s over a peer's. A figure is the median of the
     repeats, and in brackets stand the least and the greatest. A ratio's bracket holds those of
     single turns, in each of which the engines ran directly one after the other.
     """
-    return [_workload_table(result), _engine_table(result), _machine_table(result)]
+    found = [_workload_table(result), _engine_table(result), machine_rows(result)]
+    if result["failures"]:
+        cells = [[name, _last_words(words)] for name, words in result["failures"].items()]
+        found.append(Rows("Left out", ["engine", "why"], cells))
+    return found
 
 
 def print_tables(result: dict, console: Console) -> None:
     """Prints `tables` to a terminal."""
-    console.print(f"{result['model']}, {result['dtype']}", style="bold")
+    console.print(f"{result['model']}, {weights_of(result)}", style="bold")
     for rows in tables(result):
         print_rows(rows, console)
 
 
 def markdown(result: dict) -> str:
     """`tables` and the command that made them, as a page."""
-    lines = [f"# Throughput: {result['model']}, {result['dtype']}", ""]
+    lines = [f"# Throughput: {result['model']}, {weights_of(result)}", ""]
     lines += [f"`{result['command']}`, {result['date']}", ""]
     for rows in tables(result):
         lines += markdown_rows(rows)
@@ -82,22 +86,15 @@ def _workload_table(result: dict) -> Rows:
         columns += [f"{peer}, tok/s", f"{ours} / {peer}"]
     columns += ["limit, tok/s", "reached"]
     cells = []
-    for name, record in result["workloads"].items():
-        workload = Workload(**{field.name: record[field.name] for field in fields(Workload)})
-        rates = {
-            engine: [workload.counted_tokens / seconds for seconds in record["seconds"][engine]]
-            for engine in result["engines"]
-        }
-        row = [name, _spread(rates[ours])]
+    for name in result["workloads"]:
+        mine = rates(result, name, ours)
+        row = [name, spread(mine)]
         for peer in peers:
-            in_turn = [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
-            ratio = median(rates[ours]) / median(rates[peer])
-            row += [_spread(rates[peer]), _bracket(ratio, in_turn, 2)]
-        limit = workload.counted_tokens / least_seconds(
-            workload, Weights(**result["weights"]), result["dtype"], *_best_limits(result)
-        )
-        row += [f"{limit:.0f}", f"{median(rates[ours]) / limit:.0%}"]
-        cells.append(row)
+            theirs = rates(result, name, peer)
+            in_turn = [a / b for a, b in zip(mine, theirs, strict=True)]
+            row += [spread(theirs), bracket(median(mine) / median(theirs), in_turn, 2)]
+        share = reached_share(result, name)
+        cells.append([*row, f"{median(mine) / share:.0f}", f"{share:.0%}"])
     return Rows("Workloads", columns, cells)
 
 
@@ -114,8 +111,8 @@ def _engine_table(result: dict) -> Rows:
         cells.append(
             [
                 f"{name} {record['about']['version']}",
-                _spread(record["import_seconds"], 2),
-                _spread(record["startup_seconds"], 2),
+                spread(record["import_seconds"], 2),
+                spread(record["startup_seconds"], 2),
                 f"{peak / 1e6:.0f}",
                 f"{(peak - imported) / 1e6:.0f}",
                 f"{same} of {total}",
@@ -134,7 +131,8 @@ def _engine_table(result: dict) -> Rows:
     return Rows("Engines", columns, cells)
 
 
-def _machine_table(result: dict) -> Rows:
+def machine_rows(result: dict) -> Rows:
+    """What was measured of the machine, and what else ran on it."""
     read = [limits["read_gigabytes_per_second"] for limits in result["limits"]]
     multiply = [limits["matmul_gigaflops_per_second"] for limits in result["limits"]]
     machine = result["machine"]
@@ -143,23 +141,57 @@ def _machine_table(result: dict) -> Rows:
         ["system", f"{machine['system']}, Python {result['python']}"],
         ["threads", f"{result['num_threads']}"],
         ["load average at the start", f"{result['load_average']:.1f}"],
-        ["reading, GB/s", _spread(read)],
-        ["matrix product, GFLOP/s", _spread(multiply, 0)],
+        ["reading, GB/s", spread(read)],
+        ["matrix product, GFLOP/s", spread(multiply, 0)],
     ]
     return Rows("Machine", ["what", "figure"], cells)
 
 
-def _best_limits(result: dict) -> tuple[float, float]:
-    """GB/s and GFLOP/s, the best of the repeats: other work can only lower them."""
-    return tuple(
+def rates(result: dict, workload: str, engine: str) -> list[float]:
+    """tok/s of one engine in every turn of a workload."""
+    counted = _workload(result, workload).counted_tokens
+    return [counted / seconds for seconds in result["workloads"][workload]["seconds"][engine]]
+
+
+def reached_share(result: dict, workload: str) -> float:
+    """Our tok/s over what the machine's limits allow."""
+    # The best of the repeats: other work can only lower them.
+    gigabytes, gigaflops = (
         max(limits[name] for limits in result["limits"])
         for name in ("read_gigabytes_per_second", "matmul_gigaflops_per_second")
     )
+    least = least_seconds(
+        _workload(result, workload),
+        Weights(**result["weights"]),
+        weights_of(result),
+        gigabytes,
+        gigaflops,
+    )
+    ours = next(iter(result["engines"]))
+    return least / median(result["workloads"][workload]["seconds"][ours])
 
 
-def _spread(values: list[float], digits: int = 1) -> str:
-    return _bracket(median(values), values, digits)
+def _workload(result: dict, name: str) -> Workload:
+    record = result["workloads"][name]
+    return Workload(**{field.name: record[field.name] for field in fields(Workload)})
 
 
-def _bracket(middle: float, values: list[float], digits: int) -> str:
+def _last_words(text: str) -> str:
+    """The last line of what a failed engine said, after what it was doing."""
+    doing, said = text.split(": ", 1)
+    return f"{doing}: {said.strip().splitlines()[-1]}"
+
+
+def weights_of(result: dict) -> str:
+    """How the weights were stored: "bfloat16", "int8"."""
+    return result["quantization"] or result["dtype"]
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """The median, and in brackets the least and the greatest."""
+    return bracket(median(values), values, digits)
+
+
+def bracket(middle: float, values: list[float], digits: int) -> str:
+    """`middle`, and in brackets the least and the greatest of `values`."""
     return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

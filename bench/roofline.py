@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.workloads import Workload
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ def read_weights(folder: Path) -> Weights:
     return Weights(sum(sizes.values()) - embedding - (head or 0), head or embedding)
 
 
+def kv_bytes_per_token(folder: Path, dtype: str) -> int:
+    """Bytes that the keys and values of one token take in all layers."""
+    config = json.loads((folder / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    width = config["num_key_value_heads"] * head_dim
+    return 2 * config["num_hidden_layers"] * width * _BYTES[dtype]
+
+
 def least_seconds(
     workload: Workload, weights: Weights, dtype: str, gigabytes: float, gigaflops: float
 ) -> float:
@@ -50,7 +58,7 @@ def least_seconds(
     Args:
         workload: what is computed.
         weights: of the model.
-        dtype: in which the weights are stored.
+        dtype: in which the weights are stored; "int8" for those quantized so.
         gigabytes: read per second.
         gigaflops: floating-point operations in matrix products per second, in 10^9.
     """

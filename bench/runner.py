@@ -3,9 +3,9 @@
 Needs the standard library only, so that it runs beside any engine in any virtual environment. What
 the engine prints goes to standard error; standard output carries the answers.
 
-Requests: {"do": "load", "model": ..., "dtype": ..., "num_threads": ..., "kv_tokens": ...},
-{"do": "run", "prompts": [[...]], "max_new_tokens": ...}, {"do": "quit"}. Every answer is an object;
-one with the key "error" says what went wrong.
+Requests: {"do": "load", "model": ..., "dtype": ..., "num_threads": ..., "kv_tokens": ...,
+"quantization": ...}, {"do": "run", "prompts": [[...]], "max_new_tokens": ...}, {"do": "quit"}.
+Every answer is an object; one with the key "error" says what went wrong.
 """
 
 import json
@@ -25,15 +25,24 @@ _FIRST_PROMPT = list(range(1, 17))
 class BenchEngine(Protocol):
     """What a file in `bench/peers/` provides.
 
-    Made with `model` (a folder), `dtype` ("bfloat16", ...), `num_threads` and `kv_tokens` (how many
-    tokens the largest workload keeps at once). `about` is a dict for the report: the engine's
-    version, and the settings that were chosen because they are its best.
+    Made with `model` (a folder), `dtype` ("bfloat16", ...), `num_threads`, `kv_tokens` (how many
+    tokens the largest workload keeps at once) and `quantization` (None or "int8"). `about` is a
+    dict for the report: the engine's version, and the settings that were chosen because they are
+    its best.
     """
 
     about: dict[str, str]
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """The new tokens of each prompt: greedy, end tokens ignored, all prompts in one batch."""
+
+
+def common_prefix(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with: all of them where there is one prompt."""
+    for index, column in enumerate(zip(*prompts, strict=False)):
+        if len(set(column)) > 1:
+            return index
+    return min(map(len, prompts))
 
 
 def serve(make_engine) -> None:

@@ -7,8 +7,10 @@ Four workloads on a checkpoint with random weights, greedy, end tokens ignored:
     shared   32 prompts of 1024 tokens in common and 32 of their own, 32 new tokens for each
     prefill  1 prompt of 2048 tokens, 1 new token; tok/s counts the tokens of the prompt
 
-Each engine lives in a process of its own, and they take turns. A peer from another virtual
-environment: `--peer NAME --peer-python NAME=/path/to/python`.
+Each engine lives in a process of its own, and they take turns. Peers that need an environment of
+their own get it from `python -m bench.environments NAME`; another interpreter for one is
+`--peer NAME --peer-python NAME=/path/to/python`. A peer that cannot run here is left out, and the
+result says why.
 """
 
 import argparse
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.comparison import compare
 from bench.engines import engine_names
+from bench.environments import python_of
 from bench.models import CONFIGS, checkpoint_folder, default_cache_folder
 from bench.report import markdown, print_tables
 from bench.workloads import WORKLOADS
@@ -41,6 +44,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--model", default="llama-135m", help=f"{', '.join(CONFIGS)}, or the folder of a checkpoint"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--quantization", choices=["int8"], help="of the weights")
     parser.add_argument(
         "--peer",
         action="append",
@@ -53,7 +57,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=PYTHON",
-        help="the interpreter that a peer is installed for (default: this one)",
+        help="the interpreter that a peer is installed for (default: that of its environment)",
     )
     parser.add_argument(
         "--workload",
@@ -69,12 +73,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, metavar="FILE.json", help="also written as tables to FILE.md"
     )
     options = parser.parse_args(arguments)
-    options.engines = dict.fromkeys([_OURS, *options.peer], sys.executable)
+    pythons = {}
     for pair in options.peer_python:
         name, separator, python = pair.partition("=")
         if not separator or name not in options.peer:
             parser.error(f"--peer-python {pair}: write NAME=PYTHON, with NAME given by --peer")
-        options.engines[name] = python
+        pythons[name] = python
+    try:
+        options.engines = {
+            name: pythons.get(name) or python_of(name) for name in [_OURS, *options.peer]
+        }
+    except ValueError as error:
+        parser.error(f"--peer: {error}")
     return options
 
 
@@ -97,6 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
         folder,
         [WORKLOADS[name] for name in options.workload or WORKLOADS],
         dtype=options.dtype,
+        quantization=options.quantization,
+        cache_folder=options.cache_folder,
         num_threads=options.num_threads,
         repeats=options.repeats,
         startups=options.startups,

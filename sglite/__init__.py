@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sglite.engine.invariance import InvarianceReport
     from sglite.interface.errors import (
         CheckpointError,
         ConfigError,
@@ -36,6 +37,7 @@ _HOMES = {
     "SamplingParams": "sglite.interface.sampling_params",
     "RequestOutput": "sglite.interface.outputs",
     "CompletionOutput": "sglite.interface.outputs",
+    "InvarianceReport": "sglite.engine.invariance",
     "StreamChunk": "sglite.interface.outputs",
     "Logprob": "sglite.interface.outputs",
     "ModelRegistry": "sglite.models.registry",
@@ -60,6 +62,7 @@ __all__ = [
     "EngineClosedError",
     "GenerationError",
     "InvalidRequestError",
+    "InvarianceReport",
     "Logprob",
     "ModelRegistry",
     "OutOfMemoryError",

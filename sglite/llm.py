@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ from sglite.engine.device import (
 from sglite.engine.driver import Call, Driver
 from sglite.engine.gpu_memory import free_memory
 from sglite.engine.intake import Intake, Limits
+from sglite.engine.invariance import (
+    InvarianceReport,
+    Settings,
+    builtin_prompts,
+    check_invariance,
+)
 from sglite.engine.kv_tokens import kv_tokens
 from sglite.engine.results import RequestGroup
 from sglite.engine.tokenizer import Tokenizer
@@ -178,14 +185,15 @@ class LLM:
             loaded.end_token_ids,
             config.seed,
         )
-        self._engine = make_engine(
-            config,
-            loaded.model,
-            loaded.kv_layers,
-            loaded.dtype,
-            loaded.vocab_size,
-            self._tokenizer,
+        self._make_engine = partial(
+            make_engine,
+            model=loaded.model,
+            kv_layers=loaded.kv_layers,
+            dtype=loaded.dtype,
+            vocab_size=loaded.vocab_size,
+            tokenizer=self._tokenizer,
         )
+        self._engine = self._make_engine(config)
         self._driver = Driver(self._engine, thread)
         self._thread = thread
 
@@ -380,6 +388,60 @@ class LLM:
         token_ids = self._tokenizer.encode(text, add_special_tokens=False)
         return Prompt(text=text, token_ids=tuple(token_ids))
 
+    def check_invariance(
+        self,
+        prompts: Any = None,
+        *,
+        new_tokens: int = 16,
+        batch_sizes: Sequence[int] = (2, 3, 8, 17, 64),
+        chunk_sizes: Sequence[int] = (5, 16, 61, 256),
+        prefix_lengths: Sequence[int] | None = None,
+        num_threads: Sequence[int] = (1, 2),
+        prompt_logits: int = 64,
+        progress: bool | None = None,
+    ) -> InvarianceReport:
+        """Whether a prompt's logits are the same bits whatever it is computed with.
+
+        Each prompt is computed alone; then in batches, in chunks, after prefix hits, as a second
+        turn over what decoding wrote, after preemption, and by other numbers of threads. All of
+        this runs on engines of its own over the same model, and leaves this one's cache and
+        statistics as they are.
+
+        Args:
+            prompts: as in `generate`; None: random ids, up to 600.
+            new_tokens: tokens generated after each prompt.
+            batch_sizes: requests of a batch; it is filled up with starts of the prompts.
+            chunk_sizes: prompt tokens of a step.
+            prefix_lengths: tokens that come out of the cache; None: some around the page size. All
+                but the last of a prompt are always tried as well.
+            num_threads: of the CPU kernels, as far as there are processors.
+            prompt_logits: of a prompt, logits are compared from the last so many positions on.
+            progress: as in `generate`.
+
+        Returns:
+            The report: true if no bit differs; prints as a table that names the first difference.
+
+        Raises:
+            InvalidRequestError: a prompt or an argument is wrong.
+            RequestError: the model fails on a prompt.
+        """
+        self._open_driver()
+        make_engine, limits = self._make_engine, self._intake.limits
+        settings = Settings(
+            new_tokens, batch_sizes, chunk_sizes, prefix_lengths, num_threads, prompt_logits
+        )
+        if prompts is None:
+            most = min(limits.context_length, limits.kv_cache_tokens) - settings.room
+            prompts = builtin_prompts(limits.vocab_size, max(1, most))
+        given, _ = normalize_prompts(prompts)
+        if not given:
+            raise InvalidRequestError("prompts=[] is not allowed: there is nothing to compare")
+        keywords = {"max_new_tokens": settings.room, "seed": 0}
+        groups = self._make_groups(given, None, keywords, streams=False)
+        token_ids = [group.requests[0].prompt_token_ids.tolist() for group in groups]
+        progress = _someone_is_watching() if progress is None else progress
+        return check_invariance(make_engine, self.config, token_ids, settings, progress=progress)
+
     # -- life -------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int | float]:
@@ -414,7 +476,7 @@ class LLM:
             self._driver.close()
             self._engine.close()
             self._thread.close()
-        self._driver = self._engine = self._intake = None
+        self._driver = self._engine = self._make_engine = self._intake = None
 
     def __del__(self):
         if getattr(self, "_driver", None) is not None and not sys.is_finalizing():

@@ -63,6 +63,7 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     shard_size: str = "1GB",
     config_json: dict[str, Any] | None = None,
+    cancels: bool = False,
     **overrides: Any,
 ) -> Path:
     """Writes a checkpoint as Hugging Face writes it, with a tokenizer; returns the folder.
@@ -74,9 +75,13 @@ def make_checkpoint(
         dtype: of the weights.
         shard_size: "20KB", say, gives several files and an index.
         config_json: values to set in the written `config.json`; None removes one.
+        cancels: whether weights are as `let_sums_cancel` makes them.
         **overrides: of the config.
     """
-    model = make_model(name, seed=seed, **overrides).to(dtype)
+    model = make_model(name, seed=seed, **overrides)
+    if cancels:
+        let_sums_cancel(model)
+    model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size=shard_size)
     make_tokenizer().save_pretrained(folder)
     if config_json:
@@ -101,6 +106,33 @@ def make_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> nn.Mo
             else:
                 parameter.copy_(draw / math.sqrt(parameter.shape[-1]))
     return model.eval()
+
+
+def let_sums_cancel(model: nn.Module, leaves: float = 2.0**-5) -> None:
+    """Changes the weights so that every sum of products all but cancels, in place.
+
+    Hidden states become [x, x], and matrices [h, -h (1 + r)] with small random r of about `leaves`:
+    what is left of a sum of large terms then shows in which order they were added.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight") and parameter.shape == (model.config.hidden_size,):
+                parameter.copy_(parameter[: len(parameter) // 2].repeat(2))
+            if parameter.ndim != 2:
+                continue
+            rows, columns = parameter.shape
+            if "embed_tokens" not in name:
+                half = parameter[:, : columns // 2]
+                rest = 1 + leaves * torch.randn(half.shape, generator=generator)
+                parameter[:, columns // 2 :] = -half * rest
+                parameter /= leaves
+            elif model.config.tie_word_embeddings:
+                continue
+            if "embed_tokens" in name:
+                parameter[:, columns // 2 :] = parameter[:, : columns // 2]
+            elif "o_proj" in name or "down_proj" in name:
+                parameter[rows // 2 :] = parameter[: rows // 2]
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

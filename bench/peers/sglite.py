@@ -7,14 +7,16 @@ from sglite import LLM, __version__
 class SgliteEngine:
     """See `bench.runner.BenchEngine`."""
 
-    def __init__(self, model: str, dtype: str, num_threads: int, kv_tokens: int):
+    def __init__(
+        self, model: str, dtype: str, num_threads: int, kv_tokens: int, quantization: str | None
+    ):
         self.llm = LLM(
             model,
             dtype=dtype,
+            quantization=quantization,
             device="cpu",
             num_threads=num_threads,
-            # A page more for each of 64 requests, as a request's last page may not be full.
-            kv_cache_tokens=kv_tokens + 64 * 16,
+            kv_cache_tokens=kv_tokens,
         )
         self.about = {"version": __version__, "settings": "defaults"}
 

@@ -14,7 +14,11 @@ from bench.runner import serve
 class TransformersEngine:
     """See `bench.runner.BenchEngine`."""
 
-    def __init__(self, model: str, dtype: str, num_threads: int, kv_tokens: int):
+    def __init__(
+        self, model: str, dtype: str, num_threads: int, kv_tokens: int, quantization: str | None
+    ):
+        if quantization:
+            raise ValueError(f"quantization={quantization!r}: transformers has none for a CPU")
         torch.set_num_threads(num_threads)
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, attn_implementation="sdpa"

@@ -275,14 +275,17 @@ static void merge_splits(const AttentionArgs& args, const AttentionMerge& merge,
     const int64_t channels = attention_channels(args.head_dim);
     const int64_t record = attention_record(args.head_dim), group = args.group();
     const int64_t rows = merge.tokens * group;
+    const auto add = [&](int64_t index) {
+        const float* part = args.records + index * record;
+        if (part[channels + 1] != 0.0f) merge_record(total, part, channels);
+    };
     for (int64_t row = 0; row < rows; ++row) {
         clear_record(total, channels);
-        for (int64_t split = 0; split < merge.splits; ++split) {
-            const float* part =
-                args.records +
-                (merge.partials + (split * args.kv_heads + head) * rows + row) * record;
-            if (part[channels + 1] != 0.0f) merge_record(total, part, channels);
-        }
+        for (int64_t split = 0; split < merge.shared_splits; ++split)
+            add(merge.shared + (split * args.kv_heads + head) * merge.shared_rows +
+                merge.shared_row + row);
+        for (int64_t split = 0; split < merge.splits; ++split)
+            add(merge.partials + (split * args.kv_heads + head) * rows + row);
         T* out = static_cast<T*>(args.out.data) +
                  (merge.first_token + row / group) * args.out.token_stride +
                  (head * group + row % group) * args.out.head_stride;

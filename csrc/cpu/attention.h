@@ -15,7 +15,8 @@ constexpr int64_t kAttentionBlock = 64;      // keys taken at once
 constexpr int64_t kAttentionSplit = 512;     // keys whose part may be computed by a unit of its own
 constexpr int64_t kAttentionUnitRows = 192;  // (token, query head) pairs of a unit, if heads allow
 
-// A piece of work for one thread: some tokens of a request, some KV heads, some splits.
+// A piece of work for one thread: some tokens of a request, some KV heads, some splits. Where
+// requests that decode share pages, their tokens are taken together for the splits that lie there.
 struct AttentionUnit {
     int64_t partials;  // index of the first record it writes, or -1: it covers all splits and
                        // writes the output itself
@@ -28,6 +29,10 @@ struct AttentionUnit {
 struct AttentionMerge {
     int64_t partials;  // index of the first of its records, [splits][kv_heads][tokens * group]
     int32_t first_token, tokens, splits;
+    // Splits before these, taken together with other requests' tokens: the index of the first
+    // record of [shared_splits][kv_heads][shared_rows], and which of the rows is the first here.
+    int64_t shared;
+    int32_t shared_splits, shared_rows, shared_row;
 };
 
 struct AttentionArgs {

@@ -2,6 +2,8 @@
 // query rows at a time. Every number of rows does the same arithmetic in the same order for a row.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
 #include "cpu/math.h"
@@ -107,6 +109,11 @@ struct Block {
     Prefetch next_keys, next_values;
 };
 
+template <typename T>
+static inline const T* key_row(const Block& block, int key) {
+    return reinterpret_cast<const T*>(block.key_rows + block.offsets[key]);
+}
+
 // Keys [begin, end), in whole vectors, so that lanes are keys.
 template <typename T>
 static void pack_keys(Block& block, int begin, int end) {
@@ -114,14 +121,30 @@ static void pack_keys(Block& block, int begin, int end) {
     // As many lines are fetched ahead as are read, a few at a time.
     constexpr int kLines = kLanes * kChannels * static_cast<int>(sizeof(T)) / Prefetch::kLine;
     constexpr int kSteps = kLines < 8 ? kLines : 8;
-    for (int64_t channel = 0; channel < block.head_dim; channel += kChannels) {
+    int64_t channel = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        for (; channel + 16 <= block.head_dim; channel += 16) {
+            for (int first = begin / kLanes * kLanes; first < end; first += kLanes) {
+                const T* rows[kLanes];
+                for (int lane = 0; lane < kLanes; ++lane)
+                    rows[lane] = key_row<T>(block, first + lane) + channel;
+                Vec columns[16];
+                transpose(rows, columns);
+                block.next_keys.advance(4);
+                float* to = block.keys + channel * kAttentionBlock + first;
+                for (int i = 0; i < 16; ++i) store(to + i * kAttentionBlock, columns[i]);
+            }
+        }
+    }
+#endif
+    for (; channel < block.head_dim; channel += kChannels) {
         const int64_t rest = block.head_dim - channel;
         for (int first = begin / kLanes * kLanes; first < end; first += kLanes) {
             Vec square[kLanes];
 #pragma GCC unroll 16
             for (int lane = 0; lane < kLanes; ++lane) {
-                const char* row = block.key_rows + block.offsets[first + lane];
-                square[lane] = load_words(reinterpret_cast<const T*>(row) + channel, rest);
+                square[lane] = load_words(key_row<T>(block, first + lane) + channel, rest);
                 if (lane % (kLanes / kSteps) == 0) block.next_keys.advance(kLines / kSteps);
             }
             transpose(square);
@@ -181,13 +204,25 @@ static inline void score(const Block& block, const Rows& rows, int from, int to,
             for (Vec& sum : row) sum = splat(0.0f);
         const float* keys = block.keys + key;
         for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock) {
-            Vec columns[kColumns];
-            for (int c = 0; c < kColumns; ++c) columns[c] = load(keys + c * Vec::kSize);
+            if constexpr (kRows < kColumns) {
+                Vec query[kRows];
+                for (int r = 0; r < kRows; ++r)
+                    query[r] = splat(rows.queries[r * rows.query_stride + word]);
 #pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) {
-                const Vec query = splat(rows.queries[r * rows.query_stride + word]);
-                for (int c = 0; c < kColumns; ++c)
-                    sums[r][c] = multiply_add_words<T>(query, columns[c], sums[r][c]);
+                for (int c = 0; c < kColumns; ++c) {
+                    const Vec column = load(keys + c * Vec::kSize);
+                    for (int r = 0; r < kRows; ++r)
+                        sums[r][c] = multiply_add_words<T>(query[r], column, sums[r][c]);
+                }
+            } else {
+                Vec columns[kColumns];
+                for (int c = 0; c < kColumns; ++c) columns[c] = load(keys + c * Vec::kSize);
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r) {
+                    const Vec query = splat(rows.queries[r * rows.query_stride + word]);
+                    for (int c = 0; c < kColumns; ++c)
+                        sums[r][c] = multiply_add_words<T>(query, columns[c], sums[r][c]);
+                }
             }
         }
         for (int r = 0; r < kRows; ++r)
@@ -252,13 +287,24 @@ static inline void add_values(Block& block, const Rows& rows, int64_t channel, i
                 load(records + r * rows.record_stride + c * Vec::kSize) * splat(corrections[r]);
     for (int key = begin; key < end; ++key) {
         const auto* row = Values::row(block, key) + channel;
-        Vec columns[kColumns];
-        for (int c = 0; c < kColumns; ++c) columns[c] = load(row + c * Vec::kSize);
         if (kLines && key % 4 == 0) block.next_values.advance(kLines);
+        // What there is less of stays in registers.
+        if constexpr (kRows < kColumns) {
+            Vec weight[kRows];
+            for (int r = 0; r < kRows; ++r) weight[r] = splat(weights[r * kAttentionBlock + key]);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            const Vec weight = splat(weights[r * kAttentionBlock + key]);
-            for (int c = 0; c < kColumns; ++c) sums[r][c] = fma(weight, columns[c], sums[r][c]);
+            for (int c = 0; c < kColumns; ++c) {
+                const Vec column = load(row + c * Vec::kSize);
+                for (int r = 0; r < kRows; ++r) sums[r][c] = fma(weight[r], column, sums[r][c]);
+            }
+        } else {
+            Vec columns[kColumns];
+            for (int c = 0; c < kColumns; ++c) columns[c] = load(row + c * Vec::kSize);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const Vec weight = splat(weights[r * kAttentionBlock + key]);
+                for (int c = 0; c < kColumns; ++c) sums[r][c] = fma(weight, columns[c], sums[r][c]);
+            }
         }
     }
     for (int r = 0; r < kRows; ++r)
@@ -266,17 +312,26 @@ static inline void add_values(Block& block, const Rows& rows, int64_t channel, i
             store(records + r * rows.record_stride + c * Vec::kSize, sums[r][c]);
 }
 
+// Vectors that a tile of rows takes at once: as many sums as hide an addition's latency, and fit
+// the registers. Each sum is a chain of its own, so their number changes no result.
+template <int kRows>
+constexpr int kTileColumns = Vec::kSize == 16 ? 4
+                             : kRows == 1     ? 8
+                             : kRows <= 3     ? 4
+                                              : 2;
+
 // A few rows that all see keys [begin, end) of the block.
 template <typename T, typename Values, int kRows>
 static void attend_tile(Block& block, const Rows& rows, int begin, int end) {
-    constexpr int kColumns = Vec::kSize == 16 ? 4 : 2, kHalf = kAttentionBlock / 2;
+    constexpr int kColumns = kTileColumns<kRows>, kHalf = kAttentionBlock / 2;
+    constexpr int kHalfColumns = std::min<int>(kColumns, kHalf / Vec::kSize);
     alignas(64) float weights[kRows * kAttentionBlock];
     alignas(64) float corrections[Vec::kSize];
     if (begin < kHalf && end > kHalf) {
         score<T, kRows, kColumns>(block, rows, 0, kAttentionBlock, weights);
     } else {
         const int half = begin < kHalf ? 0 : kHalf;
-        score<T, kRows, 2>(block, rows, half, half + kHalf, weights);
+        score<T, kRows, kHalfColumns>(block, rows, half, half + kHalf, weights);
     }
     if (begin == 0 && end == kAttentionBlock) {
         weigh<kRows, true>(block, rows, begin, end, weights, corrections);
@@ -291,7 +346,7 @@ static void attend_tile(Block& block, const Rows& rows, int begin, int end) {
 }
 
 // The most rows of a tile: their sums and a few keys or values fill the registers.
-constexpr int kTileRows = Vec::kSize == 16 ? 6 : 4;
+constexpr int kTileRows = 6;
 
 // `count` rows that all see keys [begin, end) of the block, in tiles of about equal size.
 template <typename T, typename Values>
@@ -311,11 +366,12 @@ static void attend_rows(Block& block, Rows rows, int64_t count, int begin, int e
             case 4:
                 attend_tile<T, Values, 4>(block, rows, begin, end);
                 break;
-            default:
-                if constexpr (kTileRows == 6) {
-                    if (taken == 5) attend_tile<T, Values, 5>(block, rows, begin, end);
-                    if (taken == 6) attend_tile<T, Values, 6>(block, rows, begin, end);
-                }
+            case 5:
+                attend_tile<T, Values, 5>(block, rows, begin, end);
+                break;
+            case 6:
+                attend_tile<T, Values, 6>(block, rows, begin, end);
+                break;
         }
         rows.queries += taken * rows.query_stride;
         rows.records += taken * rows.record_stride;

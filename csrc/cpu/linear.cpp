@@ -132,6 +132,7 @@ class Linear {
     }
 
     void multiply_packed(Range panels, Range blocks) const {
+        if (kPassSteps && args_.m >= kMinPrefetchRows) return multiply_in_passes(panels, blocks);
         const int64_t panel_words = steps_ * kPanelColumns;
         const uint32_t* packed = static_cast<const uint32_t*>(args_.packed);
         constexpr int64_t kPairRows = 2 * kMaxPairRows;
@@ -149,6 +150,39 @@ class Linear {
                 kernel(x_of(block), weights, panel_words, steps_, tile, false,
                        prefetch(weights, more, block - blocks.begin));
                 finish(tile, block, panel, taken);
+            }
+        }
+    }
+
+    // The same, kPassSteps of a panel at a time. While the first block of rows is at work on them,
+    // the next ones are fetched; panels lie one behind the other, so that they follow the last.
+    void multiply_in_passes(Range panels, Range blocks) const {
+        constexpr int64_t kBlocksAtOnce = kPieceRows / kMaxRows;
+        alignas(64) float tiles[kPieceRows * kPanelColumns];
+        const int64_t panel_words = steps_ * kPanelColumns;
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            const uint32_t* weights =
+                static_cast<const uint32_t*>(args_.packed) + panel * panel_words;
+            for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
+                const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
+                for (int64_t step = 0; step < steps_; step += kPassSteps) {
+                    const int64_t count = smaller(kPassSteps, steps_ - step);
+                    const uint32_t* piece = weights + step * kPanelColumns;
+                    for (int64_t block = first; block < end; ++block) {
+                        Prefetch ahead;
+                        if (block == blocks.begin) {
+                            ahead = {reinterpret_cast<const char*>(piece + count * kPanelColumns),
+                                     kPanelColumns * sizeof(uint32_t)};
+                        }
+                        const int64_t height = blocks_.height(block);
+                        multiply_for<T, 1, kMaxRows>(height)(
+                            x_of(block) + step * RowLayout<T>::kPerStep * height, piece, 0, count,
+                            tile_of(tiles, block, first), step > 0, ahead);
+                    }
+                }
+                for (int64_t block = first; block < end; ++block) {
+                    finish(tile_of(tiles, block, first), block, panel, 1);
+                }
             }
         }
     }

@@ -14,9 +14,18 @@ namespace sglite::cpu::SGLITE_CPU_PATH {
 #if defined(__AVX512F__)
 constexpr int kRegisters = 32, kMaxRows = 12, kMaxPairRows = 7, kMinPrefetchRows = 5;
 #elif defined(__AVX2__)
-constexpr int kRegisters = 16, kMaxRows = 5, kMaxPairRows = 0, kMinPrefetchRows = 3;
+constexpr int kRegisters = 16, kMaxRows = 6, kMaxPairRows = 0, kMinPrefetchRows = 3;
 #else
 constexpr int kRegisters = 8, kMaxRows = 4, kMaxPairRows = 0, kMinPrefetchRows = 3;
+#endif
+
+// Steps of a panel that all rows are multiplied by before the next ones are read, where rows take
+// more than one pass over them: so they come from memory once and then from the nearest cache. 0:
+// the whole panel, which the next cache has room for.
+#if defined(__AVX512F__)
+constexpr int64_t kPassSteps = 0;
+#else
+constexpr int64_t kPassSteps = 64;
 #endif
 
 // How x is laid out for the inner loops: a block of R rows is [steps][kPerStep][R] elements. With
@@ -105,6 +114,28 @@ constexpr int vectors_at_once(int rows, int panels) {
     return vectors;
 }
 
+// sums[v] += value * weights[v].
+template <int kVectors>
+static inline void add_products(Vec (&sums)[kVectors], const float* value,
+                                const Vec (&weights)[kVectors]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Written out, since sums, weights and value take all registers, and the compiler, which likes
+    // to begin several values at a time, would move sums to memory and back.
+    if constexpr (kVectors == 2) {
+        __m256 factor, first = sums[0].v, second = sums[1].v;
+        asm("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+            : "+x"(first), "+x"(second), "=&x"(factor)
+            : "m"(*value), "x"(weights[0].v), "x"(weights[1].v));
+        sums[0].v = first;
+        sums[1].v = second;
+        return;
+    }
+#endif
+    const Vec factor = splat(*value);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) sums[v] = fma(factor, weights[v], sums[v]);
+}
+
 // tile[r][c] = sum over k of x[r][k] * weight[c][k], added to what tile holds where `resume`.
 // x: one block in RowLayout. panel: kPanels panels, panel_words apart. tile: [kRows][32 * kPanels].
 template <typename T, int kRows, int kPanels>
@@ -134,18 +165,20 @@ static void multiply(const RowElement<T>* x, const uint32_t* panel, int64_t pane
             }
 #pragma GCC unroll 16
             for (int row = 0; row < kRows; ++row) {
-                const Vec value = splat(values[row]);
-#pragma GCC unroll 16
-                for (int v = 0; v < kVectors; ++v) {
-                    sums[row][v] = fma(value, loaded[v], sums[row][v]);
-                }
+                add_products(sums[row], values + row, loaded);
             }
             values += kRows;
         };
         for (int64_t step = 0; step < steps; ++step) {
             prefetch.step<kPanels>(panel_words);
             add_part.template operator()<0>(step);
-            if constexpr (kStepDepth<T> == 2) add_part.template operator()<1>(step);
+            if constexpr (kStepDepth<T> == 2) {
+                // The compiler is not told that the weights are the same, so that it loads them
+                // anew: kept from the first part they would displace sums from the registers.
+                int64_t same_step = step;
+                asm("" : "+r"(same_step));
+                add_part.template operator()<1>(same_step);
+            }
         }
 #pragma GCC unroll 16
         for (int row = 0; row < kRows; ++row) {
@@ -214,32 +247,67 @@ static Multiply<T>* multiply_for(int64_t rows) {
     } else {
         if (rows != kRows) return multiply_for<T, kPanels, kRows - 1>(rows);
 #if defined(__AVX512BF16__)
-        if constexpr (std::is_same_v<T, BFloat16>) return multiply_pairs<kRows, kPanels>;
-#endif
+        if constexpr (std::is_same_v<T, BFloat16>) {
+            return multiply_pairs<kRows, kPanels>;
+        } else {
+            return multiply<T, kRows, kPanels>;
+        }
+#else
         return multiply<T, kRows, kPanels>;
+#endif
     }
 }
 
-// Lays `rows` rows of x out as one block of RowLayout.
+// The elements of RowLayout that a vector of a row makes, from p on.
+template <typename T>
+static inline Vec load_elements(const T* p) {
+    if constexpr (std::is_same_v<RowElement<T>, float>) {
+        return load(p);
+    } else {
+        return load_words(p);
+    }
+}
+
+// One element, at a place that a vector would reach beyond; 0 from k on.
+template <typename T>
+static inline RowElement<T> element_at(const T* row, int64_t index, int64_t k) {
+    if constexpr (std::is_same_v<RowElement<T>, float>) {
+        return index < k ? to_float(row[index]) : 0.0f;
+    } else {
+        return word_at(row, index, k);
+    }
+}
+
+// Lays `rows` rows of x, at most kMaxRows, out as one block of RowLayout.
 template <typename T>
 static void lay_out_rows(RowElement<T>* block, const T* x, int64_t stride, int64_t rows,
                          int64_t k) {
-    const int64_t steps = steps_of<T>(k);
-#if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, BFloat16>) {
-        for (int64_t step = 0; step < steps; ++step) {
-            for (int64_t row = 0; row < rows; ++row) {
-                *block++ = word_at(x + row * stride, step, k);
-            }
+    static_assert(kMaxRows <= kSquare);
+    // Values of k in an element, elements of a row, and those of them that vectors reach. A vector
+    // is stored whole and the next one over what it has too much: within the block, therefore.
+    constexpr int64_t kDepth = kStepDepth<T> / RowLayout<T>::kPerStep;
+    const int64_t count = steps_of<T>(k) * RowLayout<T>::kPerStep;
+    const int64_t reached = k / kDepth;
+    int64_t begin = 0;
+    for (; begin + kSquare <= reached; begin += kSquare) {
+        if (rows == 1) {
+            store_words(block + begin, load_elements(x + begin * kDepth));
+            continue;
         }
-        return;
+        if ((begin + kSquare - 1) * rows + kSquare > count * rows) break;
+        Vec elements[kSquare];
+#pragma GCC unroll 16
+        for (int row = 0; row < kSquare; ++row) {
+            elements[row] =
+                row < rows ? load_elements(x + row * stride + begin * kDepth) : splat(0.0f);
+        }
+        transpose(elements);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSquare; ++i) store_words(block + (begin + i) * rows, elements[i]);
     }
-#endif
-    if constexpr (std::is_same_v<RowElement<T>, float>) {
-        for (int64_t i = 0; i < steps * kStepDepth<T>; ++i) {
-            for (int64_t row = 0; row < rows; ++row) {
-                *block++ = i < k ? to_float(x[row * stride + i]) : 0.0f;
-            }
+    for (int64_t index = begin; index < count; ++index) {
+        for (int64_t row = 0; row < rows; ++row) {
+            block[index * rows + row] = element_at(x + row * stride, index, k);
         }
     }
 }

@@ -252,6 +252,10 @@ static inline float reduce_sum(Vec a) {
 static inline float reduce_max(Vec a) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(a.v);
+#elif defined(__AVX2__)
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 #else
     return reduce(a, [](float x, float y) { return x > y ? x : y; });
 #endif

@@ -1,9 +1,10 @@
 // What paged attention's plan, its kernels and ops/attention_cuda.cpp share.
 //
 // Keys are cut at absolute positions, into splits and a split into tiles of 64. A row's part of a
-// split is an online softmax over its tiles; parts are merged in ascending order. Units of work may
-// hold any number of splits if they start with a row's first one, else one: so a row's bits depend
-// on positions alone, not on how the plan has cut the work, nor on which kernel did it.
+// split is an online softmax over its tiles; parts are merged in ascending order. Units of work
+// hold any number of splits: those of one that starts with a row's first split are merged at once,
+// of any other each becomes a part by itself. So a row's bits depend on positions alone, not on how
+// the plan has cut the work, nor on which kernel did it.
 #pragma once
 
 #include <algorithm>
@@ -47,9 +48,19 @@ struct alignas(16) AttentionUnit {
     int32_t request, first_row, rows;
     int32_t tile;         // of the units that share rows: where they count who has finished
     int32_t begin, end;   // positions, within which at least one row sees each key
-    int32_t part, parts;  // which of the tile's units; parts -n: the rows of n requests, for whose
-                          // tiles tile, ..., tile + n - 1 AttentionLayout::parts counts them
+    int32_t part, parts;  // the first of the tile's parts that are the unit's; parts -n: the rows
+                          // of n requests, for whose tiles tile, ..., tile + n - 1
+                          // AttentionLayout::parts counts them
 };
+
+// Decode's units are cut such that groups of neighbouring ones have equally many keys. A group is
+// done by one block for each KV head.
+struct alignas(16) UnitGroup {
+    AttentionUnit unit;    // the first of them
+    int32_t first, count;  // places among the units
+    int32_t unused[2];
+};
+constexpr int kMostGroups = 1024;
 
 // Head sizes are padded to one that kernels are made for; 0: too large.
 SGLITE_HOST_DEVICE constexpr int64_t padded_head_dim(int64_t head_dim) {
@@ -74,6 +85,15 @@ struct PrefillTile {
 struct AttentionCounts {
     int32_t decode_units, extend_units, prefill_tiles;
     int32_t prefill_tickets;  // drawn by the blocks of that kernel; 0 whenever none runs
+    int32_t decode_keys;      // that decode's units hold
+};
+
+// A request's place among others that share pages with it.
+struct SharedPrefix {
+    int32_t leader;   // of neighbouring requests that share a unit
+    int32_t members;  // in all
+    int32_t splits;   // their first ones, which they share
+    int32_t place;    // keys of decode's units before this request's
 };
 
 // The sizes that a plan is made for. The workspace's layout depends on nothing else.
@@ -96,7 +116,8 @@ SGLITE_HOST_DEVICE constexpr int record_floats(int padded_dim) { return padded_d
 
 // Where things lie in the workspace, in bytes; multiples of 128.
 struct AttentionLayout {
-    int64_t decode_units, extend_units, prefill_tiles, common, parts, counters, records, bytes;
+    int64_t decode_units, unit_groups, extend_units, prefill_tiles;
+    int64_t common, prefixes, parts, counters, records, bytes;
     int64_t decode_places, extend_places, counter_count, most_parts, most_prefill_tiles;
 
     explicit AttentionLayout(const AttentionShape& shape) {
@@ -114,12 +135,14 @@ struct AttentionLayout {
         decode_places = std::max<int64_t>(shape.requests * most_parts, 1);
         extend_places = tiles * most_parts;
         decode_units = take(decode_places * sizeof(AttentionUnit));
+        unit_groups = take(kMostGroups * sizeof(UnitGroup));
         extend_units = take(extend_places * sizeof(AttentionUnit));
         most_prefill_tiles = shape.has_extends() && shape.prefill_tile()
                                  ? shape.tokens / shape.prefill_tile() + shape.requests
                                  : 0;
         prefill_tiles = take(most_prefill_tiles * sizeof(PrefillTile));
         common = take(shape.requests * sizeof(int32_t));
+        prefixes = take(shape.requests * sizeof(SharedPrefix));
         parts = take(shape.requests * sizeof(int32_t));
         counters = take(counter_count * sizeof(int32_t));
         const int width = record_floats(static_cast<int>(padded_head_dim(shape.head_dim)));

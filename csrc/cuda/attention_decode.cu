@@ -36,39 +36,67 @@ struct DecodeShared {
     }
 };
 
-// The tiles of a block's units, one after the other. A unit without keys has one tile of zeros.
+// A block's units, one after the other.
+template <typename T>
+struct UnitCursor {
+    const AttentionView<T>& view;
+    AttentionUnit unit;
+    int work = static_cast<int>(blockIdx.x), index = 0, stop = 0;
+
+    __device__ explicit UnitCursor(const AttentionView<T>& view) : view(view) { find(); }
+    __device__ bool is_done() const { return work >= view.works; }
+    __device__ int head() const { return work % view.kv_heads; }
+    __device__ void advance() {
+        if (++index < stop) {
+            unit = load_unit(view.units + index);
+        } else {
+            work += static_cast<int>(gridDim.x);
+            find();
+        }
+    }
+
+  private:
+    // The first unit of the next group that has any.
+    __device__ void find() {
+        for (; work < view.works; work += static_cast<int>(gridDim.x)) {
+            const UnitGroup* group = view.groups + work / view.kv_heads;
+            unit = load_unit(&group->unit);  // side by side with the next
+            const int2 range = load_range(group);
+            index = range.x;
+            stop = range.x + range.y;
+            if (index < stop) return;
+        }
+    }
+};
+
+// Their tiles. A unit without keys has one tile of zeros.
 template <typename T, int kD>
 struct UnitStream {
     const AttentionView<T>& view;
     const DecodeShared<T, kD>& shared;
     TileLoader<T, kD, kThreads> loader;
-    AttentionUnit unit, next;
-    int work, works, next_tile = 0, next_queries = 0;
+    UnitCursor<T> cursor;
+    int next_tile = 0, next_queries = 0;
     bool is_first = true;  // tile of its unit
 
     __device__ UnitStream(const AttentionView<T>& view, const DecodeShared<T, kD>& shared)
-        : view(view), shared(shared), work(static_cast<int>(blockIdx.x)) {
-        // Read side by side: the array is long enough, whatever the count.
-        next = load_unit(view, work / view.kv_heads);
-        works = load_counts(view).decode_units * view.kv_heads;
+        : view(view), shared(shared), cursor(view) {
         enter();
     }
 
     __device__ void enter() {
-        if (work >= works) return;
-        unit = next;
-        next = load_unit(view, (work + static_cast<int>(gridDim.x)) / view.kv_heads);
-        loader.position = unit.begin / kTile * kTile;
-        loader.begin = unit.begin;
-        loader.end = unit.end;
-        loader.head = work % view.kv_heads;
-        loader.look_up(view, unit.request);
+        if (cursor.is_done()) return;
+        loader.position = cursor.unit.begin / kTile * kTile;
+        loader.begin = cursor.unit.begin;
+        loader.end = cursor.unit.end;
+        loader.head = cursor.head();
+        loader.look_up(view, cursor.unit.request);
         is_first = true;
     }
 
     // Whether the next tile's keys were in the cache before this step.
     __device__ bool is_old() const {
-        return work < works && loader.position + kTile + kDecodeRows <= unit.end;
+        return !cursor.is_done() && loader.position + kTile + kDecodeRows <= cursor.unit.end;
     }
 
     __device__ void copy_keys() {
@@ -79,21 +107,21 @@ struct UnitStream {
     // Starts the copies of the next tile, of whose keys this may have been done. Always ends a
     // group, which may be empty.
     __device__ void copy_tile(bool has_keys = false) {
-        if (work < works) {
+        if (!cursor.is_done()) {
             if (!has_keys) copy_keys();
             if (is_first) {
                 copy_queries<T, kD, kRows>(
-                    view, unit.first_row, unit.rows, loader.head,
+                    view, cursor.unit.first_row, cursor.unit.rows, loader.head,
                     shared.queries + next_queries * DecodeShared<T, kD>::kQueries);
                 next_queries = next_queries + 1 == view.stages ? 0 : next_queries + 1;
                 is_first = false;
             }
             next_tile = next_tile + 1 == view.stages ? 0 : next_tile + 1;
             loader.position += kTile;
-            if (loader.position < unit.end) {
-                loader.look_up(view, unit.request);
+            if (loader.position < cursor.unit.end) {
+                loader.look_up(view, cursor.unit.request);
             } else {
-                work += static_cast<int>(gridDim.x);
+                cursor.advance();
                 enter();
             }
         }
@@ -113,6 +141,7 @@ __global__ void __launch_bounds__(kThreads)
     // The kernel before this one may write queries and the keys of this step's tokens. The plan and
     // older keys are there already.
     UnitStream<T, kD> stream(view, shared);
+    UnitCursor<T> cursor = stream.cursor;  // of what is at work
     const bool early = view.stages > 1 && stream.is_old();
     if (early) stream.copy_keys();
     wait_for_previous_kernel();
@@ -120,19 +149,17 @@ __global__ void __launch_bounds__(kThreads)
     if (view.stages > 1) stream.copy_tile(early);
     for (int stage = 2; stage < view.stages; ++stage) stream.copy_tile();
 
-    const int works = stream.works;
     int stage = 0, queries_at = 0;
-    for (int work = static_cast<int>(blockIdx.x); work < works;
-         work += static_cast<int>(gridDim.x)) {
-        const AttentionUnit unit = view.units[work / view.kv_heads];
-        const int head = work % view.kv_heads;
+    for (; !cursor.is_done(); cursor.advance()) {
+        const AttentionUnit& unit = cursor.unit;
+        const int head = cursor.head();
         const RowPair<T> rows(view, unit, 0);
         uint32_t q[kSteps][4];
         float total[kChunks][4] = {}, total_sum[2] = {}, total_largest[2] = {-INFINITY, -INFINITY};
         float o[kChunks][4] = {}, sum[4] = {}, largest[2] = {-INFINITY, -INFINITY};
 
         const int first = unit.begin / kTile * kTile;
-        int position = first;
+        int position = first, part = unit.part;
         do {
             if (view.stages == 1) {
                 __syncthreads();  // the tile before has been read
@@ -234,44 +261,77 @@ __global__ void __launch_bounds__(kThreads)
                 sum[2 * i] = sum[2 * i + 1] = 0.0f;
                 largest[i] = -INFINITY;
             }
-        } while (position < unit.end);
-
-        const int channel = warp * kChunks * 8 + column;
+            // The first splits of a row are one part together.
+            if (position < unit.end && unit.part == 0) continue;
+            const int channel = warp * kChunks * 8 + column;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (unit.parts == 1) {
-                const float factor = inverse(total_sum[i]);
+            for (int i = 0; i < 2; ++i) {
+                if (unit.parts == 1) {
+                    const float factor = inverse(total_sum[i]);
 #pragma unroll
-                for (int n = 0; n < kChunks; ++n) {
-                    rows.write(view, i, head, channel + n * 8, multiply(total[n][2 * i], factor),
-                               multiply(total[n][2 * i + 1], factor));
+                    for (int n = 0; n < kChunks; ++n) {
+                        rows.write(view, i, head, channel + n * 8,
+                                   multiply(total[n][2 * i], factor),
+                                   multiply(total[n][2 * i + 1], factor));
+                    }
+                } else if (row + 8 * i < unit.rows) {
+                    float* record = record_of<kD>(view, unit.first_row + row + 8 * i, head, part);
+#pragma unroll
+                    for (int n = 0; n < kChunks; ++n) {
+                        *reinterpret_cast<float2*>(record + channel + n * 8) =
+                            float2{total[n][2 * i], total[n][2 * i + 1]};
+                    }
+                    if (threadIdx.x % 4 == 0 && warp == 0)
+                        *reinterpret_cast<float2*>(record + kD) =
+                            float2{total_largest[i], total_sum[i]};
                 }
-            } else if (row + 8 * i < unit.rows) {
-                float* record = record_of<kD>(view, unit.first_row + row + 8 * i, head, unit.part);
-#pragma unroll
-                for (int n = 0; n < kChunks; ++n) {
-                    *reinterpret_cast<float2*>(record + channel + n * 8) =
-                        float2{total[n][2 * i], total[n][2 * i + 1]};
-                }
-                if (threadIdx.x % 4 == 0 && warp == 0)
-                    *reinterpret_cast<float2*>(record + kD) =
-                        float2{total_largest[i], total_sum[i]};
+                total_sum[i] = 0.0f;
+                total_largest[i] = -INFINITY;
             }
-        }
-        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
+#pragma unroll
+            for (int n = 0; n < kChunks; ++n) {
+#pragma unroll
+                for (float& value : total[n]) value = 0.0f;
+            }
+            ++part;
+        } while (position < unit.end);
+        if (unit.parts != 1) finish_records<T, kD>(view, unit, head, part - unit.part);
     }
     wait_copies<0>();
 }
 
+template <typename T, int kD>
+Residency decode_residency(int device) {
+    return residency<decode_kernel<T, kD>>(device, kThreads, kDecodeStages,
+                                           DecodeShared<T, kD>::bytes);
+}
+
+int groups_of(const AttentionShape& shape, int device, const Residency& residency) {
+    const int64_t blocks = machine_of(device).multiprocessors * residency.blocks;
+    return static_cast<int>(std::clamp<int64_t>(blocks / shape.kv_heads, 1, kMostGroups));
+}
+
 }  // namespace
+
+int decode_groups(const AttentionShape& shape, int device) {
+    int groups = 0;
+    visit_head_dim(shape.head_dim, [&](auto dim) {
+        // The plan does not know the element type, and both take the same room.
+        groups = groups_of(shape, device, decode_residency<BFloat16, dim()>(device));
+    });
+    return groups;
+}
 
 void attention_decode(const AttentionArgs& args, Stream stream) {
     visit_attention(args, [&](auto element, auto dim) {
         using T = decltype(element);
         constexpr int kD = decltype(dim)::value;
-        using Shared = DecodeShared<T, kD>;
-        launch_attention<T, decode_kernel<T, kD>>(args, stream, kThreads, false, kDecodeStages,
-                                                  Shared::bytes);
+        const int groups =
+            groups_of(args.shape, stream.device, decode_residency<BFloat16, kD>(stream.device));
+        AttentionView<T> view = attention_view<T>(args, false);
+        view.works = groups * view.kv_heads;
+        launch_attention<T, decode_kernel<T, kD>>(view, stream, kThreads,
+                                                  decode_residency<T, kD>(stream.device));
     });
 }
 

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
 
     wait_for_previous_kernel();
     let_next_kernel_start();
-    const int works = load_counts(view).extend_units * view.kv_heads;
+    const int works = load_extend_units(view) * view.kv_heads;
     for (int work = static_cast<int>(blockIdx.x); work < works;
          work += static_cast<int>(gridDim.x)) {
         const AttentionUnit unit = view.units[work / view.kv_heads];
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
                         float2{total_largest[i], total_sum[i]};
             }
         }
-        if (unit.parts != 1) finish_records<T, kD>(view, unit, head);
+        if (unit.parts != 1) finish_records<T, kD>(view, unit, head, 1);
     }
     wait_copies<0>();
 }
@@ -214,9 +214,11 @@ void attention_extend(const AttentionArgs& args, Stream stream) {
     visit_attention(args, [&](auto element, auto dim) {
         using T = decltype(element);
         constexpr int kD = decltype(dim)::value;
-        using Shared = ExtendShared<T, kD>;
-        launch_attention<T, extend_kernel<T, kD>>(args, stream, kThreads, true, kExtendStages,
-                                                  Shared::bytes);
+        AttentionView<T> view = attention_view<T>(args, true);
+        launch_attention<T, extend_kernel<T, kD>>(
+            view, stream, kThreads,
+            residency<extend_kernel<T, kD>>(stream.device, kThreads, kExtendStages,
+                                            ExtendShared<T, kD>::bytes));
     });
 }
 

@@ -1,6 +1,8 @@
 // How the two attention kernels are launched: a persistent grid over the plan's units.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <bit>
 #include <type_traits>
 
@@ -10,27 +12,38 @@
 
 namespace sglite::cuda {
 
-// Calls `body` with an element type and a padded head size that kernels exist for.
+// Tiles in shared memory at once, if they fit.
+constexpr int kDecodeStages = 2, kExtendStages = 2;
+
+// Calls `body` with a padded head size that kernels exist for.
 template <typename Body>
-void visit_attention(const AttentionArgs& args, const Body& body) {
-    const auto visit_dim = [&](auto element) {
-        switch (padded_head_dim(args.shape.head_dim)) {
-            case 64:
-                return body(element, std::integral_constant<int, 64>{});
-            case 96:
-                return body(element, std::integral_constant<int, 96>{});
-            case 128:
-                return body(element, std::integral_constant<int, 128>{});
-            default:
-                return body(element, std::integral_constant<int, 256>{});
-        }
-    };
-    if (args.dtype == DType::kBFloat16) {
-        visit_dim(BFloat16{});
-    } else {
-        visit_dim(Half{});
+void visit_head_dim(int64_t head_dim, const Body& body) {
+    switch (padded_head_dim(head_dim)) {
+        case 64:
+            return body(std::integral_constant<int, 64>{});
+        case 96:
+            return body(std::integral_constant<int, 96>{});
+        case 128:
+            return body(std::integral_constant<int, 128>{});
+        default:
+            return body(std::integral_constant<int, 256>{});
     }
 }
+
+// Calls `body` with the element type, too.
+template <typename Body>
+void visit_attention(const AttentionArgs& args, const Body& body) {
+    visit_head_dim(args.shape.head_dim, [&](auto dim) {
+        if (args.dtype == DType::kBFloat16) {
+            body(BFloat16{}, dim);
+        } else {
+            body(Half{}, dim);
+        }
+    });
+}
+
+// Into how many groups a plan puts decode's units. In attention_decode.cu.
+int decode_groups(const AttentionShape& shape, int device);
 
 template <typename T>
 AttentionView<T> attention_view(const AttentionArgs& args, bool extends) {
@@ -51,6 +64,7 @@ AttentionView<T> attention_view(const AttentionArgs& args, bool extends) {
         .kv_end = args.kv_end,
         .units = reinterpret_cast<AttentionUnit*>(
             workspace + (extends ? layout.extend_units : layout.decode_units)),
+        .groups = reinterpret_cast<UnitGroup*>(workspace + layout.unit_groups),
         .counts = counts,
         .parts = reinterpret_cast<int32_t*>(workspace + layout.parts),
         .counters = reinterpret_cast<int32_t*>(workspace + layout.counters),
@@ -61,7 +75,7 @@ AttentionView<T> attention_view(const AttentionArgs& args, bool extends) {
         .q_head_stride = args.q.head_stride,
         .slot_stride = shape.kv_heads * shape.head_dim,
         .record_rows = shape.tokens * shape.q_heads,
-        .unit_places = static_cast<int>(extends ? layout.extend_places : layout.decode_places),
+        .works = 0,
         .table_width = static_cast<int>(shape.table_width),
         .page_shift = std::countr_zero(static_cast<uint64_t>(shape.page_size)),
         .kv_heads = static_cast<int>(shape.kv_heads),
@@ -83,28 +97,45 @@ Machine machine_of(int device);
 // How many blocks of a kernel run at once on one multiprocessor; at least 1.
 int blocks_per_multiprocessor(const void* kernel, int device, int threads, size_t shared_bytes);
 
-// Tiles in shared memory at once, if they fit.
-constexpr int kDecodeStages = 2, kExtendStages = 2;
+// How a kernel stays on a machine.
+struct Residency {
+    int stages;  // tiles in shared memory at once
+    size_t shared_bytes;
+    int blocks;  // on one multiprocessor
+};
 
-// `shared_bytes(stages)` is what a block needs. The grid fills the machine whatever the plan holds.
-template <typename T, auto kKernel>
-void launch_attention(const AttentionArgs& args, Stream stream, int threads, bool extends,
-                      int stages, size_t (*shared_bytes)(int)) {
-    AttentionView<T> view = attention_view<T>(args, extends);
-    const Machine machine = machine_of(stream.device);
-    while (stages > 1 && shared_bytes(stages) > machine.block_shared_bytes) --stages;
-    view.stages = stages;
+// `shared_bytes(stages)` is what a block needs with so many tiles in shared memory; there are fewer
+// than `stages` where they do not fit.
+template <auto kKernel>
+Residency residency(int device, int threads, int stages, size_t (*shared_bytes)(int)) {
+    // By device: the number of blocks, which takes long to ask for; 0: not asked yet.
+    static std::array<std::atomic<int>, 64> known{};
+    const size_t most_bytes = machine_of(device).block_shared_bytes;
+    while (stages > 1 && shared_bytes(stages) > most_bytes) --stages;
     const size_t bytes = shared_bytes(stages);
-    const int blocks = blocks_per_multiprocessor(reinterpret_cast<const void*>(kKernel),
-                                                 stream.device, threads, bytes);
+    std::atomic<int>& blocks = known[static_cast<size_t>(device) % known.size()];
+    if (blocks == 0) {
+        blocks = blocks_per_multiprocessor(reinterpret_cast<const void*>(kKernel), device, threads,
+                                           bytes);
+    }
+    return {stages, bytes, blocks};
+}
+
+// The grid fills the machine whatever the plan holds.
+template <typename T, auto kKernel>
+void launch_attention(AttentionView<T>& view, Stream stream, int threads,
+                      const Residency& residency) {
+    view.stages = residency.stages;
+    const int multiprocessors = machine_of(stream.device).multiprocessors;
     launch<kKernel>(
         {
             .op = "paged_attention",
-            .grid = dim3(static_cast<unsigned>(machine.multiprocessors * blocks)),
+            .grid = dim3(static_cast<unsigned>(multiprocessors * residency.blocks)),
             .threads = threads,
-            .shared_bytes = bytes,
+            .shared_bytes = residency.shared_bytes,
             .stream = stream,
             .overlaps = true,
+            .resident = residency.blocks,
         },
         view);
 }

@@ -24,14 +24,17 @@ struct PlanView {
     const int32_t* page_table;
     AttentionCounts* counts;
     AttentionUnit* decode_units;
+    UnitGroup* unit_groups;
     AttentionUnit* extend_units;
     PrefillTile* prefill_tiles;
     int32_t* common;  // [requests]: whole splits whose pages a request shares with the one before
+    SharedPrefix* prefixes;  // [requests]
     int32_t* parts;
     int32_t* counters;
     int counter_count, most_parts, group;
     bool shares;           // whether shared splits are looked for
-    float slots;           // units of all heads that the machine should have at least
+    int groups;            // of decode's units
+    float slots;           // extend's units of all heads that the machine should have at least
     float least_prefills;  // tiles of a batch whose prefills have a kernel of their own
 };
 
@@ -70,8 +73,8 @@ struct Visible {
     }
 };
 
-// How positions begin, ..., end - 1 become units: the first one may have any number of splits, the
-// others have one.
+// How positions begin, ..., end - 1 become units of an extend: the first one may have any number of
+// splits, the others have one.
 struct Cut {
     int split, parts = 1;  // the last split of the first unit
 
@@ -123,80 +126,206 @@ __device__ int common_splits(const PlanView& view, int request) {
     return positions > 0 ? split_of(positions) : 0;
 }
 
-// Neighbouring requests, as many as fit a unit, and the first splits, which they share.
-struct Sharing {
-    int leader, members = 1, splits = 0;
+// Which neighbouring requests, as many as fit a unit, share which splits. `start` is the first of
+// the run of requests around `request` that share anything.
+__device__ SharedPrefix shared_prefix(const PlanView& view, int request, int start) {
+    const SharedPrefix alone{.leader = request, .members = 1, .splits = 0, .place = 0};
+    if (!view.shares) return alone;
+    const int requests = static_cast<int>(view.shape.requests);
+    const int most = kDecodeRows / view.group;
+    const int leader = start + (request - start) / most * most;
+    int end = leader + 1, common = INT_MAX;
+    while (end < min(leader + most, requests) && view.common[end])
+        common = min(common, view.common[end++]);
+    if (end - leader < 2) return alone;
+    // Each split that follows the shared ones becomes a part.
+    for (int member = leader; member < end; ++member) {
+        const int seen = view.kv_end[view.query_start[member]];
+        if (split_of(seen - 1) + 1 - common >= view.most_parts) return alone;
+    }
+    return {.leader = leader, .members = end - leader, .splits = common, .place = 0};
+}
 
-    __device__ Sharing(const PlanView& view, int request) : leader(request) {
-        if (!view.shares) return;
-        const int requests = static_cast<int>(view.shape.requests);
-        int start = request;  // of the run of requests that share anything
-        while (start > 0 && view.common[start]) --start;
-        const int most = kDecodeRows / view.group;
-        leader = start + (request - start) / most * most;
-        int end = leader + 1;
-        int common = INT_MAX;
-        while (end < min(leader + most, requests) && view.common[end])
-            common = min(common, view.common[end++]);
-        if (end - leader < 2) return;
-        // All that follows the shared splits must be units of one split each.
-        for (int member = leader; member < end; ++member) {
-            const int seen = view.kv_end[view.query_start[member]];
-            if (split_of(seen - 1) + 1 - common >= view.most_parts) return;
-        }
-        members = end - leader;
-        splits = common;
+// Keys begin, ..., end - 1 of some rows, which start at `place` among all that decode has.
+struct Stretch {
+    int begin, end, place;
+    int first, last;  // splits
+    int together;     // the split up to which the first unit goes at least
+    bool starts;      // whether these are the rows' first splits
+
+    __device__ Stretch(int begin, int end, int place, bool starts, int most_parts)
+        : begin(begin),
+          end(end),
+          place(place),
+          first(split_of(begin)),
+          last(split_of(max(end, begin + 1) - 1)),
+          together(starts ? max(first, last + 1 - most_parts) : first),
+          starts(starts) {}
+
+    __device__ int group_of(int split, float groups_per_key, int groups) const {
+        const int from = max(begin, split_begin(split)), to = min(end, split_begin(split + 1));
+        const float middle = static_cast<float>(place + (from - begin) + (to - from) / 2);
+        return min(groups - 1, static_cast<int>(middle * groups_per_key));
     }
 
-    // Units that the shared splits become, given that each member has room for `left` more.
-    __device__ Cut cut(const PlanView& view, float grain) const {
-        int rest = 0;
-        for (int member = leader; member < leader + members; ++member) {
-            const int seen = view.kv_end[view.query_start[member]];
-            rest = max(rest, split_of(seen - 1) + 1 - splits);
+    // Calls `body` with each unit's group, first split and last split, in order.
+    template <typename Body>
+    __device__ void visit_units(float groups_per_key, int groups, const Body& body) const {
+        int group = group_of(first, groups_per_key, groups), unit_first = first;
+        for (int split = together + 1; split <= last; ++split) {
+            const int next = group_of(split, groups_per_key, groups);
+            if (next == group) continue;
+            body(group, unit_first, split - 1);
+            group = next;
+            unit_first = split;
         }
-        return Cut(0, split_begin(splits), grain, view.most_parts - rest);
+        body(group, unit_first, last);
+    }
+    // Parts that a unit becomes.
+    __device__ int parts_of(int unit_first, int unit_last) const {
+        return starts && unit_first == first ? 1 : unit_last - unit_first + 1;
     }
 };
 
-__device__ void add_decode(const PlanView& view, int request, int* count, float grain) {
-    const Queries queries(view, request);
-    if (queries.kind != Kind::kDecode) return;
-    const Visible visible(view, queries, queries.first_token, queries.first_token + queries.tokens);
+// How decode's units are cut.
+struct DecodeCut {
+    const PlanView& view;
+    float groups_per_key;
+
+    template <typename Body>
+    __device__ void visit_units(const Stretch& stretch, const Body& body) const {
+        stretch.visit_units(groups_per_key, view.groups, body);
+    }
+};
+
+// A request's part in decode's units.
+struct DecodeRequest {
+    const PlanView& view;
+    int request;
+    Queries queries;
+    Visible visible;
+    SharedPrefix prefix;
+
+    __device__ DecodeRequest(const PlanView& view, int request, const SharedPrefix& prefix)
+        : view(view),
+          request(request),
+          queries(view, request),
+          visible(view, queries, queries.first_token, queries.first_token + queries.tokens),
+          prefix(prefix) {}
+
+    __device__ bool leads() const { return prefix.splits && request == prefix.leader; }
+    // At least as many as a tile, which costs as much.
+    __device__ int keys() const {
+        if (queries.kind != Kind::kDecode) return 0;
+        const int others = prefix.splits && !leads() ? split_begin(prefix.splits) : visible.begin;
+        return max(visible.end - others, kAttentionTile);
+    }
+    __device__ Stretch shared() const {
+        int rest = 0;
+        for (int member = prefix.leader; member < prefix.leader + prefix.members; ++member) {
+            const int seen = view.kv_end[view.query_start[member]];
+            rest = max(rest, split_of(seen - 1) + 1 - prefix.splits);
+        }
+        return {0, split_begin(prefix.splits), view.prefixes[prefix.leader].place, true,
+                view.most_parts - rest};
+    }
+    __device__ Stretch own() const {
+        if (prefix.splits == 0)
+            return {visible.begin, visible.end, prefix.place, true, view.most_parts};
+        const int begin = split_begin(prefix.splits);
+        return {begin, visible.end, prefix.place + (leads() ? begin : 0), false, view.most_parts};
+    }
+};
+
+struct GroupRange {
+    int first, count;  // units
+};
+
+struct UnitCount {
+    int units = 0, shared_parts = 0, own_parts = 0;
+
+    __device__ UnitCount(const DecodeCut& cut, const DecodeRequest& request) {
+        if (request.queries.kind != Kind::kDecode) return;
+        if (request.prefix.splits) {
+            const Stretch shared = request.shared();
+            cut.visit_units(shared, [&](int, int first, int last) {
+                units += request.leads() ? 1 : 0;
+                shared_parts += shared.parts_of(first, last);
+            });
+        }
+        const Stretch own = request.own();
+        cut.visit_units(own, [&](int, int first, int last) {
+            ++units;
+            own_parts += own.parts_of(first, last);
+        });
+    }
+};
+
+// Writes a request's units from place `index` on, and enters them in their groups.
+__device__ void add_decode(const DecodeCut& cut, const DecodeRequest& request,
+                           const UnitCount& count, int index, GroupRange* groups) {
+    if (count.units == 0) return;
+    const PlanView& view = cut.view;
+    const int rows = request.queries.tokens * view.group;
     AttentionUnit unit{
-        .request = request,
-        .first_row = queries.first_token * view.group,
-        .rows = queries.tokens * view.group,
-        .tile = request,
-        .begin = visible.begin,
-        .end = visible.end,
+        .request = request.request,
+        .first_row = request.queries.first_token * view.group,
+        .rows = rows,
+        .tile = request.request,
+        .begin = 0,
+        .end = 0,
         .part = 0,
-        .parts = 1,
+        .parts = count.shared_parts + count.own_parts,
     };
-    const Sharing sharing(view, request);
-    if (sharing.splits == 0) {
-        const Cut cut(visible.begin, visible.end, grain, view.most_parts);
-        unit.parts = cut.parts;
-        add_units(view.decode_units + atomicAdd(count, cut.parts), unit, cut, visible.end);
-        return;
+    const auto add = [&](const Stretch& stretch) {
+        cut.visit_units(stretch, [&](int group, int first, int last) {
+            unit.begin = max(stretch.begin, split_begin(first));
+            unit.end = min(stretch.end, split_begin(last + 1));
+            view.decode_units[index] = unit;
+            unit.part += stretch.parts_of(first, last);
+            atomicAdd(&groups[group].count, 1);
+            atomicMin(&groups[group].first, index);
+            ++index;
+        });
+    };
+    if (request.prefix.splits) view.parts[request.request] = unit.parts;
+    if (request.leads()) {
+        AttentionUnit alone = unit;
+        unit.rows *= request.prefix.members;
+        unit.parts = -request.prefix.members;
+        add(request.shared());
+        unit = alone;
     }
-    const Cut cut = sharing.cut(view, grain);
-    if (request == sharing.leader) {
-        AttentionUnit shared = unit;
-        shared.rows *= sharing.members;
-        shared.parts = -sharing.members;
-        add_units(view.decode_units + atomicAdd(count, cut.parts), shared, cut,
-                  split_begin(sharing.splits));
-    }
-    const int own = split_of(visible.end - 1) + 1 - sharing.splits;
-    unit.part = cut.parts;
-    unit.parts = view.parts[request] = cut.parts + own;
-    unit.begin = split_begin(sharing.splits);
-    Cut singles(0, 0, 0.0f, 1);
-    singles.split = sharing.splits;
-    singles.parts = own;
-    add_units(view.decode_units + atomicAdd(count, own), unit, singles, visible.end);
+    unit.part = count.shared_parts;
+    add(request.own());
 }
+
+// What an operation makes of the threads' values: of those before this thread, with its own, of
+// all.
+struct Scan {
+    int before, with, all;
+
+    template <typename Operation>
+    __device__ Scan(int value, int identity, const Operation& combine, int* scratch)
+        : before(identity), with(value), all(identity) {
+        const int lane = static_cast<int>(threadIdx.x) % kWarp;
+        const int warp = static_cast<int>(threadIdx.x) / kWarp;
+        for (int step = 1; step < kWarp; step *= 2) {
+            const int other = shuffle(with, max(lane - step, 0));
+            if (lane >= step) with = combine(other, with);
+        }
+        const int left = shuffle(with, max(lane - 1, 0));
+        __syncthreads();  // scratch has been read
+        if (lane == kWarp - 1) scratch[warp] = with;
+        __syncthreads();
+        for (int i = 0; i < kPlanThreads / kWarp; ++i) {
+            if (i == warp) before = all;
+            all = combine(all, scratch[i]);
+        }
+        with = combine(before, with);
+        if (lane) before = combine(before, left);
+    }
+};
 
 __device__ float block_sum(float value, float* scratch) {
     value = warp_sum(value);
@@ -249,10 +378,13 @@ __device__ void add_tiles(const PlanView& view, int request, const Queries& quer
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanView view) {
     __shared__ int counts[3];
     __shared__ float scratch[kPlanThreads / kWarp];
+    __shared__ int sums[kPlanThreads / kWarp];
+    __shared__ GroupRange groups[kMostGroups];
     // The next kernel may read the plan before it waits: it must not start before the end of this.
     wait_for_previous_kernel();
     if (threadIdx.x < 3) counts[threadIdx.x] = 0;
     for (int i = threadIdx.x; i < view.counter_count; i += kPlanThreads) view.counters[i] = 0;
+    for (int i = threadIdx.x; i < view.groups; i += kPlanThreads) groups[i] = {INT_MAX, 0};
 
     const int requests = static_cast<int>(view.shape.requests);
     for (int request = threadIdx.x; request < requests; request += kPlanThreads)
@@ -270,28 +402,58 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
         prefills = block_sum(tiles, scratch) >= view.least_prefills;
     }
 
-    float decode_keys = 0.0f, extend_keys = 0.0f;
-    for (int request = threadIdx.x; request < requests; request += kPlanThreads) {
-        const Queries queries(view, request, prefills);
-        int seen = view.kv_lens[request];
-        if (view.shape.window)
-            seen = min(seen, static_cast<int>(view.shape.window) + queries.tokens);
-        if (queries.kind == Kind::kDecode) {
-            const Sharing sharing(view, request);
-            if (request != sharing.leader) seen -= split_begin(sharing.splits);
-            decode_keys += static_cast<float>(seen);
+    const auto add = [](int a, int b) { return a + b; };
+    const auto most = [](int a, int b) { return max(a, b); };
+    float extend_keys = 0.0f;
+    int all_keys = 0, start = 0;
+    for (int first = 0; first < requests; first += kPlanThreads) {
+        const int request = first + static_cast<int>(threadIdx.x);
+        const bool is_one = request < requests;
+        const Scan starts(is_one && view.common[request] == 0 ? request : 0, start, most, sums);
+        start = starts.all;
+        SharedPrefix prefix{};
+        int keys = 0;
+        if (is_one) {
+            prefix = shared_prefix(view, request, starts.with);
+            keys = DecodeRequest(view, request, prefix).keys();
+            const Queries queries(view, request, prefills);
+            if (queries.kind == Kind::kExtend) {
+                int seen = view.kv_lens[request];
+                if (view.shape.window)
+                    seen = min(seen, static_cast<int>(view.shape.window) + queries.tokens);
+                const int tiles = (queries.tokens * view.group + kExtendRows - 1) / kExtendRows;
+                extend_keys += static_cast<float>(tiles) * static_cast<float>(seen);
+            }
         }
-        if (queries.kind == Kind::kExtend) {
-            const int tiles = (queries.tokens * view.group + kExtendRows - 1) / kExtendRows;
-            extend_keys += static_cast<float>(tiles) * static_cast<float>(seen);
-        }
+        const Scan places(keys, 0, add, sums);
+        prefix.place = all_keys + places.before;
+        all_keys += places.all;
+        if (is_one) view.prefixes[request] = prefix;
     }
     const float heads = static_cast<float>(view.shape.kv_heads);
-    const float decode_grain = block_sum(decode_keys, scratch) * heads / view.slots;
     const float extend_grain = block_sum(extend_keys, scratch) * heads / view.slots;
 
-    for (int request = threadIdx.x; request < requests; request += kPlanThreads)
-        add_decode(view, request, &counts[0], decode_grain);
+    const float groups_per_key =
+        static_cast<float>(view.groups) / static_cast<float>(max(all_keys, 1));
+    const DecodeCut cut{view, groups_per_key};
+    for (int first = 0, index = 0; first < requests; first += kPlanThreads) {
+        // Threads beyond the last request do as it does, and write nothing.
+        const int request = min(first + static_cast<int>(threadIdx.x), requests - 1);
+        const bool is_one = first + static_cast<int>(threadIdx.x) < requests;
+        const DecodeRequest decode(view, request, view.prefixes[request]);
+        const UnitCount count(cut, decode);
+        const Scan places(is_one ? count.units : 0, 0, add, sums);
+        if (is_one) add_decode(cut, decode, count, index + places.before, groups);
+        index += places.all;
+        if (threadIdx.x == 0) counts[0] = index;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < view.groups; i += kPlanThreads) {
+        const GroupRange range = groups[i];
+        UnitGroup group{.unit = {}, .first = range.first, .count = range.count, .unused = {}};
+        if (range.count) group.unit = view.decode_units[range.first];
+        view.unit_groups[i] = group;
+    }
     if (view.shape.has_extends()) {
         for (int first = 0; first < requests; first += kWarp) {
             const int mine = first + static_cast<int>(threadIdx.x % kWarp);
@@ -308,7 +470,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     }
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) *view.counts = {counts[0], counts[1], counts[2], 0};
+    if (threadIdx.x == 0) *view.counts = {counts[0], counts[1], counts[2], 0, all_keys};
     __threadfence();
 }
 
@@ -326,9 +488,11 @@ void plan_attention(const AttentionPlanArgs& args, Stream stream) {
         .page_table = args.page_table,
         .counts = reinterpret_cast<AttentionCounts*>(workspace),
         .decode_units = reinterpret_cast<AttentionUnit*>(workspace + layout.decode_units),
+        .unit_groups = reinterpret_cast<UnitGroup*>(workspace + layout.unit_groups),
         .extend_units = reinterpret_cast<AttentionUnit*>(workspace + layout.extend_units),
         .prefill_tiles = reinterpret_cast<PrefillTile*>(workspace + layout.prefill_tiles),
         .common = reinterpret_cast<int32_t*>(workspace + layout.common),
+        .prefixes = reinterpret_cast<SharedPrefix*>(workspace + layout.prefixes),
         .parts = reinterpret_cast<int32_t*>(workspace + layout.parts),
         .counters = reinterpret_cast<int32_t*>(workspace + layout.counters),
         .counter_count = static_cast<int>(layout.counter_count),
@@ -336,6 +500,7 @@ void plan_attention(const AttentionPlanArgs& args, Stream stream) {
         .group = static_cast<int>(args.shape.group()),
         .shares = args.shape.requests > 1 && args.shape.window == 0 && layout.most_parts > 1 &&
                   args.shape.group() <= kDecodeRows / 2,
+        .groups = decode_groups(args.shape, stream.device),
         .slots = static_cast<float>(multiprocessors * kBlocksPerMultiprocessor * kUnitsPerBlock),
         .least_prefills = kPrefillShare * static_cast<float>(multiprocessors) /
                           static_cast<float>(args.shape.kv_heads),

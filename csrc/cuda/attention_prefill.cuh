@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         }
         for (int i = 0; i < prefill::kWorkStages; ++i) {
             barrier_init(signals.work_full[i], 1);
-            barrier_init(signals.work_empty[i], kConsumers + 4);
+            barrier_init(signals.work_empty[i], Shape::kThreads);
         }
         show_barriers();
     }

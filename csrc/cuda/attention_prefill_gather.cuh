@@ -71,8 +71,8 @@ class WorkQueue {
     __device__ Work take() {
         barrier_wait(signals_.work_full[turn_.stage], turn_.parity);
         const Work work = signals_.work[turn_.stage];
-        __syncwarp();
-        if (threadIdx.x % kWarp == 0) barrier_arrive(signals_.work_empty[turn_.stage]);
+        __syncwarp();  // the lanes need not have left the wait together
+        barrier_arrive(signals_.work_empty[turn_.stage]);
         turn_.advance();
         return work;
     }

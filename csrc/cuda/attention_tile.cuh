@@ -22,13 +22,14 @@ struct AttentionView {
     const int32_t* kv_lens;
     const int32_t* kv_end;
     const AttentionUnit* units;
+    const UnitGroup* groups;  // of decode's units
     const AttentionCounts* counts;
     const int32_t* parts;
     int32_t* counters;
     float* records;
     int64_t out_token_stride, out_head_stride, q_token_stride, q_head_stride, slot_stride;
     int64_t record_rows;  // of one part: tokens * q_heads
-    int unit_places;      // in the array
+    int works;            // decode's groups times kv_heads
     int table_width, page_shift, kv_heads, group, head_dim, window, stages;
     float score_factor;  // turns q . k into an exponent of 2, or into tanh's argument
     float cap_factor;    // turns tanh into an exponent of 2; 0: no soft cap
@@ -36,15 +37,15 @@ struct AttentionView {
 
 // Read past this processor's own cache, since it may be that the plan has just been written.
 template <typename T>
-__device__ AttentionCounts load_counts(const AttentionView<T>& view) {
-    const float4 loaded = load_written_by_others(reinterpret_cast<const float*>(view.counts));
-    return {__float_as_int(loaded.x), __float_as_int(loaded.y), __float_as_int(loaded.z), 0};
+__device__ int load_extend_units(const AttentionView<T>& view) {
+    return __float_as_int(load_written_by_others(reinterpret_cast<const float*>(view.counts)).y);
 }
-// Behind the last unit: any unit.
-template <typename T>
-__device__ AttentionUnit load_unit(const AttentionView<T>& view, int index) {
-    const auto* from =
-        reinterpret_cast<const float*>(view.units + min(index, view.unit_places - 1));
+__device__ inline int2 load_range(const UnitGroup* group) {
+    const float4 loaded = load_written_by_others(reinterpret_cast<const float*>(&group->first));
+    return {__float_as_int(loaded.x), __float_as_int(loaded.y)};
+}
+__device__ inline AttentionUnit load_unit(const AttentionUnit* unit) {
+    const auto* from = reinterpret_cast<const float*>(unit);
     const float4 first = load_written_by_others(from), second = load_written_by_others(from + 4);
     return {__float_as_int(first.x),  __float_as_int(first.y),  __float_as_int(first.z),
             __float_as_int(first.w),  __float_as_int(second.x), __float_as_int(second.y),
@@ -290,9 +291,11 @@ __device__ void combine(const AttentionView<T>& view, int first_row, int rows, i
     }
 }
 
-// For a block that has written its records: merges those tiles of which it is the last to finish.
+// For a block that has written so many records of a unit: merges those tiles of which it is the
+// last to finish.
 template <typename T, int kD>
-__device__ void finish_records(const AttentionView<T>& view, const AttentionUnit& unit, int head) {
+__device__ void finish_records(const AttentionView<T>& view, const AttentionUnit& unit, int head,
+                               int records) {
     __shared__ int complete[kDecodeRows];  // the tile's parts, or 0
     const bool shared = unit.parts < 0;
     const int tiles = shared ? -unit.parts : 1;
@@ -302,7 +305,7 @@ __device__ void finish_records(const AttentionView<T>& view, const AttentionUnit
         const int tile = unit.tile + static_cast<int>(threadIdx.x);
         const int parts = shared ? view.parts[tile] : unit.parts;
         int32_t* counter = view.counters + static_cast<int64_t>(tile) * view.kv_heads + head;
-        const bool last = atomicAdd(counter, 1) + 1 == parts;
+        const bool last = atomicAdd(counter, records) + records == parts;
         if (last) *counter = 0;  // for the next layer
         complete[threadIdx.x] = last ? parts : 0;
     }

@@ -17,6 +17,9 @@ constexpr int kWarps = 8;
 // So that a multiprocessor has room for two blocks.
 constexpr size_t kMostShared = 110 * 1024;
 
+// Blocks of linear_wide_kernel that a multiprocessor has room for: their stages fill shared memory.
+constexpr int kWideBlocks = 2;
+
 int multiprocessors(Stream stream) {
 #ifdef __CUDACC__
     int count = 0;
@@ -49,6 +52,7 @@ void run(const LinearRowsArgs& args, Stream stream) {
             .shared_bytes = linear_shared(args.m, args.k, kRows, kWarps, kHoldX, is_normed).bytes,
             .stream = stream,
             .overlaps = true,
+            .resident = kBlocks,
         },
         args);
 }
@@ -82,6 +86,7 @@ void run_wide(const LinearRowsArgs& args, Stream stream) {
             .shared_bytes = linear_wide_shared<kGroups, kOctets, kStages>(args.m, kWarps),
             .stream = stream,
             .overlaps = true,
+            .resident = kWideBlocks,
         },
         args);
 }

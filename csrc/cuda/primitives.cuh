@@ -387,6 +387,10 @@ struct Launch {
     Stream stream{};
     bool overlaps = false;
     int cluster = 1;  // blocks of a cluster, along x
+    // Blocks that a multiprocessor should have shared memory for, and no more: the rest of that
+    // memory is its first-level cache, through which ordinary loads pass. 0: it is divided as CUDA
+    // likes, which may be as the kernel before had it.
+    int resident = 0;
 };
 
 inline void check(const char* op, cudaError_t error) {
@@ -429,7 +433,7 @@ void launch(const Launch& settings, const Arguments&... arguments) {
                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                 static_cast<int>(settings.shared_bytes)));
     }
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attributes[3] = {};
     unsigned count = 0;
     if (settings.overlaps) {
         attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -438,6 +442,17 @@ void launch(const Launch& settings, const Arguments&... arguments) {
     if (settings.cluster > 1) {
         attributes[count].id = cudaLaunchAttributeClusterDimension;
         attributes[count++].val.clusterDim = {static_cast<unsigned>(settings.cluster), 1, 1};
+    }
+    if (settings.resident) {
+        int most = 0;
+        check(settings.op,
+              cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                     settings.stream.device));
+        constexpr size_t kReserved = 1024;  // by CUDA, of each block
+        const size_t bytes = settings.resident * (settings.shared_bytes + kReserved);
+        attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+        attributes[count++].val.sharedMemCarveout =
+            static_cast<unsigned>(std::min<size_t>(100, (100 * bytes + most - 1) / most));
     }
     cudaLaunchConfig_t config{};
     config.gridDim = settings.grid;

@@ -35,8 +35,12 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct PagedAttention::QueryBlock {
     int64_t request, first_token, tokens;
-    int64_t begin, end;  // positions that some token sees
-    int64_t rows;        // per KV head
+    int64_t begin, end;         // positions that some token sees
+    int64_t rows;               // per KV head
+    int64_t members = 1;        // requests whose tokens these are, all of whose splits they share
+    int64_t shared_splits = 0;  // that were in the block of several members before
+    int64_t member = 0;         // which of those members this is
+    int64_t shared_rows = 0;    // per KV head, of that block
 
     int64_t first_split() const { return begin / kAttentionSplit; }
     int64_t splits() const {
@@ -143,15 +147,12 @@ PagedAttention::PagedAttention(const Inputs& in) {
             std::clamp(args_.tokens * args_.q_heads / wanted, kLeastUnitRows, kAttentionUnitRows);
     }
     int64_t most_rows = 0;
-    cut(
+    record_count_ = cut(
         [&](const AttentionUnit& unit) {
             ++args_.unit_count;
             most_rows = std::max(most_rows, unit.tokens * args_.group() * unit.heads);
         },
-        [&](const AttentionMerge& merge) {
-            ++args_.merge_count;
-            record_count_ += merge.splits * merge.tokens * args_.q_heads;
-        });
+        [&](const AttentionMerge&) { ++args_.merge_count; });
     args_.threads = static_cast<int>(std::min<int64_t>(args_.threads, args_.unit_count));
     args_.scratch_size = cpu::attention_scratch(args_.head_dim, most_rows);
     workspace_size_ = aligned(args_.unit_count * sizeof(AttentionUnit)) +
@@ -203,6 +204,37 @@ void PagedAttention::check_requests() const {
     }
 }
 
+// Request b and those behind it, as far as each has one token, and its pages begin with the same
+// whole splits as those of the one before it.
+PagedAttention::Sharing PagedAttention::find_sharing(int64_t b) const {
+    Sharing sharing;
+    if (args_.window) return sharing;
+    const auto decodes = [&](int64_t request) {
+        return args_.query_start[request + 1] - args_.query_start[request] == 1;
+    };
+    // Whole splits that a request's token sees, with more behind them.
+    const auto seen_splits = [&](int64_t request) {
+        return (args_.kv_end[args_.query_start[request]] - 1) / kAttentionSplit;
+    };
+    if (!decodes(b)) return sharing;
+    const int64_t most = std::max<int64_t>(kAttentionUnitRows / args_.group(), 1);
+    int64_t splits = seen_splits(b);
+    for (int64_t next = b + 1; next < args_.requests && sharing.members < most; ++next) {
+        if (!decodes(next)) break;
+        splits = std::min<int64_t>(splits, seen_splits(next));
+        const int32_t* table = args_.page_table + next * args_.table_width;
+        const int64_t pages = (splits * kAttentionSplit + args_.page_size - 1) / args_.page_size;
+        const int64_t same =
+            std::mismatch(table, table + pages, table - args_.table_width).first - table;
+        const int64_t common = std::min<int64_t>(splits, same * args_.page_size / kAttentionSplit);
+        // A request that shares less begins a group of its own.
+        if (common <= 0 || (sharing.members > 1 && common < sharing.splits)) break;
+        splits = sharing.splits = common;
+        ++sharing.members;
+    }
+    return sharing;
+}
+
 // Late tokens first: under a causal mask they cost most, and work that starts last should be small.
 template <typename Body>
 void PagedAttention::for_each_query_block(const Body& body) const {
@@ -210,6 +242,29 @@ void PagedAttention::for_each_query_block(const Body& body) const {
     const int64_t most = group < unit_rows_ ? unit_rows_ / group : 1;
     for (int64_t b = 0; b < args_.requests; ++b) {
         const int64_t start = args_.query_start[b], stop = args_.query_start[b + 1];
+        if (const Sharing sharing = find_sharing(b); sharing.members > 1) {
+            const int64_t end = sharing.splits * kAttentionSplit, rows = sharing.members * group;
+            body(QueryBlock{.request = b,
+                            .first_token = start,
+                            .tokens = sharing.members,
+                            .begin = 0,
+                            .end = end,
+                            .rows = rows,
+                            .members = sharing.members});
+            for (int64_t member = 0; member < sharing.members; ++member) {
+                body(QueryBlock{.request = b + member,
+                                .first_token = start + member,
+                                .tokens = 1,
+                                .begin = end,
+                                .end = args_.kv_end[start + member],
+                                .rows = group,
+                                .shared_splits = sharing.splits,
+                                .member = member,
+                                .shared_rows = rows});
+            }
+            b += sharing.members - 1;
+            continue;
+        }
         for (int64_t last = stop; last > start;) {
             const int64_t first = last - start > most ? last - most : start;
             QueryBlock block{.request = b,
@@ -230,8 +285,8 @@ void PagedAttention::for_each_query_block(const Body& body) const {
 // reading neighbouring heads together is kind to memory, and splits that stay together need no
 // merging.
 template <typename OnUnit, typename OnMerge>
-void PagedAttention::cut(const OnUnit& on_unit, const OnMerge& on_merge) const {
-    int64_t records = 0;
+int64_t PagedAttention::cut(const OnUnit& on_unit, const OnMerge& on_merge) const {
+    int64_t records = 0, shared = 0;
     for_each_query_block([&](const QueryBlock& block) {
         const int64_t splits = block.splits();
         int64_t heads = std::clamp<int64_t>(kAttentionUnitRows / block.rows, 1, args_.kv_heads);
@@ -243,7 +298,8 @@ void PagedAttention::cut(const OnUnit& on_unit, const OnMerge& on_merge) const {
             const double too_much = pieces * static_cast<double>(splits_taken) / splits;
             if (too_much > 1) heads = std::max<int64_t>(static_cast<int64_t>(heads / too_much), 1);
         }
-        const bool merged = splits_taken < splits;
+        const bool merged = splits_taken < splits || block.members > 1 || block.shared_splits;
+        if (block.members > 1) shared = records;
         int64_t split = 0;
         do {
             for (int64_t head = 0; head < args_.kv_heads; head += heads) {
@@ -261,16 +317,21 @@ void PagedAttention::cut(const OnUnit& on_unit, const OnMerge& on_merge) const {
             }
             split += splits_taken;
         } while (split < splits);  // rows that see nothing are written by a unit without splits
-        if (merged) {
+        if (merged && block.members == 1) {
             on_merge(AttentionMerge{
                 .partials = records,
                 .first_token = static_cast<int32_t>(block.first_token),
                 .tokens = static_cast<int32_t>(block.tokens),
                 .splits = static_cast<int32_t>(splits),
+                .shared = shared,
+                .shared_splits = static_cast<int32_t>(block.shared_splits),
+                .shared_rows = static_cast<int32_t>(block.shared_rows),
+                .shared_row = static_cast<int32_t>(block.member * block.rows),
             });
-            records += splits * block.rows * args_.kv_heads;
         }
+        if (merged) records += splits * block.rows * args_.kv_heads;
     });
+    return records;
 }
 
 void PagedAttention::run(const Tensor& workspace) {

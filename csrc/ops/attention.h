@@ -47,12 +47,16 @@ class PagedAttention {
     void run(const Tensor& workspace);
 
   private:
-    // Some tokens of a request, which share the reading of keys.
+    // Tokens that share the reading of keys: some of a request, or one of each of several requests.
     struct QueryBlock;
+    struct Sharing {
+        int64_t members = 1, splits = 0;
+    };
+    Sharing find_sharing(int64_t b) const;
     template <typename Body>
     void for_each_query_block(const Body& body) const;
     template <typename OnUnit, typename OnMerge>
-    void cut(const OnUnit& on_unit, const OnMerge& on_merge) const;
+    int64_t cut(const OnUnit& on_unit, const OnMerge& on_merge) const;  // gives the record count
 
     void check_requests() const;
 

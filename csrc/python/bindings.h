@@ -5,7 +5,9 @@
 
 namespace sglite {
 
+void bind_batch_layout(pybind11::module_& m);
 void bind_cache(pybind11::module_& m);
+void bind_decoder_layer(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);
 
 }  // namespace sglite

@@ -53,6 +53,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() =
         "Kernels and cache structures of sglite; use them through sglite.ops and sglite.cache.";
     sglite::bind_machine(m);
+    sglite::bind_batch_layout(m);
     sglite::bind_cache(m);
     sglite::bind_ops(m);
+    sglite::bind_decoder_layer(m);
 }

@@ -26,6 +26,7 @@ def make_engine(
     dtype: torch.dtype,
     vocab_size: int,
     tokenizer: Tokenizer,
+    runner: type[ModelRunner] = ModelRunner,
 ) -> Engine:
     """An engine for a loaded model.
 
@@ -35,6 +36,7 @@ def make_engine(
         kv_layers, dtype: what the KV cache holds of each token.
         vocab_size: width of the logits.
         tokenizer: for the text of log-probabilities.
+        runner: what computes the steps.
     """
     num_pages = config.num_pages + 1  # page 0 is reserved
     scheduler = Scheduler(
@@ -50,5 +52,5 @@ def make_engine(
         max_requests=config.max_running_requests,
         max_tokens=min(config.context_length, config.kv_cache_tokens),
     )
-    runner = ModelRunner(model, pool, tokenizer, make_graphs if config.cuda_graphs else None)
-    return Engine(scheduler, runner)
+    graphs = make_graphs if config.cuda_graphs else None
+    return Engine(scheduler, runner(model, pool, tokenizer, graphs))

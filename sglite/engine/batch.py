@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sglite import _C
 from sglite.engine.scheduler import Step
 from sglite.engine.transfer import upload
 from sglite.layers.forward_batch import ForwardBatch
 
 
-@dataclass(slots=True, frozen=True)
-class LogitsRows:
+class LogitsRows(NamedTuple):
     """Which rows of the logits belong to one request of a step.
 
     Rows `first_prompt_row` to `first_prompt_row + num_prompt_rows` score the prompt tokens from
@@ -48,35 +49,17 @@ class Layout:
 
 def lay_out(step: Step, page_size: int) -> Layout:
     """Lays the scheduled tokens of all requests one after the other."""
-    items = step.items
-    counts = np.array([item.stop - item.start for item in items], np.int32)
-    query_start = np.zeros(len(items) + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    num_tokens = int(query_start[-1])
-    kv_lens = np.array([item.stop for item in items], np.int32)
-    page_table = np.zeros((len(items), max(item.request.num_pages for item in items)), np.int32)
-    input_ids = np.empty(num_tokens, np.int64)
-    for row, item in enumerate(items):
-        request = item.request
-        page_table[row, : request.num_pages] = request.held_pages
-        begin, end = int(query_start[row]), int(query_start[row + 1])
-        input_ids[begin:end] = request.token_ids[item.start : item.stop]
-    owners = np.repeat(np.arange(len(items)), counts)
-    starts = np.array([item.start for item in items], np.int64)
-    positions = np.arange(num_tokens) - query_start[owners] + starts[owners]
-    pages = page_table[owners, positions // page_size].astype(np.int64)
-    wanted, rows = _wanted_logits(step, query_start)
-    return Layout(
-        input_ids=input_ids,
-        positions=positions,
-        slots=pages * page_size + positions % page_size,
-        query_start=query_start,
-        kv_lens=kv_lens,
-        kv_end=(positions + 1).astype(np.int32),
-        page_table=page_table,
-        wanted=wanted,
-        rows=rows,
+    requests = [item.request for item in step.items]
+    arrays = _C.lay_out(
+        [request.token_ids for request in requests],
+        [request.pages for request in requests],
+        [request.num_pages for request in requests],
+        [item.start for item in step.items],
+        [item.stop for item in step.items],
+        page_size,
     )
+    query_start = arrays[3]
+    return Layout(*arrays, *_wanted_logits(step, query_start.tolist()))
 
 
 def to_forward(
@@ -112,7 +95,7 @@ def to_forward(
     )
 
 
-def _wanted_logits(step: Step, query_start: np.ndarray) -> tuple[np.ndarray, list[LogitsRows]]:
+def _wanted_logits(step: Step, query_start: list[int]) -> tuple[np.ndarray, list[LogitsRows]]:
     """The token rows whose logits are wanted, ascending, and what each request wants them for."""
     wanted: list[int] = []
     rows = []
@@ -123,12 +106,12 @@ def _wanted_logits(step: Step, query_start: np.ndarray) -> tuple[np.ndarray, lis
             # The row of position p scores the token at p + 1.
             first_position = request.num_prompt_tokens - request.num_missing_prompt_logprobs
             end = min(item.stop, request.num_prompt_tokens - 1)
-            offset = int(query_start[index]) - item.start
+            offset = query_start[index] - item.start
             wanted.extend(range(offset + first_position - 1, offset + end))
             num_prompt_rows = len(wanted) - first_row
         sample_row = None
         if item.samples:
             sample_row = len(wanted)
-            wanted.append(int(query_start[index + 1]) - 1)
+            wanted.append(query_start[index + 1] - 1)
         rows.append(LogitsRows(first_row, num_prompt_rows, first_position, sample_row))
     return np.array(wanted, np.int64), rows

@@ -38,6 +38,9 @@ class Intake:
         defaults: what the checkpoint's `generation_config.json` says.
         end_token_ids: ids that end a completion unless `ignore_eos`.
         seed: where the seeds of requests without one come from; None: the system's randomness.
+
+    Attributes:
+        limits: as given.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Intake:
         seed: int | None,
     ):
         self._tokenizer = tokenizer
-        self._limits = limits
+        self.limits = limits
         self._defaults = defaults
         self._end_token_ids = tuple(end_token_ids)
         self._random = random.SystemRandom() if seed is None else random.Random(seed)
@@ -76,9 +79,9 @@ class Intake:
         else:
             token_ids = list(prompt.token_ids)
         self._check_tokens(name, token_ids)
-        room = self._limits.context_length - len(token_ids)
+        room = self.limits.context_length - len(token_ids)
         params = params.resolve(self._defaults, room=min(room, self._room_in_cache(token_ids)))
-        params.check_vocabulary(self._limits.vocab_size)
+        params.check_vocabulary(self.limits.vocab_size)
         self._check_fit(name, len(token_ids), params.max_new_tokens)
         if params.prompt_logprobs_start >= len(token_ids):
             raise InvalidRequestError(
@@ -101,20 +104,20 @@ class Intake:
 
     def _room_in_cache(self, token_ids: Sequence[int]) -> int:
         # The last token that is sampled needs no place in the cache.
-        return self._limits.kv_cache_tokens - len(token_ids) + 1
+        return self.limits.kv_cache_tokens - len(token_ids) + 1
 
     def _check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
         if not token_ids:
             raise InvalidRequestError(f"{name} is a prompt with no token at all")
         largest = max(token_ids)
-        if largest >= self._limits.vocab_size:
+        if largest >= self.limits.vocab_size:
             raise InvalidRequestError(
                 f"{name} holds the token id {largest}, but ids must be below "
-                f"{self._limits.vocab_size}, the size of the vocabulary"
+                f"{self.limits.vocab_size}, the size of the vocabulary"
             )
 
     def _check_fit(self, name: str, num_prompt_tokens: int, max_new_tokens: int) -> None:
-        limits = self._limits
+        limits = self.limits
         needed = num_prompt_tokens + max_new_tokens
         if needed > limits.context_length:
             raise InvalidRequestError(

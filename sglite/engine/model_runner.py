@@ -75,7 +75,7 @@ class ModelRunner:
             ops.gather_tokens(input_ids, self._drawn, source_tensor)
         logits = self.model(input_ids, positions, batch).next_token_logits
         prompt_logprobs = {
-            index: self._prompt_logprobs(item.request, row, logits)
+            index: self.score_prompt(item.request, row, logits)
             for index, (item, row) in enumerate(zip(step.items, layout.rows, strict=True))
             if row.num_prompt_rows
         }
@@ -116,7 +116,14 @@ class ModelRunner:
             [item.output_index for item in sampling],
         )
 
-    def _prompt_logprobs(self, request: Request, row: LogitsRows, logits: Tensor) -> list:
+    def score_prompt(self, request: Request, row: LogitsRows, logits: Tensor) -> list:
+        """The log-probabilities of a chunk of a prompt, one entry for each of its rows of logits.
+
+        Args:
+            request: which asks for them.
+            row: says which rows are its own.
+            logits: [R, vocabulary] of the whole step.
+        """
         first = row.first_prompt_position
         return self.sampler.score(
             logits[row.first_prompt_row : row.first_prompt_row + row.num_prompt_rows],

@@ -167,10 +167,13 @@ def parameters(
         states: of R requests.
         output_indices: for each which of its output tokens is drawn, from 0 on.
     """
-    rows = [state.integers(index) for state, index in zip(states, output_indices, strict=True)]
+    if not states:
+        return np.empty((0, len(REALS)), np.float32), np.empty((0, len(INTEGERS)), np.int64)
+    # An array made of a list of arrays would take ten times as long.
+    integers = [state.integers(index) for state, index in zip(states, output_indices, strict=True)]
     return (
-        np.array([state.reals for state in states], np.float32).reshape(-1, len(REALS)),
-        np.array(rows, np.int64).reshape(-1, len(INTEGERS)),
+        np.concatenate([state.reals for state in states]).reshape(-1, len(REALS)),
+        np.concatenate(integers).reshape(-1, len(INTEGERS)),
     )
 
 

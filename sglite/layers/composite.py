@@ -6,6 +6,7 @@ a subclass, a hook or a replaced `forward` must see the part's own input and out
 the same bits.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,21 @@ def is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
         and not _global_forward_hooks
         and not _global_forward_pre_hooks
     )
+
+
+def are_plain(parts: Iterable[tuple[nn.Module, type[nn.Module]]]) -> bool:
+    """Whether `is_plain` holds for every pair of a part and its kind."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return False
+    for part, kind in parts:
+        if (
+            type(part) is not kind
+            or part._forward_hooks
+            or part._forward_pre_hooks
+            or "forward" in part.__dict__
+        ):
+            return False
+    return True
 
 
 def add_part(part: nn.Module, kind: type[nn.Module], residual: Tensor, *inputs: Any) -> Tensor:

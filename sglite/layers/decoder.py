@@ -11,6 +11,7 @@ from sglite.layers.embedding import Embedding
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.mlp import GatedMLP
 from sglite.layers.porting import refuse_pipeline_and_embedding
+from sglite.layers.whole_layer import run_whole_layer
 
 
 class DecoderLayer(nn.Module):
@@ -40,6 +41,9 @@ class DecoderLayer(nn.Module):
         self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
     ) -> Tensor:
         """[T, hidden_size] -> [T, hidden_size]; the input stays as it is."""
+        whole = run_whole_layer(self, positions, hidden_states, forward_batch)
+        if whole is not None:
+            return whole
         attention, norm = self.self_attn, self.input_layernorm
         if is_plain(attention, SelfAttention):
             hidden_states = attention.forward(

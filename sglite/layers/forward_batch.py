@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from sglite import ops
@@ -29,6 +30,8 @@ class ForwardBatch:
     # [num_pages, page_size, num_kv_heads, head_dim]
     max_query_tokens: int | None = None  # no request has more tokens; None: nobody counted
     _plans: dict[tuple, ops.AttentionPlan | None] = field(default_factory=dict, repr=False)
+    _scratch: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _layer_batches: dict[int, ops.LayerBatch] = field(default_factory=dict, repr=False)
 
     def attention_plan(
         self,
@@ -55,6 +58,34 @@ class ForwardBatch:
                 batch_invariant=batch_invariant,
             )
         return self._plans[key]
+
+    def layer_batch(self, positions: Tensor) -> ops.LayerBatch:
+        """What `sglite.ops.decoder_layer` takes, the same for all layers.
+
+        Args:
+            positions: [T] int64.
+        """
+        found = self._layer_batches.get(id(positions))
+        if found is None or found.positions is not positions:
+            found = self._layer_batches[id(positions)] = ops.LayerBatch(
+                positions,
+                self.slots,
+                self.page_table,
+                self.query_start,
+                self.kv_lens,
+                self.kv_end,
+            )
+        return found
+
+    def scratch(self, index: int, count: int) -> Tensor:
+        """Memory on the CPU for one op at a time: uint8 of at least `count` bytes.
+
+        The layers of a pass, which run one after the other, share it.
+        """
+        found = self._scratch.get(index)
+        if found is None or found.shape[0] < count:
+            found = self._scratch[index] = torch.empty(count, dtype=torch.uint8)
+        return found
 
     @property
     def batch_size(self) -> int:

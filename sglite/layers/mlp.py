@@ -106,7 +106,7 @@ class GatedMLP(nn.Module):
         return add_part(self.down_proj, Linear, residual, x)
 
     def _gate_and_up(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        part, activation = self.gate_up_proj, _op_name(self.act_fn)
+        part, activation = self.gate_up_proj, op_name(self.act_fn)
         if activation is None or not is_plain(part, GateUpLinear):
             return self.act_fn(norm_linear(norm, part, GateUpLinear, x))
         weights = part.matrix.stored, part.bias
@@ -120,7 +120,7 @@ class GatedMLP(nn.Module):
         )
 
 
-def _op_name(act_fn: nn.Module) -> str | None:
+def op_name(act_fn: nn.Module) -> str | None:
     """What the fused ops call a plain activation; None for another module."""
     if is_plain(act_fn, SiluAndMul):
         return "silu"

@@ -14,6 +14,14 @@ from sglite.ops.attention import (
     paged_attention,
     plan_attention,
 )
+from sglite.ops.decoder_layer import (
+    AttentionPart,
+    LayerBatch,
+    LayerParts,
+    LinearPart,
+    NormPart,
+    decoder_layer,
+)
 from sglite.ops.embedding import embedding
 from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm_linear
 from sglite.ops.kv_cache import copy_kv_slots, write_kv
@@ -29,8 +37,13 @@ from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
 
 __all__ = [
+    "AttentionPart",
     "AttentionPlan",
+    "LayerBatch",
+    "LayerParts",
+    "LinearPart",
     "LogProbs",
+    "NormPart",
     "PackedWeight",
     "QuantizedLayout",
     "QuantizedRows",
@@ -40,6 +53,7 @@ __all__ = [
     "apply_rope",
     "attention_workspace",
     "copy_kv_slots",
+    "decoder_layer",
     "embedding",
     "gated",
     "gated_linear",

@@ -219,3 +219,20 @@ def test_a_comparison_from_end_to_end(tiny, tmp_path, capsys):
     figures = dict(machine_table.cells)
     assert figures["threads"] == "1"
     assert float(figures["reading, GB/s"].split()[0]) > 0
+
+
+def test_a_peer_that_cannot_run_is_left_out_and_the_page_says_why(tiny, tmp_path, capsys):
+    output = tmp_path / "tiny.json"
+    arguments = ["--model", "tiny", "--cache-folder", str(tiny.parent), "--dtype", "float32"]
+    arguments += ["--num-threads", "1", "--output", str(output), "--workload", "single"]
+    # This interpreter has neither what converts for the one nor what the other imports.
+    for peer in ("llama_cpp", "vllm_cpu"):
+        arguments += ["--peer", peer, "--peer-python", f"{peer}={sys.executable}"]
+    main([*arguments, "--repeats", "1", "--startups", "1"])
+    result = json.loads(output.read_text())
+    assert list(result["engines"]) == list(result["workloads"]["single"]["seconds"]) == ["sglite"]
+    assert list(result["failures"]) == ["llama_cpp", "vllm_cpu"]
+    page = output.with_suffix(".md").read_text()
+    assert "| llama_cpp | start: ModuleNotFoundError: No module named 'gguf' |" in page
+    assert "| vllm_cpu | start: ModuleNotFoundError: No module named 'vllm' |" in page
+    assert "llama_cpp is left out" in capsys.readouterr().err

@@ -25,7 +25,7 @@ GPU = torch.device("cuda")
 
 
 def attention() -> None:
-    """Decodes with a shared prefix, a chunk over a cached prefix, a whole prompt, one token."""
+    """Decodes with a shared prefix, chunks over a cached prefix, whole prompts, one token."""
     generator = torch.Generator().manual_seed(0)
     spans = [(0, 1699, 1700), (0, 1699, 1700), (0, 300, 700), (1, 0, 90), (2, 0, 1)]
     for head_dim in (64, 128):
@@ -33,6 +33,11 @@ def attention() -> None:
         arguments = [tensor.to(GPU) for tensor in sequences.batch(spans, 16, generator)]
         page_table = arguments[3]
         page_table[1, :100] = page_table[0, :100]
+        assert torch.isfinite(ops.paged_attention(*arguments, 0.1)).all()
+        # Enough tokens for Hopper's prefill kernel.
+        sequences = Sequences.draw([1500, 1100], 8, 2, head_dim, torch.bfloat16, generator)
+        spans_of_prompts = [(0, 200, 1500), (1, 0, 1100)]
+        arguments = [t.to(GPU) for t in sequences.batch(spans_of_prompts, 16, generator)]
         assert torch.isfinite(ops.paged_attention(*arguments, 0.1)).all()
 
 

@@ -31,6 +31,9 @@ def test_what_is_one_op_before_attention_gives_the_bits_of_its_parts(tmp_path, n
     loaded = load_model(
         resolve_checkpoint(make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16))
     )
+    # What listens in the MLP keeps the layers from being one op.
+    for layer in loaded.model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *call: None)
     before = logits_of(loaded)  # and the rotary table has grown
     fused = []
     op = ops.rope_and_write_kv
@@ -108,6 +111,23 @@ def test_a_hook_sees_the_parts_own_output_and_changes_no_bit(loaded, name):
         # Without the norm in front or the residual: what the part alone gives for its input.
         assert torch.equal(output, parts(loaded)[name](inputs[0]))
     assert torch.equal(logits_of(loaded), before)
+
+
+@pytest.mark.parametrize("name", PART_NAMES)
+def test_a_layer_is_one_op_while_all_of_its_parts_are_plain(loaded, name, monkeypatch):
+    before = logits_of(loaded)  # and the rotary table has grown
+    calls = []
+    op = ops.decoder_layer
+    monkeypatch.setattr(ops, "decoder_layer", lambda *args: calls.append(1) or op(*args))
+    assert torch.equal(logits_of(loaded), before)
+    assert len(calls) == 3
+    hook = parts(loaded)[name].register_forward_hook(lambda *call: None)
+    assert torch.equal(logits_of(loaded), before)
+    # What listens to the layer as a whole sees what it needs to see.
+    assert len(calls) == (6 if name == "layer" else 5)
+    hook.remove()
+    assert torch.equal(logits_of(loaded), before)
+    assert len(calls) == (9 if name == "layer" else 8)
 
 
 def test_a_global_hook_is_seen_too(loaded):

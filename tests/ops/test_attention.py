@@ -226,6 +226,45 @@ def test_same_bits_for_any_number_of_threads(cpu_path):
             assert torch.equal(result, results[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "common", "group", "page_size"),
+    [
+        ([1100, 1025, 1500, 1200], 1024, 3, 16),
+        ([700] * 70, 600, 3, 16),  # more than fit one unit
+        ([513, 512, 514, 1300], 512, 1, 64),  # one ends with the shared split, another before
+        ([1040, 1300, 1030, 1200, 20], 1029, 2, 7),  # a page lies across the border
+        ([1600, 1700], 1600, 9, 16),
+    ],
+)
+def test_shared_pages_give_the_bits_of_own_pages(
+    cpu_path, num_threads, dtype, lengths, common, group, page_size
+):
+    kv_heads, head_dim = 2, 32
+    generator = torch.Generator().manual_seed(4)
+    sequences = Sequences.draw(
+        lengths, kv_heads * group, kv_heads, head_dim, dtype, generator, treacherous=True
+    )
+    for tensors in (sequences.k, sequences.v):
+        longest = max(tensors, key=len)
+        for tensor in tensors:
+            shared = min(common, len(tensor))
+            tensor[:shared] = longest[:shared]
+    spans = [(r, length - 1, length) for r, length in enumerate(lengths)]
+    q, k_cache, v_cache, own, *rest = sequences.batch(spans, page_size, generator)
+    pages = common // page_size
+    whole = own.clone()
+    whole[:, :pages] = own[0, :pages]
+    # All share a first part, and some of them more.
+    some = whole.clone()
+    some[2:, 512 // page_size : pages] = own[2:, 512 // page_size : pages]
+    for window in (None, 300):
+        expected = ops.paged_attention(q, k_cache, v_cache, own, *rest, 0.3, window=window)
+        for table in (whole, some):
+            actual = ops.paged_attention(q, k_cache, v_cache, table, *rest, 0.3, window=window)
+            assert torch.equal(actual, expected)
+
+
 def test_later_rows_do_not_touch_earlier_ones(cpu_path):
     """NaN at a position reaches the rows that see it, all of them and no other."""
     generator = torch.Generator().manual_seed(3)

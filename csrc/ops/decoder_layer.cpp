@@ -1,0 +1,144 @@
+#include "ops/decoder_layer.h"
+
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "ops.h"
+#include "ops/activation.h"
+
+namespace sglite::ops {
+
+namespace {
+
+constexpr const char* kOp = "decoder_layer";
+constexpr int64_t kAlignment = 64;
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+void check_scratch(const char* name, const Tensor& scratch, int64_t size) {
+    const Check check(kOp, name, scratch);
+    check.dtype(DType::kUInt8).ndim(1).dense();
+    if (scratch.size(0) < size || reinterpret_cast<uintptr_t>(scratch.data) % kAlignment) {
+        check.fail(std::to_string(size) + " bytes, aligned to " + std::to_string(kAlignment));
+    }
+}
+
+void check_widths(const char* name, const LinearPart& part, int64_t n, int64_t k) {
+    if (part.n == n && part.k == k) return;
+    throw std::invalid_argument(std::string(kOp) + ": " + name + ": expected a weight [" +
+                                std::to_string(n) + ", " + std::to_string(k) + "], got [" +
+                                std::to_string(part.n) + ", " + std::to_string(part.k) + "]");
+}
+
+}  // namespace
+
+void DecoderLayer::View::set(void* data, const Tensor& like, std::initializer_list<int64_t> sizes) {
+    std::copy(sizes.begin(), sizes.end(), shape);
+    int64_t stride = 1;
+    for (int axis = static_cast<int>(sizes.size()) - 1; axis >= 0; --axis) {
+        strides[axis] = stride;
+        stride *= shape[axis];
+    }
+    tensor = like;
+    tensor.data = data;
+    tensor.shape = shape;
+    tensor.strides = strides;
+    tensor.ndim = static_cast<int32_t>(sizes.size());
+}
+
+DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch& batch,
+                           const LayerParts& parts, const Tensor& cos_sin, const Tensor& k_cache,
+                           const Tensor& v_cache)
+    : batch_(batch), parts_(parts), cos_sin_(cos_sin), k_cache_(k_cache), v_cache_(v_cache) {
+    cpu::require_cpu(kOp, x);
+    Check(kOp, "x", x).ndim(2).dtype_in(kFloatTypes).dense();
+    const int64_t tokens = x.size(0), hidden = x.size(1);
+    Check(kOp, "out", out).dtype(x.dtype).shape({tokens, hidden}).dense().same_device(x);
+    if (out.data == x.data && tokens) Check(kOp, "out", out).fail("other memory than that of x");
+    Check(kOp, "k_cache", k_cache).ndim(4);
+    const int64_t kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
+    const int64_t heads = head_dim ? parts.output.k / head_dim : 0;
+    const int64_t width = heads * head_dim, gated = parts.down.k;
+    check_widths("qkv", parts.qkv, width + 2 * kv_heads * head_dim, hidden);
+    check_widths("output", parts.output, hidden, width);
+    check_widths("gate_up", parts.gate_up, 2 * gated, hidden);
+    check_widths("down", parts.down, hidden, gated);
+    activation_named(kOp, parts.activation);
+
+    out_.set(out.data, x, {tokens, hidden});
+    x_.set(x.data, x, {tokens, hidden});
+    normed_.set(nullptr, x, {tokens, hidden});
+    qkv_.set(nullptr, x, {tokens, parts.qkv.n});
+    queries_.set(nullptr, x, {tokens, heads, head_dim});
+    queries_.strides[0] = parts.qkv.n;
+    attended_.set(nullptr, x, {tokens, width});
+    attended_heads_.set(nullptr, x, {tokens, heads, head_dim});
+    middle_.set(nullptr, x, {tokens, hidden});
+    gate_up_.set(nullptr, x, {tokens, 2 * gated});
+    gated_.set(nullptr, x, {tokens, gated});
+
+    int64_t workspace = 0;
+    for (int64_t k : {hidden, width, gated}) {
+        workspace = std::max(workspace, cpu::kernels().linear_workspace(tokens, k, x.dtype));
+    }
+    workspace_.set(nullptr, x, {workspace});
+    workspace_.tensor.dtype = DType::kUInt8;
+    const int64_t size = element_size(x.dtype);
+    for (View* view : {&normed_, &qkv_, &attended_, &middle_, &gate_up_, &gated_}) {
+        activation_size_ += aligned(view->tensor.numel() * size);
+    }
+    activation_size_ += workspace;
+    for (const LinearPart* part : {&parts.qkv, &parts.output, &parts.gate_up, &parts.down}) {
+        cost_ += 2.0 * static_cast<double>(tokens * part->n) * static_cast<double>(part->k);
+    }
+}
+
+void DecoderLayer::use_activations(const Tensor& scratch) {
+    check_scratch("activations", scratch, activation_size_);
+    char* next = scratch.ptr<char>();
+    const int64_t size = element_size(x_.tensor.dtype);
+    for (View* view : {&normed_, &qkv_, &attended_, &middle_, &gate_up_, &gated_}) {
+        view->tensor.data = next;
+        next += aligned(view->tensor.numel() * size);
+    }
+    workspace_.tensor.data = next;
+    queries_.tensor.data = qkv_.tensor.data;
+    attended_heads_.tensor.data = attended_.tensor.data;
+    const AttentionPart& part = parts_.attention;
+    attention_.emplace(AttentionInputs{attended_heads_.tensor, queries_.tensor, k_cache_, v_cache_,
+                                       batch_.page_table, batch_.query_start, batch_.kv_lens,
+                                       batch_.kv_end, part.scale, part.window, part.soft_cap});
+    cost_ += attention_->cost();
+}
+
+void DecoderLayer::linear(const View& out, const View& x, const LinearPart& part,
+                          const std::optional<Tensor>& residual) {
+    linear_packed(out.tensor, x.tensor, part.storage, part.n, part.k, part.bias, residual,
+                  workspace_.tensor);
+}
+
+void DecoderLayer::run(const Tensor& attention_scratch) {
+    const auto norm = [&](const NormPart& part, const View& x) {
+        rms_norm(normed_.tensor, x.tensor, part.weight, part.epsilon, part.weight_offset,
+                 std::nullopt);
+    };
+    norm(parts_.input_norm, x_);
+    linear(qkv_, normed_, parts_.qkv, std::nullopt);
+    const AttentionPart& part = parts_.attention;
+    rope_and_write_kv(qkv_.tensor, batch_.positions, cos_sin_, k_cache_, v_cache_, batch_.slots,
+                      part.q_norm, part.k_norm, part.epsilon, part.weight_offset, part.interleaved);
+    attention_->run(attention_scratch);
+    linear(middle_, attended_, parts_.output, x_.tensor);
+    norm(parts_.post_norm, middle_);
+    linear(gate_up_, normed_, parts_.gate_up, std::nullopt);
+    if (parts_.activation == "silu") {
+        silu_and_mul(gated_.tensor, gate_up_.tensor);
+    } else {
+        gelu_and_mul(gated_.tensor, gate_up_.tensor, parts_.activation == "gelu" ? "none" : "tanh");
+    }
+    linear(out_, gated_, parts_.down, middle_.tensor);
+}
+
+}  // namespace sglite::ops

@@ -1,0 +1,61 @@
+// A whole decoder layer as one Python function.
+#include "ops/decoder_layer.h"
+
+#include "python/bindings.h"
+#include "python/torch_tensor.h"
+
+namespace sglite {
+
+namespace {
+
+using Norm = std::tuple<Tensor, double, double>;
+using Linear = std::tuple<Tensor, int64_t, int64_t, std::optional<Tensor>>;
+using Attention = std::tuple<std::optional<Tensor>, std::optional<Tensor>, double, double, bool,
+                             double, std::optional<int64_t>, std::optional<double>>;
+using Batch = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Fields in the order of sglite/ops/decoder_layer.py.
+using Layer = std::tuple<Norm, Linear, Attention, Linear, Norm, Linear, std::string, Linear>;
+
+ops::LayerParts named(const Layer& layer) {
+    const auto norm = [](const Norm& part) { return std::make_from_tuple<ops::NormPart>(part); };
+    const auto linear = [](const Linear& part) {
+        return std::make_from_tuple<ops::LinearPart>(part);
+    };
+    const auto& [input_norm, qkv, attention, output, post_norm, gate_up, activation, down] = layer;
+    return {
+        .input_norm = norm(input_norm),
+        .qkv = linear(qkv),
+        .attention = std::make_from_tuple<ops::AttentionPart>(attention),
+        .output = linear(output),
+        .post_norm = norm(post_norm),
+        .gate_up = linear(gate_up),
+        .activation = activation,
+        .down = linear(down),
+    };
+}
+
+}  // namespace
+
+void bind_decoder_layer(py::module_& m) {
+    // `scratch(index, bytes)` gives memory: a uint8 tensor of at least so many bytes.
+    m.def(
+        "decoder_layer",
+        [](const Tensor& out, const Tensor& x, const Batch& batch, const Layer& layer,
+           const Tensor& cos_sin, const Tensor& k_cache, const Tensor& v_cache,
+           const py::function& scratch) {
+            const auto named_batch = std::make_from_tuple<ops::LayerBatch>(batch);
+            const ops::LayerParts parts = named(layer);
+            ops::DecoderLayer run(out, x, named_batch, parts, cos_sin, k_cache, v_cache);
+            const py::object activations = scratch(0, run.activation_size());
+            run.use_activations(activations.cast<Tensor>());
+            const py::object workspace = scratch(1, run.attention_size());
+            const auto view = workspace.cast<Tensor>();
+            ReleaseGilIfLong release(run.cost());
+            run.run(view);
+        },
+        py::arg("out"), py::arg("x"), py::arg("batch"), py::arg("layer"), py::arg("cos_sin"),
+        py::arg("k_cache"), py::arg("v_cache"), py::arg("scratch"));
+}
+
+}  // namespace sglite

@@ -1,0 +1,14 @@
+"""Whether logits are the same bits however a prompt is computed: `LLM.check_invariance`."""
+
+from sglite.engine.invariance.check import check_invariance
+from sglite.engine.invariance.plans import Settings, builtin_prompts
+from sglite.engine.invariance.report import Condition, Difference, InvarianceReport
+
+__all__ = [
+    "Condition",
+    "Difference",
+    "InvarianceReport",
+    "Settings",
+    "builtin_prompts",
+    "check_invariance",
+]

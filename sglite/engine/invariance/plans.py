@@ -1,0 +1,232 @@
+"""The ways of computing prompts that a check of invariance compares."""
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from sglite.interface import checks
+from sglite.interface.config import EngineConfig
+
+#: Tokens behind what the first turn generated, with which the second turn begins.
+TAIL = 11
+# Up to past a kernel's first split of keys; the last two share a start.
+_LENGTHS = (1, 23, 48, 130, 600)
+_SHARED = 40
+# Prompts of the short requests that fill up a batch are shorter than this.
+_SHORT = 25
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A request over the tokens of a prompt and what followed it when it was computed alone.
+
+    Attributes:
+        prompt: which.
+        num_prompt: tokens that are given; those behind them are generated, whatever the logits say.
+        num_new: how many.
+        cached: how many of those given are to come out of the prefix cache.
+    """
+
+    prompt: int
+    num_prompt: int
+    num_new: int
+    cached: int = 0
+
+    def num_pages(self, page_size: int) -> int:
+        """Pages that it writes to, at most."""
+        return -(-(self.num_prompt + self.num_new) // page_size) - self.cached // page_size + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One condition: batches of requests, one after the other, and the engine for them.
+
+    Attributes:
+        name: of the condition.
+        batches: an engine that was new before the first one runs them all.
+        is_reference: whether rows that are not known yet become the reference.
+        chunk: prompt tokens of a step; None: as configured.
+        num_pages: of the KV cache; None: enough.
+        prefix_cache: whether it is on.
+        num_threads: of the CPU kernels; None: as configured.
+        preempts: whether requests are to be preempted.
+        impossible: why the condition cannot be met, if it cannot.
+    """
+
+    name: str
+    batches: Sequence[Sequence[Span]] = ()
+    is_reference: bool = False
+    chunk: int | None = None
+    num_pages: int | None = None
+    prefix_cache: bool = False
+    num_threads: int | None = None
+    preempts: bool = False
+    impossible: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `LLM.check_invariance` was asked for; see there.
+
+    Raises:
+        InvalidRequestError: a value that is not a positive integer, or a list of such.
+    """
+
+    new_tokens: int
+    batch_sizes: Sequence[int]
+    chunk_sizes: Sequence[int]
+    prefix_lengths: Sequence[int] | None
+    num_threads: Sequence[int]
+    prompt_logits: int
+
+    def __post_init__(self):
+        for name in ("new_tokens", "prompt_logits"):
+            checks.integer(name, getattr(self, name), minimum=1)
+        for name in ("batch_sizes", "chunk_sizes", "prefix_lengths", "num_threads"):
+            values = getattr(self, name)
+            if values is None and name == "prefix_lengths":
+                continue
+            if isinstance(values, str) or not isinstance(values, Iterable):
+                checks.refuse(name, values, "a list of integers")
+            checked = tuple(checks.integer(name, value, minimum=1) for value in values)
+            object.__setattr__(self, name, checked)
+
+    @property
+    def room(self) -> int:
+        """Tokens that must fit behind each prompt."""
+        return self.new_tokens + TAIL
+
+
+def builtin_prompts(vocab_size: int, room: int) -> list[list[int]]:
+    """Prompts of random ids, of 1 to 600 tokens as far as there is room; two share their start."""
+    draw = random.Random(0)
+    lengths = sorted({min(length, room) for length in _LENGTHS})
+    prompts = [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    prompts[-1][:_SHARED] = prompts[-2 if len(prompts) > 1 else -1][:_SHARED]
+    return prompts
+
+
+def alone(prompts: Sequence[Sequence[int]], settings: Settings) -> Plan:
+    """Each prompt by itself: what everything else is compared with."""
+    spans = [Span(i, len(ids), settings.new_tokens) for i, ids in enumerate(prompts)]
+    return Plan("alone", [[span] for span in spans], is_reference=True)
+
+
+@dataclass(slots=True)
+class Planner:
+    """Makes the plans that follow once it is known what the prompts generate.
+
+    Args:
+        texts: each prompt, what it generated, and `TAIL` tokens.
+        settings, config: what was asked for, and the LLM's own configuration.
+    """
+
+    texts: Sequence[Sequence[int]]
+    settings: Settings
+    config: EngineConfig
+    whole: list[Span] = field(init=False)  # the prompts, longest first
+    short: list[Span] = field(init=False)  # of their first few tokens
+    growing: list[Span] = field(init=False)  # those that come to need another page
+
+    def __post_init__(self):
+        new = self.settings.new_tokens
+        sizes = [len(text) - new - TAIL for text in self.texts]
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        self.whole = [Span(i, sizes[i], new) for i in order]
+        lengths = {(i, min(1 + (7 * i + 11 * j) % _SHORT, sizes[i])) for i in order for j in (0, 1)}
+        self.short = [Span(i, length, new) for i, length in sorted(lengths)]
+        page = self.config.page_size
+        ends = {
+            (i, max(1, min(page - 1 - (3 * i + 5 * j) % new, sizes[i])))
+            for i in order
+            for j in (0, 1)
+        }
+        self.growing = [
+            Span(i, length, new)
+            for i, length in sorted(ends)
+            if (length - 1) // page < (length + new - 2) // page
+        ]
+
+    def plans(self) -> Iterator[Plan]:
+        """In the order in which they are to be computed, since some add to the reference."""
+        singles = sorted(set(self.short + self.growing) - set(self.whole), key=_place)
+        yield Plan("alone, decoded from fewer tokens", [[s] for s in singles], is_reference=True)
+        for size in self.settings.batch_sizes:
+            yield Plan(f"batch of {size}", [self._batch(size)])
+        for size in self.settings.chunk_sizes:
+            yield Plan(f"chunks of {size}", [self.whole + self.short], chunk=size)
+        yield from self._cached()
+        yield from self._preempted()
+        if self.config.device == "cpu":
+            for count in self.settings.num_threads:
+                if count != self.config.num_threads and count <= (os.cpu_count() or 1):
+                    yield Plan(f"num_threads={count}", [self._batch(8)], num_threads=count)
+
+    def _batch(self, size: int) -> list[Span]:
+        """The prompts, longest first, and then short ones over and over."""
+        spans = self.whole[:size]
+        return spans + [self.short[i % len(self.short)] for i in range(size - len(spans))]
+
+    def _cached(self) -> Iterator[Plan]:
+        turn = [Span(span.prompt, len(self.texts[span.prompt]), 1) for span in self.whole]
+        yield Plan("prefill of what decode wrote", [[span] for span in turn], is_reference=True)
+        if not self.config.prefix_cache:
+            reason = "prefix_cache is off"
+            yield Plan("prefix hits", impossible=reason)
+            return
+        page, whole = self.config.page_size, self.whole
+        lengths = self.settings.prefix_lengths
+        if lengths is None:
+            lengths = sorted({1, max(1, page - 1), page, page + 1, 3 * page + 5, 512})
+        for length in lengths:
+            hits = [s for s in whole if s.num_prompt > length]
+            if hits:
+                yield self._hits(f"prefix hit of {length}", hits, [length] * len(hits))
+            elif self.settings.prefix_lengths is not None:
+                yield Plan(f"prefix hit of {length}", impossible="no prompt is longer")
+        longer = [s for s in whole if s.num_prompt > 1]
+        if longer:
+            yield self._hits(
+                "prefix hit of all but one", longer, [s.num_prompt - 1 for s in longer]
+            )
+            copies = [longer[0]] * 9 + longer[1:]
+            yield self._hits(
+                "9 requests over one prefix", copies, [s.num_prompt - 1 for s in copies]
+            )
+        written = [s.num_prompt + s.num_new - 1 for s in whole]
+        second = [Span(s.prompt, s.num_prompt, 1, n) for s, n in zip(turn, written, strict=True)]
+        yield Plan("second turn over what decode wrote", [whole, second], prefix_cache=True)
+
+    @staticmethod
+    def _hits(name: str, spans: Sequence[Span], lengths: Sequence[int]) -> Plan:
+        """Requests after others that have put their first tokens into the cache."""
+        pairs = list(zip(spans, lengths, strict=True))
+        first = [Span(span.prompt, length, 1) for span, length in dict(pairs).items()]
+        hits = [Span(span.prompt, span.num_prompt, span.num_new, n) for span, n in pairs]
+        return Plan(name, [first, hits], prefix_cache=True)
+
+    def _preempted(self) -> Iterator[Plan]:
+        page, cached = self.config.page_size, self.config.prefix_cache
+        if not self.growing:
+            reason = "no prompt grows past a page; more new_tokens would do it"
+            yield Plan("preemption", impossible=reason)
+            return
+        few = 2 * max(-(-(s.num_prompt + s.num_new - 1) // page) for s in self.growing)
+        spans = [self.growing[i % len(self.growing)] for i in range(3 * few)]
+        yield Plan("preemption", [spans], num_pages=few, prefix_cache=cached, preempts=True)
+        largest = max(-(-(s.num_prompt + s.num_new - 1) // page) for s in self.whole)
+        pages = max(few, largest)
+        spans = [self.growing[i % len(self.growing)] for i in range(pages + 2)]
+        yield Plan(
+            "preemption, in chunks of 61",
+            [spans[:pages] + self.whole + spans[pages:]],
+            chunk=61,
+            num_pages=pages,
+            prefix_cache=cached,
+            preempts=True,
+        )
+
+
+def _place(span: Span) -> tuple[int, int]:
+    return span.prompt, span.num_prompt

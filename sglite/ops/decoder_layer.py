@@ -1,0 +1,109 @@
+"""A whole decoder layer in one call, on the CPU.
+
+What a step costs beside its arithmetic is mostly the way from one op to the next: here it is gone
+once for a layer instead of nine times.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sglite import _C
+from sglite.ops.packed_weight import PackedWeight
+
+
+class NormPart(NamedTuple):
+    """What `rms_norm` takes beside the rows."""
+
+    weight: Tensor
+    epsilon: float
+    weight_offset: float
+
+
+class LinearPart(NamedTuple):
+    """What `linear` takes beside the rows: a packed weight [n, k] and a bias."""
+
+    storage: Tensor
+    n: int
+    k: int
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, weight: PackedWeight, bias: Tensor | None) -> "LinearPart":
+        """The part with this weight."""
+        return cls(weight.storage, weight.n, weight.k, bias)
+
+
+class AttentionPart(NamedTuple):
+    """What `rope_and_write_kv` and `paged_attention` take beside the tensors of a batch."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    epsilon: float
+    weight_offset: float
+    interleaved: bool
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+
+class LayerParts(NamedTuple):
+    """A layer: norm, attention, norm, gated MLP, each pair with a residual around it."""
+
+    input_norm: NormPart
+    qkv: LinearPart  # [(heads + 2 * kv_heads) * head_dim, hidden]
+    attention: AttentionPart
+    output: LinearPart  # [hidden, heads * head_dim]
+    post_norm: NormPart
+    gate_up: LinearPart  # [2 * width, hidden]: gate, then up
+    activation: str  # as in `gated`
+    down: LinearPart  # [hidden, width]
+
+
+class LayerBatch(NamedTuple):
+    """The batch that `rope_and_write_kv` and `paged_attention` take: T tokens of B requests."""
+
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64
+    page_table: Tensor  # [B, max_pages] int32
+    query_start: Tensor  # [B + 1] int32
+    kv_lens: Tensor  # [B] int32
+    kv_end: Tensor  # [T] int32
+
+
+def decoder_layer(
+    x: Tensor,
+    batch: LayerBatch,
+    parts: LayerParts,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    scratch: Callable[[int, int], Tensor],
+) -> Tensor:
+    """`h = x + output(attention(qkv(norm(x))))`, then `h + down(activation(gate_up(norm(h))))`.
+
+    The bits of `rms_norm`, `linear`, `rope_and_write_kv`, `paged_attention`, `linear` with its
+    residual, `rms_norm`, `linear`, `gated` and `linear` with its residual, one after the other.
+
+    Args:
+        x: [T, hidden], contiguous, float32, bfloat16 or float16, on the CPU; not changed.
+        batch: whose tokens these are.
+        parts: the layer's weights and numbers.
+        cos_sin: [max_positions, rotary_dim] float32, as for `apply_rope`.
+        k_cache: [pages, page_size, kv_heads, head_dim], the dtype of `x`; this layer's.
+        v_cache: shaped like `k_cache`.
+        scratch: `scratch(index, count)` gives uint8 memory of at least `count` bytes, aligned to
+            64; memory of different indices (0 and 1) does not overlap.
+
+    Returns:
+        [T, hidden], a new tensor.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names it.
+        IndexError: a position or slot that does not exist; the cache has not been changed.
+    """
+    out = torch.empty_like(x)
+    _C.decoder_layer(out, x, batch, parts, cos_sin, k_cache, v_cache, scratch)
+    return out

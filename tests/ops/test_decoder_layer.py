@@ -1,0 +1,186 @@
+"""A decoder layer in one call gives the bits of the ops that it is made of."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglite import ops
+from tests.ops.closeness import DTYPES
+from tests.ops.test_rope import make_table
+
+PAGE_SIZE = 4
+
+
+def scratch(index, count):
+    """Memory that holds NaN, as no op may read what it has not written."""
+    return torch.full((count,), 0xFF, dtype=torch.uint8)
+
+
+def draw_layer(generator, dtype, sizes, with_bias, with_norm, options):
+    """The parts of a layer, and the plain weights in the order of the calls."""
+    hidden, heads, kv_heads, head_dim, width = sizes
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def linear(n, k):
+        bias = random(n) if with_bias else None
+        return ops.LinearPart.of(ops.pack_weight(random(n, k) / k**0.5), bias)
+
+    norms = (random(head_dim), random(head_dim)) if with_norm else (None, None)
+    scale, window, soft_cap = head_dim**-0.5, *options["see"]
+    return ops.LayerParts(
+        ops.NormPart(random(hidden), 1e-5, 1.0),
+        linear((heads + 2 * kv_heads) * head_dim, hidden),
+        ops.AttentionPart(*norms, 1e-6, 0.0, options["interleaved"], scale, window, soft_cap),
+        linear(hidden, heads * head_dim),
+        ops.NormPart(random(hidden), 1e-6, 0.0),
+        linear(2 * width, hidden),
+        options["activation"],
+        linear(hidden, width),
+    )
+
+
+def by_parts(x, batch, parts, cos_sin, k_cache, v_cache):
+    def linear(x, part, residual=None):
+        weight = ops.PackedWeight(part.storage, part.n, part.k)
+        return ops.linear(x, weight, part.bias, residual=residual)
+
+    def norm(x, part):
+        return ops.rms_norm(x, part.weight, part.epsilon, weight_offset=part.weight_offset)
+
+    attention = parts.attention
+    q = ops.rope_and_write_kv(
+        linear(norm(x, parts.input_norm), parts.qkv),
+        batch.positions,
+        cos_sin,
+        k_cache,
+        v_cache,
+        batch.slots,
+        q_norm=attention.q_norm,
+        k_norm=attention.k_norm,
+        epsilon=attention.epsilon,
+        weight_offset=attention.weight_offset,
+        interleaved=attention.interleaved,
+    )
+    out = ops.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        *batch[2:],
+        attention.scale,
+        window=attention.window,
+        soft_cap=attention.soft_cap,
+    )
+    middle = linear(out.flatten(1), parts.output, residual=x)
+    gated = ops.gated(linear(norm(middle, parts.post_norm), parts.gate_up), parts.activation)
+    return linear(gated, parts.down, residual=middle)
+
+
+def draw_batch(generator, spans):
+    """One request for each span of positions; pages in random order."""
+    pages = [-(-stop // PAGE_SIZE) for _, stop in spans]
+    table = torch.full((len(spans), max(pages)), -7, dtype=torch.int32)
+    order = torch.randperm(sum(pages) + 1, generator=generator).int()
+    positions, slots, taken = [], [], 0
+    for row, (start, stop) in enumerate(spans):
+        table[row, : pages[row]] = own = order[taken : taken + pages[row]]
+        taken += pages[row]
+        position = torch.arange(start, stop)
+        positions.append(position)
+        slots.append(own[position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE)
+    counts = torch.tensor([0] + [stop - start for start, stop in spans])
+    positions = torch.cat(positions)
+    return ops.LayerBatch(
+        positions,
+        torch.cat(slots),
+        table,
+        counts.cumsum(0).int(),
+        torch.tensor([stop for _, stop in spans], dtype=torch.int32),
+        (positions + 1).int(),
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_as_the_parts(dtype, data):
+    draw = data.draw
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kv_heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from([8, 24, 64]))
+    heads = kv_heads * draw(st.integers(1, 3))
+    sizes = (draw(st.integers(1, 80)), heads, kv_heads, head_dim, draw(st.integers(1, 100)))
+    starts = draw(st.lists(st.integers(0, 20), min_size=1, max_size=5))
+    spans = [(start, start + draw(st.sampled_from([1, 1, 1, 7]))) for start in starts]
+    options = {
+        "interleaved": draw(st.booleans()),
+        "see": (draw(st.sampled_from([None, 5])), draw(st.sampled_from([None, 20.0]))),
+        "activation": draw(st.sampled_from(["silu", "gelu", "gelu_tanh"])),
+    }
+    parts = draw_layer(generator, dtype, sizes, draw(st.booleans()), draw(st.booleans()), options)
+    batch = draw_batch(generator, spans)
+    shape = (sum(-(-stop // PAGE_SIZE) for _, stop in spans) + 1, PAGE_SIZE, kv_heads, head_dim)
+    caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    same_caches = [cache.clone() for cache in caches]
+    x = torch.randn(len(batch.positions), sizes[0], generator=generator).to(dtype)
+    kept = x.clone()
+    cos_sin = make_table(40, head_dim)
+    actual = ops.decoder_layer(x, batch, parts, cos_sin, *caches, scratch)
+    expected = by_parts(x, batch, parts, cos_sin, *same_caches)
+    assert torch.equal(actual, expected)
+    assert all(map(torch.equal, caches, same_caches))
+    assert torch.equal(x, kept)
+
+
+@pytest.fixture
+def arguments():
+    generator = torch.Generator().manual_seed(0)
+    options = {"interleaved": False, "see": (None, None), "activation": "silu"}
+    parts = draw_layer(generator, torch.float32, (16, 4, 2, 8, 24), True, False, options)
+    caches = torch.zeros(2, 4, PAGE_SIZE, 2, 8).unbind()
+    x = torch.randn(1, 16, generator=generator)
+    return [x, draw_batch(generator, [(3, 4)]), parts, make_table(40, 8), *caches, scratch]
+
+
+def test_a_position_without_a_row_changes_nothing(arguments):
+    arguments[1] = arguments[1]._replace(positions=torch.tensor([40]))
+    with pytest.raises(IndexError, match="positions"):
+        ops.decoder_layer(*arguments)
+    assert not arguments[4].any()
+
+
+def test_a_slot_that_does_not_exist_changes_nothing(arguments):
+    arguments[1] = arguments[1]._replace(slots=torch.tensor([16]))
+    with pytest.raises(IndexError, match="slots"):
+        ops.decoder_layer(*arguments)
+    assert not arguments[4].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qkv", r"decoder_layer: qkv: expected a weight \[64, 16\], got \[64, 17\]"),
+        ("output", r"decoder_layer: output: expected a weight \[16, 32\], got \[17, 32\]"),
+        ("gate_up", r"decoder_layer: gate_up: expected a weight \[48, 16\], got \[47, 16\]"),
+    ],
+)
+def test_weights_that_do_not_fit_each_other_are_refused(arguments, name, message):
+    part = getattr(arguments[2], name)
+    n, k = {"qkv": (64, 17), "output": (17, 32), "gate_up": (47, 16)}[name]
+    weight = ops.LinearPart.of(ops.pack_weight(torch.zeros(n, k)), part.bias)
+    arguments[2] = arguments[2]._replace(**{name: weight})
+    with pytest.raises(ValueError, match=message):
+        ops.decoder_layer(*arguments)
+
+
+def test_scratch_that_is_too_small_is_refused(arguments):
+    arguments[-1] = lambda index, count: torch.empty(count - 1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="decoder_layer: activations: expected .* bytes"):
+        ops.decoder_layer(*arguments)
+
+
+def test_an_unknown_activation_is_refused_by_name(arguments):
+    arguments[2] = arguments[2]._replace(activation="relu")
+    with pytest.raises(ValueError, match='decoder_layer: activation: expected "silu"'):
+        ops.decoder_layer(*arguments)
