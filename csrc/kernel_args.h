@@ -50,6 +50,55 @@ struct LinearArgs {
     DType out_dtype;  // dtype or float32
 };
 
+// A linear layer over a quantised weight (cpu/quantized_panels.h); `linear` says all but the
+// weight.
+struct QuantizedLinearArgs {
+    LinearArgs linear;
+    const void* codes;    // panels
+    const void* scales;   // [panels][groups][32]
+    const int8_t* zeros;  // like scales, or null
+    DType scale_dtype;
+    int bits;                    // 4 or 8
+    int64_t groups, group_size;  // several groups: a multiple of 8, at most kLargestGroup
+};
+
+// So many neighbouring k share a scale at most, unless all of them do.
+constexpr int64_t kLargestGroup = 256;
+
+// Codes of some rows, going into panels.
+struct PackCodesArgs {
+    void* packed;         // the panels of the whole weight
+    const int8_t* codes;  // [count, k], between -8 and 7 where there are 4 bits
+    int64_t row_stride, k_stride;
+    int64_t start, count, k;
+    int bits;
+};
+
+// Rows that are rounded to codes and scales, which go into panels.
+struct QuantizeRowsArgs {
+    void* packed;      // panels
+    void* scales;      // [panels][groups][32]
+    const void* rows;  // [count, k]
+    int64_t row_stride;
+    int64_t start, count, k;
+    int64_t groups, group_size;
+    int bits;
+    DType scale_dtype, dtype;  // dtype: of rows
+};
+
+// Rows of a quantised weight as numbers: those from `start` on, or those in `ids`.
+struct QuantizedRowsArgs {
+    void* out;           // [count, k]
+    const int64_t* ids;  // [count] or null
+    const void* codes;   // panels
+    const void* scales;
+    const int8_t* zeros;  // or null
+    int64_t start, count, k, out_stride;
+    int64_t groups, group_size;
+    int bits;
+    DType scale_dtype, dtype;  // dtype: of out
+};
+
 struct EmbeddingArgs {
     void* out;           // [count, width]
     const int64_t* ids;  // [count], all within the table

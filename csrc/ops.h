@@ -47,6 +47,32 @@ void linear_fused(const Tensor& out, const Tensor& x, const Tensor& weight,
                   const std::optional<Tensor>& norm_weight, double epsilon, double weight_offset,
                   const std::optional<std::string>& activation);
 
+// A quantised weight [n, k] in panels; see sglite/ops/quantized_weight.py.
+struct QuantizedTensors {
+    Tensor codes;   // int8 [panels, steps, 8, 32], or int32 [panels, steps, 32] for 4 bits
+    Tensor scales;  // [panels, groups, 32]
+    std::optional<Tensor> zeros;  // int8, like scales
+    int64_t n, k, group_size;
+};
+
+// Codes [count, k], int8, of the rows from `start` on into the panels.
+void pack_codes(const QuantizedTensors& weight, int64_t start, const Tensor& codes);
+
+// Rows [count, k], rounded to codes and scales, into the panels; without zero points.
+void quantize_rows(const QuantizedTensors& weight, int64_t start, const Tensor& rows);
+
+// out[i] = weight[start + i], and weight[ids[i]], as numbers. Shapes: out [count, k]; ids [count].
+void read_quantized_rows(const QuantizedTensors& weight, int64_t start, const Tensor& out);
+void embedding_quantized(const Tensor& out, const Tensor& ids, const QuantizedTensors& weight);
+
+// Bytes that linear_quantized wants as its workspace (uint8) for this x; often 0.
+int64_t linear_quantized_workspace(const Tensor& x, int64_t group_size);
+
+// As linear_packed.
+void linear_quantized(const Tensor& out, const Tensor& x, const QuantizedTensors& weight,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                      const std::optional<Tensor>& workspace);
+
 // out[i] = table[ids[i]]. Shapes: ids [count], int64; table [n, k], packed or plain; out [count,
 // k].
 void embedding_packed(const Tensor& out, const Tensor& ids, const Tensor& storage, int64_t n,

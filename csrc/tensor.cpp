@@ -2,6 +2,21 @@
 
 namespace sglite {
 
+int64_t dtype_size(DType dtype) {
+    switch (dtype) {
+        case DType::kInt64:
+            return 8;
+        case DType::kFloat32:
+        case DType::kInt32:
+            return 4;
+        case DType::kBFloat16:
+        case DType::kFloat16:
+            return 2;
+        default:
+            return 1;
+    }
+}
+
 const char* dtype_name(DType dtype) {
     switch (dtype) {
         case DType::kFloat32:

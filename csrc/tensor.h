@@ -17,6 +17,7 @@ using Float16 = _Float16;
 enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16, kInt64, kInt32, kInt8, kUInt8, kBool };
 
 const char* dtype_name(DType dtype);
+int64_t dtype_size(DType dtype);  // in bytes
 
 template <typename T>
 constexpr DType dtype_of();

@@ -51,7 +51,8 @@ class LLM:
         architecture: a registered model class to use instead of what `config.json` names.
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
-        quantization: how weights are stored; None: as in the checkpoint.
+        quantization: "int8" or "int4" quantises the weights while they are read (on the CPU); None:
+            as in the checkpoint, which may be quantised itself.
         context_length: tokens of prompt and completion together; None: the model's own limit.
         kv_cache_tokens: tokens that the KV cache holds; None: from `mem_fraction`.
         mem_fraction: the share of the free memory for the KV cache (0.4; on a GPU 0.6 of what the
@@ -168,7 +169,7 @@ class LLM:
             architecture=loaded.architecture,
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(device),
-            quantization=options.quantization,
+            quantization=loaded.quantization,
             context_limit=loaded.max_positions,
             kv_cache_tokens=fitting,
             num_threads=num_threads,

@@ -56,6 +56,11 @@ struct Kernels {
     void (*unpack_rows)(const PackRowsArgs&);
     int64_t (*linear_workspace)(int64_t m, int64_t k, DType dtype);
     void (*linear)(const LinearArgs&);
+    void (*pack_codes)(const PackCodesArgs&);
+    void (*quantize_rows)(const QuantizeRowsArgs&);
+    void (*read_quantized_rows)(const QuantizedRowsArgs&);
+    int64_t (*linear_quantized_workspace)(int64_t m, int64_t k, int64_t groups, DType dtype);
+    void (*linear_quantized)(const QuantizedLinearArgs&);
     void (*embedding)(const EmbeddingArgs&);
     void (*apply_rope)(const RopeArgs&);
     void (*gated_activation)(const GatedActivationArgs&);

@@ -9,6 +9,11 @@ void pack_rows(const PackRowsArgs& args);
 void unpack_rows(const PackRowsArgs& args);
 int64_t linear_workspace(int64_t m, int64_t k, DType dtype);
 void linear(const LinearArgs& args);
+void pack_codes(const PackCodesArgs& args);
+void quantize_rows(const QuantizeRowsArgs& args);
+void read_quantized_rows(const QuantizedRowsArgs& args);
+int64_t linear_quantized_workspace(int64_t m, int64_t k, int64_t groups, DType dtype);
+void linear_quantized(const QuantizedLinearArgs& args);
 void embedding(const EmbeddingArgs& args);
 void apply_rope(const RopeArgs& args);
 void gated_activation(const GatedActivationArgs& args);
@@ -26,6 +31,11 @@ const Kernels table = {
     .unpack_rows = unpack_rows,
     .linear_workspace = linear_workspace,
     .linear = linear,
+    .pack_codes = pack_codes,
+    .quantize_rows = quantize_rows,
+    .read_quantized_rows = read_quantized_rows,
+    .linear_quantized_workspace = linear_quantized_workspace,
+    .linear_quantized = linear_quantized,
     .embedding = embedding,
     .apply_rope = apply_rope,
     .gated_activation = gated_activation,

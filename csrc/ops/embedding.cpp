@@ -1,9 +1,22 @@
+#include "ops/embedding.h"
+
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "ops.h"
 #include "ops/packed_weight.h"
 
 namespace sglite::ops {
+
+void check_ids(const int64_t* ids, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || ids[i] >= n) {
+            throw std::out_of_range("embedding: ids: expected ids from 0 to " +
+                                    std::to_string(n - 1) + " (the table has " + std::to_string(n) +
+                                    " rows), got " + std::to_string(ids[i]) + " at position " +
+                                    std::to_string(i));
+        }
+    }
+}
 
 static void run_embedding(const Tensor& out, const Tensor& ids, const Tensor& table, bool packed,
                           int64_t n, int64_t k) {
@@ -26,15 +39,7 @@ static void run_embedding(const Tensor& out, const Tensor& ids, const Tensor& ta
     if (table.device == DeviceType::kCUDA) {
         return cuda::kernels(kOp).embedding(args, cuda::stream_of(table));
     }
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t id = args.ids[i];
-        if (id < 0 || id >= n) {
-            throw std::out_of_range("embedding: ids: expected ids from 0 to " +
-                                    std::to_string(n - 1) + " (the table has " + std::to_string(n) +
-                                    " rows), got " + std::to_string(id) + " at position " +
-                                    std::to_string(i));
-        }
-    }
+    check_ids(args.ids, count, n);
     cpu::kernels().embedding(args);
 }
 

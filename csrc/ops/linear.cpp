@@ -1,3 +1,5 @@
+#include "ops/linear.h"
+
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "ops.h"
@@ -45,12 +47,12 @@ Rows rows_like(const char* op, const char* name, const Tensor& tensor, DType dty
     return rows_of(check, tensor);
 }
 
-// The weight has `weight_rows` rows for `n` outputs: twice so many where gated.
-LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x, int64_t n,
-                             int64_t weight_rows, DType weight_dtype,
-                             const std::optional<Tensor>& bias,
-                             const std::optional<Tensor>& residual,
-                             const std::optional<Tensor>& workspace) {
+}  // namespace
+
+LinearArgs checked_linear(const char* op, const Tensor& out, const Tensor& x, int64_t n,
+                          int64_t weight_rows, DType weight_dtype,
+                          const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual) {
     const Check check(op, "x", x);
     check.dtype_in(kFloatTypes);
     if (x.dtype != weight_dtype) {
@@ -63,18 +65,6 @@ LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x,
     Rows residual_rows{0, 0};
     if (residual) residual_rows = rows_like(op, "residual", *residual, out.dtype, x, n);
     if (bias) Check(op, "bias", *bias).dtype(x.dtype).shape({weight_rows}).dense().same_device(x);
-    const int64_t wanted = x.device == DeviceType::kCPU
-                               ? cpu::kernels().linear_workspace(x_rows.count, k, x.dtype)
-                               : 0;
-    if (wanted) {
-        if (!workspace) {
-            throw std::invalid_argument(std::string(op) + ": workspace: expected uint8[" +
-                                        std::to_string(wanted) + "], got None");
-        }
-        const Check check(op, "workspace", *workspace);
-        check.dtype(DType::kUInt8).ndim(1).dense().same_device(x);
-        if (workspace->numel() < wanted) check.fail(std::to_string(wanted) + " bytes");
-    }
     return {
         .out = out.data,
         .x = x.data,
@@ -83,7 +73,7 @@ LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x,
         .packed = nullptr,
         .segments = nullptr,
         .num_segments = 0,
-        .workspace = wanted ? workspace->data : nullptr,
+        .workspace = nullptr,
         .m = x_rows.count,
         .n = n,
         .k = k,
@@ -95,7 +85,25 @@ LinearArgs checked_arguments(const char* op, const Tensor& out, const Tensor& x,
     };
 }
 
-}  // namespace
+void attach_workspace(const char* op, LinearArgs& args, int64_t wanted,
+                      const std::optional<Tensor>& workspace, const Tensor& x) {
+    if (!wanted) return;
+    if (!workspace) {
+        throw std::invalid_argument(std::string(op) + ": workspace: expected uint8[" +
+                                    std::to_string(wanted) + "], got None");
+    }
+    const Check check(op, "workspace", *workspace);
+    check.dtype(DType::kUInt8).ndim(1).dense().same_device(x);
+    if (workspace->numel() < wanted) check.fail(std::to_string(wanted) + " bytes");
+    args.workspace = workspace->data;
+}
+
+static void attach_linear_workspace(LinearArgs& args, const std::optional<Tensor>& workspace,
+                                    const Tensor& x) {
+    if (x.device != DeviceType::kCPU) return;
+    const int64_t wanted = cpu::kernels().linear_workspace(args.m, args.k, args.dtype);
+    attach_workspace("linear", args, wanted, workspace, x);
+}
 
 int64_t linear_workspace(const Tensor& x) {
     const Check check("linear", "x", x);
@@ -110,13 +118,13 @@ void linear_packed(const Tensor& out, const Tensor& x, const Tensor& storage, in
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                    const std::optional<Tensor>& workspace) {
     constexpr const char* kOp = "linear";
-    LinearArgs args =
-        checked_arguments(kOp, out, x, n, n, storage.dtype, bias, residual, workspace);
+    LinearArgs args = checked_linear(kOp, out, x, n, n, storage.dtype, bias, residual);
     if (args.k != k) Check(kOp, "x", x).fail(std::to_string(k) + " columns");
     cpu::require_cpu(kOp, x);
     check_packed(kOp, "weight", storage, n, k);
     Check(kOp, "weight", storage).same_device(x);
     args.packed = storage.data;
+    attach_linear_workspace(args, workspace, x);
     cpu::kernels().linear(args);
 }
 
@@ -154,13 +162,14 @@ LinearArgs plain_arguments(const Segments& segments, size_t count, const Tensor&
                            const Tensor& x, int64_t n, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& residual,
                            const std::optional<Tensor>& workspace) {
-    LinearArgs args = checked_arguments(kLinear, out, x, n, segments.rows, segments.dtype, bias,
-                                        residual, workspace);
+    LinearArgs args =
+        checked_linear(kLinear, out, x, n, segments.rows, segments.dtype, bias, residual);
     if (args.k != segments.k) {
         Check(kLinear, "x", x).fail(std::to_string(segments.k) + " columns");
     }
     args.segments = segments.list;
     args.num_segments = static_cast<int64_t>(count);
+    attach_linear_workspace(args, workspace, x);
     return args;
 }
 

@@ -60,7 +60,7 @@ void advise_huge_pages([[maybe_unused]] const Tensor& storage) {
 #if defined(__linux__)
     constexpr uintptr_t kWorthwhile = 512 << 10;
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t bytes = storage.numel() * (storage.dtype == DType::kFloat32 ? 4 : 2);
+    const uintptr_t bytes = storage.numel() * dtype_size(storage.dtype);
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(storage.data) + page - 1) / page * page;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(storage.data) + bytes) / page * page;
     if (storage.device != DeviceType::kCPU || end < begin + kWorthwhile) return;

@@ -90,6 +90,56 @@ static void bind_embedding(py::module_& m) {
         py::arg("out"), py::arg("ids"), py::arg("weight"));
 }
 
+static void bind_quantized(py::module_& m) {
+    // A weight as a tuple: codes, scales, zeros or None, n, k, group size.
+    using Weight = std::tuple<Tensor, Tensor, std::optional<Tensor>, int64_t, int64_t, int64_t>;
+    const auto named = [](const Weight& weight) {
+        return std::make_from_tuple<ops::QuantizedTensors>(weight);
+    };
+    m.def(
+        "pack_codes",
+        [named](const Weight& weight, int64_t start, const Tensor& codes) {
+            ReleaseGilIfLong release(static_cast<double>(codes.numel()) * 4);
+            ops::pack_codes(named(weight), start, codes);
+        },
+        py::arg("weight"), py::arg("start"), py::arg("codes"));
+    m.def(
+        "quantize_rows",
+        [named](const Weight& weight, int64_t start, const Tensor& rows) {
+            ReleaseGilIfLong release(static_cast<double>(rows.numel()) * 4);
+            ops::quantize_rows(named(weight), start, rows);
+        },
+        py::arg("weight"), py::arg("start"), py::arg("rows"));
+    m.def(
+        "read_quantized_rows",
+        [named](const Weight& weight, int64_t start, const Tensor& out) {
+            ReleaseGilIfLong release(static_cast<double>(out.numel()) * 4);
+            ops::read_quantized_rows(named(weight), start, out);
+        },
+        py::arg("weight"), py::arg("start"), py::arg("out"));
+    m.def(
+        "embedding_quantized",
+        [named](const Tensor& out, const Tensor& ids, const Weight& weight) {
+            ReleaseGilIfLong release(static_cast<double>(out.numel()) * 4);
+            ops::embedding_quantized(out, ids, named(weight));
+        },
+        py::arg("out"), py::arg("ids"), py::arg("weight"));
+    m.def("linear_quantized_workspace", &ops::linear_quantized_workspace, py::arg("x"),
+          py::arg("group_size"));
+    m.def(
+        "linear_quantized",
+        [named](const Tensor& out, const Tensor& x, const Weight& weight,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                const std::optional<Tensor>& workspace) {
+            const ops::QuantizedTensors tensors = named(weight);
+            ReleaseGilIfLong release(2.0 * static_cast<double>(x.numel()) *
+                                     static_cast<double>(tensors.n));
+            ops::linear_quantized(out, x, tensors, bias, residual, workspace);
+        },
+        py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
+        py::arg("workspace"));
+}
+
 static void bind_rope(py::module_& m) {
     m.def(
         "apply_rope",
@@ -247,6 +297,7 @@ void bind_ops(py::module_& m) {
     bind_linear(m);
     bind_fused_linear(m);
     bind_embedding(m);
+    bind_quantized(m);
     bind_rope(m);
     bind_activation(m);
     bind_kv_cache(m);

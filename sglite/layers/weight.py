@@ -1,9 +1,9 @@
 """The matrix behind a linear layer or an embedding, allocated when it is first written.
 
-On the CPU it is packed in the order in which the kernel reads it; on a GPU it lies as the
-checkpoint has it. Late allocation means that a checkpoint's headers are compared with the whole
-model before any memory is taken for it, and that a model is built without knowing the dtype it will
-run in.
+On the CPU it is packed in the order in which the kernel reads it, and maybe quantised; on a GPU it
+lies as the checkpoint has it. Late allocation means that a checkpoint's headers are compared with
+the whole model before any memory is taken for it, and that a model is built without knowing the
+dtype it will run in.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sglite.ops import PackedWeight, pack_weight
+from sglite.ops import (
+    PackedWeight,
+    QuantizedLayout,
+    QuantizedRows,
+    QuantizedWeight,
+    pack_weight,
+)
 
 # Elements of a tensor that are converted to another dtype at a time, so that a large one does not
 # stand in memory twice.
@@ -27,6 +33,8 @@ class Weight:
         dtype: what it is, or will be, stored in.
         device: where it is, or will be, stored.
         name: how messages call it.
+        layout: how it is quantised; None: it is not.
+        nbytes: what it takes, or will take.
     """
 
     def __init__(self, rows: int, columns: int, name: str):
@@ -39,7 +47,9 @@ class Weight:
         self.dtype = torch.get_default_dtype()
         self.device = torch.device("cpu")
         self.name = name
-        self._stored: PackedWeight | Tensor | None = None
+        self.layout: QuantizedLayout | None = None
+        self._order: Tensor | None = None
+        self._stored: PackedWeight | QuantizedWeight | Tensor | None = None
 
     @property
     def is_written(self) -> bool:
@@ -47,7 +57,33 @@ class Weight:
         return self._stored is not None
 
     @property
-    def stored(self) -> PackedWeight | Tensor:
+    def nbytes(self) -> int:  # noqa: D102
+        rows, columns = self.shape
+        if self.layout is None:
+            return rows * columns * self.dtype.itemsize
+        groups = self.layout.num_groups(columns)
+        group_bytes = self.layout.scale_dtype.itemsize + self.layout.has_zeros
+        return rows * (columns * self.layout.bits // 8 + groups * group_bytes)
+
+    def quantize(self, layout: QuantizedLayout, order: Tensor | None = None) -> None:
+        """Stores what is written from now on quantised.
+
+        Args:
+            layout: bits, group size and so on.
+            order: [columns] int64, where groups are of columns that are no neighbours: the order
+                in which they are.
+
+        Raises:
+            ValueError: something has been written already, or the layout does not fit.
+        """
+        if self._stored is not None:
+            raise ValueError(f"{self.name or 'a weight'}: it holds a weight already")
+        if problem := layout.problem(self.shape[1]):
+            raise ValueError(f"{self.name or 'a weight'} {list(self.shape)}: {problem}")
+        self.layout, self._order = layout, order
+
+    @property
+    def stored(self) -> PackedWeight | QuantizedWeight | Tensor:
         """What the ops take."""
         if self._stored is None:
             raise RuntimeError(
@@ -57,22 +93,32 @@ class Weight:
 
     def write_rows(self, start: int, rows: Tensor) -> None:
         """Sets the rows from `start` on to `rows`, [count, columns] of any floating-point dtype."""
-        if self._stored is None:
-            self._stored = self._allocate()
+        stored = self._allocated()
+        dtype = self.dtype if self.layout is None else _quantizable(rows.dtype)
         count = max(1, _CONVERTED_AT_ONCE // self.shape[1])
-        if rows.dtype == self.dtype:
-            count = rows.shape[0]
-        for begin in range(0, rows.shape[0], max(1, count)):
-            some = rows[begin : begin + count].to(self.dtype)
-            if isinstance(self._stored, PackedWeight):
-                self._stored.write_rows(start + begin, some)
+        if rows.dtype == dtype and self._order is None:
+            count = max(1, rows.shape[0])
+        for begin in range(0, rows.shape[0], count):
+            some = rows[begin : begin + count].to(dtype)
+            if isinstance(stored, PackedWeight):
+                stored.write_rows(start + begin, some)
+            elif isinstance(stored, QuantizedWeight):
+                some = some if self._order is None else some[:, self._order]
+                stored.quantize_rows(start + begin, some)
             else:
-                self._stored[start + begin : start + begin + len(some)].copy_(some)
+                stored[start + begin : start + begin + len(some)].copy_(some)
+
+    def write_codes(self, start: int, rows: QuantizedRows) -> None:
+        """Sets the rows from `start` on, quantised by `layout`, their columns in `order`."""
+        self._allocated().write_rows(start, rows)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """A copy of the rows from `start` to before `stop`, [stop - start, columns]."""
+        """A copy of the rows from `start` to before `stop`, [stop - start, columns].
+
+        Quantised ones as the numbers that they stand for, rounded to `dtype`.
+        """
         stored = self.stored
-        if isinstance(stored, PackedWeight):
+        if isinstance(stored, PackedWeight | QuantizedWeight):
             return stored.read_rows(start, stop)
         return stored[start:stop].clone()
 
@@ -82,13 +128,28 @@ class Weight:
         if (changed.dtype, changed.device) == (self.dtype, self.device):
             return
         stored = self._stored
+        if self.layout is not None and changed.device.type != "cpu":
+            raise ValueError(
+                f"{self.name or 'a weight'}: quantised weights stay on the CPU; {changed.device} "
+                f"has no kernel for them"
+            )
         self.dtype, self.device = changed.dtype, changed.device
         if stored is None:
+            return
+        if isinstance(stored, QuantizedWeight):
+            stored.dtype = self.dtype
             return
         plain = function(stored.unpack() if isinstance(stored, PackedWeight) else stored)
         self._stored = pack_weight(plain) if self.device.type == "cpu" else plain
 
-    def _allocate(self) -> PackedWeight | Tensor:
+    def _allocated(self) -> PackedWeight | QuantizedWeight | Tensor:
+        if self._stored is None:
+            self._stored = self._allocate()
+        return self._stored
+
+    def _allocate(self) -> PackedWeight | QuantizedWeight | Tensor:
+        if self.layout is not None:
+            return QuantizedWeight(*self.shape, self.layout, self.dtype, self._order)
         if self.device.type == "cpu":
             return PackedWeight.empty(*self.shape, self.dtype)
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -97,11 +158,17 @@ class Weight:
         return f"Weight({list(self.shape)}, {self.dtype}, {self.device})"
 
 
+def _quantizable(dtype: torch.dtype) -> torch.dtype:
+    """What rows are converted to before they are quantised: nothing else where that can be."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
 class WeightModule(nn.Module):
     """A module whose weight is no parameter, but stored as the kernels of its device read it.
 
     `module.weight` copies it into a new tensor, the checkpoint's; changing that tensor in place
-    changes nothing, assigning one does (`module.weight = module.weight * 2`).
+    changes nothing, assigning one does (`module.weight = module.weight * 2`). Of a quantised
+    weight it is what the codes stand for; what is assigned is quantised.
 
     Args:
         rows: outputs of a linear layer, entries of an embedding.

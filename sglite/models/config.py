@@ -68,7 +68,6 @@ def read_config(
 
     Raises:
         CheckpointError: the values are not what the config class allows.
-        UnsupportedModelError: the weights are quantised.
     """
     path = checkpoint.folder / "config.json"
     values = dict(checkpoint.config)
@@ -88,7 +87,6 @@ def read_config(
         config = config.get_text_config()
     except Exception as error:  # validation differs from class to class, and by version
         raise CheckpointError(f"{path}: {error}") from error
-    _refuse_quantized(values.get("quantization_config") or _nested(values, "quantization_config"))
     return config
 
 
@@ -151,12 +149,3 @@ def _nested(values: Mapping[str, Any], key: str) -> Any:
     """A value of the text part of a config with several parts."""
     text = values.get("text_config")
     return text.get(key) if isinstance(text, Mapping) else None
-
-
-def _refuse_quantized(quantization: Any) -> None:
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise UnsupportedModelError(
-            f"the weights are quantised ({method or quantization!r}), which is not implemented: "
-            f"use a checkpoint in bfloat16, float16 or float32"
-        )

@@ -1,6 +1,5 @@
 """From a checkpoint to a model that is ready to run."""
 
-import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from sglite.layers.rotary import RotaryEmbedding, set_context_length
 from sglite.layers.weight import WeightModule
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.config import architectures_of, read_config, resolve_dtype
+from sglite.models.quantization import AT_LOAD, quantize_at_load, resolve_quantization
 from sglite.models.registry import ModelRegistry
 from sglite.models.safetensors_file import SafetensorsFile
 from sglite.models.weights import load_weights
@@ -40,6 +40,7 @@ class LoadedModel:
         config: the Hugging Face config of the text model.
         architecture: the registered name of the model's class.
         dtype: of weights, hidden states and KV cache.
+        quantization: how weights are stored instead, by the name of the method; None: plainly.
         vocab_size: width of the logits.
         max_positions: the longest context; None if the model sets no limit.
         kv_layers: what each attention layer stores per token, by its `layer_id`.
@@ -51,6 +52,7 @@ class LoadedModel:
     config: Any
     architecture: str
     dtype: torch.dtype
+    quantization: str | None
     vocab_size: int
     max_positions: int | None
     kv_layers: tuple[LayerSpec, ...]
@@ -81,7 +83,8 @@ def load_model(
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: where the weights go.
         room: bytes that they may take there; None: it is not known.
-        quantization: must be None.
+        quantization: "int8" or "int4" quantises the weights while they are read; the name of what
+            the checkpoint holds is allowed as well. None: as the checkpoint has them.
         context_length: positions that may come up; None: what the checkpoint speaks of.
         batch_invariant: whether layers are told to use one arithmetic for every number of rows.
         trust_remote_code: whether the config's own Python code may run.
@@ -89,12 +92,15 @@ def load_model(
     Raises:
         CheckpointError: a file cannot be read, or does not fit the model.
         UnsupportedModelError: something that the checkpoint asks for is not implemented.
-        ConfigError: `context_length` is above the model's limit, or `batch_invariant` asked for
-            with float32 on a GPU.
+        ConfigError: `context_length` is above the model's limit, `batch_invariant` asked for with
+            float32 on a GPU, or `quantization` unknown, or not what the checkpoint holds.
         OutOfMemoryError: the weights do not fit into the room.
     """
-    if quantization is not None:
-        raise UnsupportedModelError(f"quantization={quantization!r} is not implemented")
+    quantization, quantized_format = resolve_quantization(quantization, checkpoint)
+    if quantization is not None and device.type != "cpu":
+        raise UnsupportedModelError(
+            f"quantised weights ({quantization}) run on the CPU alone so far: pass device='cpu'"
+        )
     name, model_class = ModelRegistry.resolve(architectures_of(checkpoint, architecture))
     config = read_config(checkpoint, model_class, trust_remote_code=trust_remote_code)
     generation_defaults = GenerationDefaults.from_generation_config(checkpoint.generation_config)
@@ -110,6 +116,8 @@ def load_model(
                 "run in float32: pass another dtype"
             )
         _set_dtype(model, run_dtype)
+        if quantization in AT_LOAD:
+            quantize_at_load(model, quantization)
         if room is not None:
             _check_room(model, device, room)
         model.to(device)
@@ -117,7 +125,7 @@ def load_model(
         if max_positions is not None:
             set_context_length(model, context_length or max_positions)
         kv_layers = kv_layers_of(model)
-        load_weights(model, files)
+        load_weights(model, files, quantized_format)
     for module in model.modules():
         if hasattr(module, "batch_invariant"):
             module.batch_invariant = batch_invariant
@@ -126,6 +134,7 @@ def load_model(
         config=config,
         architecture=name,
         dtype=run_dtype,
+        quantization=quantization,
         vocab_size=config.vocab_size,
         max_positions=max_positions,
         kv_layers=kv_layers,
@@ -207,7 +216,7 @@ def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 def _check_room(model: nn.Module, device: torch.device, room: int) -> None:
     """Refuses weights that there is no room for, before any of them is read."""
     sizes = {
-        id(module.matrix): math.prod(module.matrix.shape) * module.matrix.dtype.itemsize
+        id(module.matrix): module.matrix.nbytes
         for module in model.modules()
         if isinstance(module, WeightModule)
     }

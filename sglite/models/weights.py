@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from sglite.interface.errors import CheckpointError
 from sglite.layers.linear import StackedLinear
 from sglite.layers.weight import Weight, WeightModule
+from sglite.models.quantized_format import QuantizedFormat
+from sglite.models.quantized_weights import QuantizedPart, choose_layouts, take_quantized
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
 
 # Tensors that old checkpoints hold and that are computed from the config.
@@ -57,56 +59,51 @@ class Target:
         else:
             self._place().copy_(value)
 
-    def holds(self, value: Tensor) -> bool:
-        """Whether the place has been filled with just this."""
-        if isinstance(self.tensor, Weight):
-            stored = self.tensor.read_rows(self.start, self.start + self.shape[0])
-        else:
-            stored = self._place()
-        return torch.equal(stored, value.to(stored.device, self.dtype))
-
     def _place(self) -> Tensor:
         whole = self.tensor.detach()
         return whole[self.start : self.start + self.shape[0]] if self.shape else whole
 
 
-def load_weights(model: nn.Module, files: Sequence[SafetensorsFile]) -> None:
+def load_weights(
+    model: nn.Module,
+    files: Sequence[SafetensorsFile],
+    quantized: QuantizedFormat | None = None,
+) -> None:
     """Fills a model from weight files, tensor by tensor; nothing is written if a header is wrong.
 
     Args:
         model: its packed weights have the dtype to store; tensors of others are converted.
         files: their tensors together are the model's, no more and no less.
+        quantized: how the files hold quantised layers; None: there are none.
 
     Raises:
         CheckpointError: tensors are missing, left over, misshapen, there twice, of a kind that is
             no float, or beyond the range of the dtype; the message names them and the file.
+        UnsupportedModelError: a layer is quantised in a way that is not implemented.
     """
     targets = targets_of(model)
     found = _collect(files)
-    _check(targets, found)
-    filled: set[tuple[int, int]] = set()
-    doubles = []
+    parts: dict[str, QuantizedPart] = {}
+    if quantized is not None:
+        parts = take_quantized(targets, found, quantized)
+    _check(targets, found, parts)
+    choose_layouts(targets, parts)
+    filled: dict[tuple[int, int], str] = {}
     for name, (file, entry) in found.items():
         target = targets.get(name)
         if target is None:
             continue
-        if target.key in filled:
-            doubles.append(name)
-            continue
-        filled.add(target.key)
+        first = filled.setdefault(target.key, name)
         value = file.read(entry)
-        _check_range(value, target.dtype, name, file)
-        target.write(value)
+        if first == name:
+            _check_range(value, target.dtype, name, file)
+            target.write(value)
+        else:
+            _check_same(value, *found[first], target.dtype, name, file)
         del value
         file.release(entry)
-    for name in doubles:
-        file, entry = found[name]
-        if not targets[name].holds(file.read(entry)):
-            raise CheckpointError(
-                f"{file.path}: tensor {name!r} is tied to another one in this model "
-                f"(tie_word_embeddings), but their values differ"
-            )
-        file.release(entry)
+    for part in parts.values():
+        part.write(quantized)
 
 
 def targets_of(model: nn.Module) -> dict[str, Target]:
@@ -155,9 +152,11 @@ def _collect(
 
 
 def _check(
-    targets: Mapping[str, Target], found: Mapping[str, tuple[SafetensorsFile, TensorEntry]]
+    targets: Mapping[str, Target],
+    found: Mapping[str, tuple[SafetensorsFile, TensorEntry]],
+    parts: Mapping[str, QuantizedPart],
 ) -> None:
-    filled = {targets[name].key for name in found if name in targets}
+    filled = {targets[name].key for name in (*found, *parts) if name in targets}
     missing = [name for name, target in targets.items() if target.key not in filled]
     unused = [name for name in found if name not in targets and not _HARMLESS.search(name)]
     misshapen = []
@@ -191,6 +190,23 @@ def _check(
             f"the tensors in {folder} do not fit the model that its config.json describes:\n  "
             + "\n  ".join(problems)
         )
+
+
+def _check_same(
+    value: Tensor,
+    first_file: SafetensorsFile,
+    first: TensorEntry,
+    dtype: torch.dtype,
+    name: str,
+    file: SafetensorsFile,
+) -> None:
+    """Two tensors for one place, as of a tied embedding and head, must be one."""
+    if not torch.equal(first_file.read(first).to(dtype), value.to(dtype)):
+        raise CheckpointError(
+            f"{file.path}: tensor {name!r} is tied to another one in this model "
+            f"(tie_word_embeddings), but their values differ"
+        )
+    first_file.release(first)
 
 
 def _check_range(value: Tensor, dtype: torch.dtype, name: str, file: SafetensorsFile) -> None:

@@ -27,6 +27,12 @@ from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm
 from sglite.ops.kv_cache import copy_kv_slots, write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
 from sglite.ops.norm import rms_norm
+from sglite.ops.quantized_weight import (
+    QuantizedLayout,
+    QuantizedRows,
+    QuantizedWeight,
+    quantize_weight,
+)
 from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
 
@@ -39,6 +45,9 @@ __all__ = [
     "LogProbs",
     "NormPart",
     "PackedWeight",
+    "QuantizedLayout",
+    "QuantizedRows",
+    "QuantizedWeight",
     "TokenEdits",
     "advance",
     "apply_rope",
@@ -57,6 +66,7 @@ __all__ = [
     "pack_weight",
     "paged_attention",
     "plan_attention",
+    "quantize_weight",
     "rms_norm",
     "rope_and_write_kv",
     "sample",

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from sglite import _C
 from sglite.ops.packed_weight import PackedWeight, pack_weight
+from sglite.ops.quantized_weight import QuantizedWeight
 
 __all__ = ["PackedWeight", "linear", "pack_weight"]
 
 
 def linear(
     x: Tensor,
-    weight: PackedWeight | Tensor | Sequence[Tensor],
+    weight: PackedWeight | QuantizedWeight | Tensor | Sequence[Tensor],
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
@@ -33,7 +34,8 @@ def linear(
         x: [..., k], float32, bfloat16 or float16; rows evenly apart, a row's elements side by side.
         weight: [n, k] of the dtype of `x`: packed (fastest on the CPU, which alone takes it), plain
             with a row's elements side by side, or up to 16 plain tensors whose rows follow one
-            another.
+            another. Or quantised, on the CPU: each group of k has a sum of its own then, which is
+            scaled and added to the others, ascending as well.
         bias: [n], the dtype of `x`.
         residual: [..., n], the dtype of the result.
         out_dtype: torch.float32 keeps the sums as they are; the default is the dtype of `x`.
@@ -46,8 +48,8 @@ def linear(
     Raises:
         ValueError: a shape, stride or dtype differs from the above; the message names it.
     """
-    packed = type(weight) is PackedWeight
-    if packed:
+    kind = type(weight)
+    if kind is PackedWeight or kind is QuantizedWeight:
         n = weight.n
     elif isinstance(weight, Tensor):
         n = weight.shape[0]
@@ -58,8 +60,13 @@ def linear(
         out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
     elif out_dtype is not None and out.dtype != out_dtype:
         raise ValueError(f"linear: out: expected {out_dtype} (out_dtype), got {out.dtype}")
-    if packed:
+    if kind is PackedWeight:
         _C.linear_packed(out, x, weight.storage, n, weight.k, bias, residual, _workspace(x))
+    elif kind is QuantizedWeight:
+        if weight.order is not None:
+            x = x.index_select(-1, weight.order)
+        size = _C.linear_quantized_workspace(x, weight.layout.group_size)
+        _C.linear_quantized(out, x, weight.arguments, bias, residual, _bytes(size))
     elif x.is_cuda and not kernel_runs(x, weight, batch_invariant):
         _matrix_product(out, x, weight, bias, residual)
     else:
@@ -95,7 +102,10 @@ _MOST_KERNEL_ROWS = 16
 
 
 def _workspace(x: Tensor) -> Tensor | None:
-    size = _C.linear_workspace(x)
+    return _bytes(_C.linear_workspace(x))
+
+
+def _bytes(size: int) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8) if size else None
 
 

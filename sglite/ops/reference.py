@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sglite.ops.packed_weight import PackedWeight
+from sglite.ops.quantized_weight import QuantizedLayout, QuantizedRows, QuantizedWeight
 from sglite.ops.sampling import (
     INTEGERS,
     NOT_A_NUMBER,
@@ -36,7 +37,7 @@ def rms_norm(
 
 def linear(
     x: Tensor,
-    weight: PackedWeight | Tensor | Sequence[Tensor],
+    weight: PackedWeight | QuantizedWeight | Tensor | Sequence[Tensor],
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
@@ -51,16 +52,33 @@ def linear(
     return y if residual is None else y + residual
 
 
-def embedding(ids: Tensor, weight: PackedWeight | Tensor) -> Tensor:
+def embedding(ids: Tensor, weight: PackedWeight | QuantizedWeight | Tensor) -> Tensor:
     """See `sglite.ops.embedding`."""
     return plain_weight(weight)[ids]
 
 
-def plain_weight(weight: PackedWeight | Tensor | Sequence[Tensor]) -> Tensor:
+def plain_weight(weight: PackedWeight | QuantizedWeight | Tensor | Sequence[Tensor]) -> Tensor:
     """A weight in any of the forms that ops take, as one tensor [n, k]."""
-    if isinstance(weight, PackedWeight):
+    if isinstance(weight, PackedWeight | QuantizedWeight):
         return weight.unpack()
     return weight if isinstance(weight, Tensor) else torch.cat(list(weight))
+
+
+def quantize_rows(rows: Tensor, layout: QuantizedLayout) -> QuantizedRows:
+    """See `sglite.ops.QuantizedWeight.quantize_rows`."""
+    count, k = rows.shape
+    groups, size = layout.num_groups(k), min(layout.group_size, k)
+    padded = torch.nn.functional.pad(rows.float(), (0, groups * size - k)).view(count, groups, size)
+    if layout.bits == 8:
+        scales, lowest, highest = padded.abs().amax(-1) / 127, -127, 127
+    else:
+        largest, smallest = padded.amax(-1), padded.amin(-1)
+        scales = torch.where(largest >= -smallest, largest, smallest) / -8
+        lowest, highest = -8, 7
+    scales = scales.to(layout.scale_dtype)
+    inverse = torch.where(scales == 0, 0, 1 / scales.float())
+    codes = (padded * inverse[..., None]).round().clamp(lowest, highest).to(torch.int8)
+    return QuantizedRows(codes.view(count, groups * size)[:, :k], scales)
 
 
 def apply_rope(

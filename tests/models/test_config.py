@@ -37,10 +37,6 @@ class TestConfig:
             values = {"rope_parameters": rope}
             self.refused(folder, values, UnsupportedModelError, f"'{kind}' is not implemented")
 
-    def test_quantised(self, folder):
-        values = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-        self.refused(folder, values, UnsupportedModelError, r"quantised \('gptq'\)")
-
     @pytest.mark.parametrize(
         "values",
         [

@@ -354,11 +354,6 @@ def test_weights_without_room_are_refused_before_they_are_read(folder):
         load(folder, room=1000)
 
 
-def test_quantization_is_refused(folder):
-    with pytest.raises(UnsupportedModelError, match="quantization='int8' is not implemented"):
-        load(folder, quantization="int8")
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_loading_takes_the_checkpoint_and_one_tensor(tmp_path):
     """Peak resident memory, in a process of its own."""

@@ -1,0 +1,20 @@
+// The checks that all linear ops make.
+#pragma once
+
+#include <optional>
+
+#include "kernel_args.h"
+
+namespace sglite::ops {
+
+// Arguments of a layer with `n` outputs, without weight and workspace. Its weight has
+// `weight_rows` rows: twice so many as outputs where gated.
+LinearArgs checked_linear(const char* op, const Tensor& out, const Tensor& x, int64_t n,
+                          int64_t weight_rows, DType weight_dtype,
+                          const std::optional<Tensor>& bias, const std::optional<Tensor>& residual);
+
+// Takes the workspace, which must have at least `wanted` bytes, on the device of `x`.
+void attach_workspace(const char* op, LinearArgs& args, int64_t wanted,
+                      const std::optional<Tensor>& workspace, const Tensor& x);
+
+}  // namespace sglite::ops
