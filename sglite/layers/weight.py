@@ -17,6 +17,7 @@ from sglite.ops import (
     QuantizedLayout,
     QuantizedRows,
     QuantizedWeight,
+    WeightMemory,
     pack_weight,
 )
 
@@ -35,6 +36,7 @@ class Weight:
         name: how messages call it.
         layout: how it is quantised; None: it is not.
         nbytes: what it takes, or will take.
+        memory: where it will be allocated on the CPU, beside others; None: by itself.
     """
 
     def __init__(self, rows: int, columns: int, name: str):
@@ -48,6 +50,7 @@ class Weight:
         self.device = torch.device("cpu")
         self.name = name
         self.layout: QuantizedLayout | None = None
+        self.memory: WeightMemory | None = None
         self._order: Tensor | None = None
         self._stored: PackedWeight | QuantizedWeight | Tensor | None = None
 
@@ -149,9 +152,9 @@ class Weight:
 
     def _allocate(self) -> PackedWeight | QuantizedWeight | Tensor:
         if self.layout is not None:
-            return QuantizedWeight(*self.shape, self.layout, self.dtype, self._order)
+            return QuantizedWeight(*self.shape, self.layout, self.dtype, self._order, self.memory)
         if self.device.type == "cpu":
-            return PackedWeight.empty(*self.shape, self.dtype)
+            return PackedWeight.empty(*self.shape, self.dtype, self.memory)
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def __repr__(self) -> str:

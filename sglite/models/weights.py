@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sglite.interface.errors import CheckpointError
 from sglite.layers.linear import StackedLinear
 from sglite.layers.weight import Weight, WeightModule
+from sglite.ops import WeightMemory
 from sglite.models.quantized_format import QuantizedFormat
 from sglite.models.quantized_weights import QuantizedPart, choose_layouts, take_quantized
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
@@ -88,6 +89,10 @@ def load_weights(
         parts = take_quantized(targets, found, quantized)
     _check(targets, found, parts)
     choose_layouts(targets, parts)
+    memory = WeightMemory()
+    for target in targets.values():
+        if isinstance(target.tensor, Weight):
+            target.tensor.memory = memory
     filled: dict[tuple[int, int], str] = {}
     for name, (file, entry) in found.items():
         target = targets.get(name)

@@ -35,6 +35,7 @@ from sglite.ops.quantized_weight import (
 )
 from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
+from sglite.ops.weight_memory import WeightMemory
 
 __all__ = [
     "AttentionPart",
@@ -49,6 +50,7 @@ __all__ = [
     "QuantizedRows",
     "QuantizedWeight",
     "TokenEdits",
+    "WeightMemory",
     "advance",
     "apply_rope",
     "attention_workspace",
