@@ -18,6 +18,7 @@ from sglite.ops import (
     QuantizedRows,
     QuantizedWeight,
     WeightMemory,
+    WeightWriter,
     pack_weight,
 )
 
@@ -110,6 +111,25 @@ class Weight:
                 stored.quantize_rows(start + begin, some)
             else:
                 stored[start + begin : start + begin + len(some)].copy_(some)
+
+    def add_rows(self, writer: WeightWriter, start: int, rows: Tensor, *, is_mapped: bool) -> bool:
+        """As `write_rows`, once `writer` runs; False where they have to be written right away.
+
+        That is so on a GPU, and where rows are converted or reordered first.
+        """
+        stored = self._allocated()
+        if isinstance(stored, PackedWeight):
+            fits = rows.dtype == stored.dtype
+        else:
+            fits = (
+                isinstance(stored, QuantizedWeight)
+                and stored.zeros is None
+                and self._order is None
+                and rows.dtype == _quantizable(rows.dtype)
+            )
+        if fits:
+            writer.add(stored, start, rows, is_mapped=is_mapped)
+        return fits
 
     def write_codes(self, start: int, rows: QuantizedRows) -> None:
         """Sets the rows from `start` on, quantised by `layout`, their columns in `order`."""

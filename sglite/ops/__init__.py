@@ -36,6 +36,7 @@ from sglite.ops.quantized_weight import (
 from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
 from sglite.ops.weight_memory import WeightMemory
+from sglite.ops.weight_writer import WeightWriter
 
 __all__ = [
     "AttentionPart",
@@ -51,6 +52,7 @@ __all__ = [
     "QuantizedWeight",
     "TokenEdits",
     "WeightMemory",
+    "WeightWriter",
     "advance",
     "apply_rope",
     "attention_workspace",
