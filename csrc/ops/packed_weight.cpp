@@ -24,8 +24,8 @@ void check_packed(const char* op, const char* name, const Tensor& storage, int64
     check.dense();
 }
 
-static PackRowsArgs pack_arguments(const char* op, const Tensor& storage, int64_t n, int64_t k,
-                                   int64_t start, const Tensor& rows) {
+PackRowsArgs pack_arguments(const char* op, const Tensor& storage, int64_t n, int64_t k,
+                            int64_t start, const Tensor& rows) {
     check_packed(op, "storage", storage, n, k);
     cpu::require_cpu(op, storage);
     Check(op, "rows", rows).dtype(storage.dtype).shape({-1, k}).dense_rows().same_device(storage);

@@ -2,6 +2,7 @@
 #include "ops.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
+#include "ops/packed_weight.h"
 
 namespace sglite::ops {
 
@@ -103,7 +104,8 @@ void pack_codes(const QuantizedTensors& weight, int64_t start, const Tensor& cod
     });
 }
 
-void quantize_rows(const QuantizedTensors& weight, int64_t start, const Tensor& rows) {
+QuantizeRowsArgs quantize_arguments(const QuantizedTensors& weight, int64_t start,
+                                    const Tensor& rows) {
     constexpr const char* kOp = "QuantizedWeight";
     const Layout layout = checked_weight(kOp, weight);
     Check(kOp, "rows", rows)
@@ -112,7 +114,7 @@ void quantize_rows(const QuantizedTensors& weight, int64_t start, const Tensor& 
         .dense_rows()
         .same_device(weight.codes);
     check_rows(kOp, start, rows.size(0), weight.n);
-    cpu::kernels().quantize_rows({
+    return {
         .packed = weight.codes.data,
         .scales = weight.scales.data,
         .rows = rows.data,
@@ -125,7 +127,11 @@ void quantize_rows(const QuantizedTensors& weight, int64_t start, const Tensor& 
         .bits = layout.bits,
         .scale_dtype = weight.scales.dtype,
         .dtype = rows.dtype,
-    });
+    };
+}
+
+void quantize_rows(const QuantizedTensors& weight, int64_t start, const Tensor& rows) {
+    cpu::kernels().quantize_rows(quantize_arguments(weight, start, rows));
 }
 
 void read_quantized_rows(const QuantizedTensors& weight, int64_t start, const Tensor& out) {

@@ -9,5 +9,6 @@ void bind_batch_layout(pybind11::module_& m);
 void bind_cache(pybind11::module_& m);
 void bind_decoder_layer(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);
+void bind_weight_writer(pybind11::module_& m);
 
 }  // namespace sglite

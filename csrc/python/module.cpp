@@ -56,5 +56,6 @@ PYBIND11_MODULE(_C, m) {
     sglite::bind_batch_layout(m);
     sglite::bind_cache(m);
     sglite::bind_ops(m);
+    sglite::bind_weight_writer(m);
     sglite::bind_decoder_layer(m);
 }

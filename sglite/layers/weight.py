@@ -17,6 +17,8 @@ from sglite.ops import (
     QuantizedLayout,
     QuantizedRows,
     QuantizedWeight,
+    WeightMemory,
+    WeightWriter,
     pack_weight,
 )
 
@@ -35,6 +37,7 @@ class Weight:
         name: how messages call it.
         layout: how it is quantised; None: it is not.
         nbytes: what it takes, or will take.
+        memory: where it will be allocated on the CPU, beside others; None: by itself.
     """
 
     def __init__(self, rows: int, columns: int, name: str):
@@ -48,6 +51,7 @@ class Weight:
         self.device = torch.device("cpu")
         self.name = name
         self.layout: QuantizedLayout | None = None
+        self.memory: WeightMemory | None = None
         self._order: Tensor | None = None
         self._stored: PackedWeight | QuantizedWeight | Tensor | None = None
 
@@ -108,6 +112,25 @@ class Weight:
             else:
                 stored[start + begin : start + begin + len(some)].copy_(some)
 
+    def add_rows(self, writer: WeightWriter, start: int, rows: Tensor, *, is_mapped: bool) -> bool:
+        """As `write_rows`, once `writer` runs; False where they have to be written right away.
+
+        That is so on a GPU, and where rows are converted or reordered first.
+        """
+        stored = self._allocated()
+        if isinstance(stored, PackedWeight):
+            fits = rows.dtype == stored.dtype
+        else:
+            fits = (
+                isinstance(stored, QuantizedWeight)
+                and stored.zeros is None
+                and self._order is None
+                and rows.dtype == _quantizable(rows.dtype)
+            )
+        if fits:
+            writer.add(stored, start, rows, is_mapped=is_mapped)
+        return fits
+
     def write_codes(self, start: int, rows: QuantizedRows) -> None:
         """Sets the rows from `start` on, quantised by `layout`, their columns in `order`."""
         self._allocated().write_rows(start, rows)
@@ -149,9 +172,9 @@ class Weight:
 
     def _allocate(self) -> PackedWeight | QuantizedWeight | Tensor:
         if self.layout is not None:
-            return QuantizedWeight(*self.shape, self.layout, self.dtype, self._order)
+            return QuantizedWeight(*self.shape, self.layout, self.dtype, self._order, self.memory)
         if self.device.type == "cpu":
-            return PackedWeight.empty(*self.shape, self.dtype)
+            return PackedWeight.empty(*self.shape, self.dtype, self.memory)
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def __repr__(self) -> str:

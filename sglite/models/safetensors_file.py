@@ -108,11 +108,15 @@ class SafetensorsFile:
         count = math.prod(entry.shape)
         if not count:
             return torch.empty(entry.shape, dtype=dtype)
-        if entry.start % dtype.itemsize:
+        if not self.is_mapped(entry):
             aligned = bytearray(self._map[entry.start : entry.stop])
             return torch.frombuffer(aligned, dtype=dtype).view(entry.shape)
         flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start)
         return flat.view(entry.shape)
+
+    def is_mapped(self, entry: TensorEntry) -> bool:
+        """Whether `read` gives the mapped file; a copy where the data lies at an odd place."""
+        return entry.start % entry.dtype.itemsize == 0
 
     def release(self, entry: TensorEntry) -> None:
         """Gives back the memory of the pages that belong to a tensor alone."""

@@ -22,10 +22,13 @@ from sglite.layers.weight import Weight, WeightModule
 from sglite.models.quantized_format import QuantizedFormat
 from sglite.models.quantized_weights import QuantizedPart, choose_layouts, take_quantized
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
+from sglite.ops import WeightMemory, WeightWriter
 
 # Tensors that old checkpoints hold and that are computed from the config.
 _HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NAMES_SHOWN = 5
+# Bytes of tensors that threads share out among them, between two looks for an interrupt.
+_WRITTEN_AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Target:
         else:
             self._place().copy_(value)
 
+    def add_to(self, writer: WeightWriter, value: Tensor, *, is_mapped: bool) -> bool:
+        """Has `writer` fill the place when it runs; False where it cannot."""
+        return isinstance(self.tensor, Weight) and self.tensor.add_rows(
+            writer, self.start, value, is_mapped=is_mapped
+        )
+
     def _place(self) -> Tensor:
         whole = self.tensor.detach()
         return whole[self.start : self.start + self.shape[0]] if self.shape else whole
@@ -88,7 +97,29 @@ def load_weights(
         parts = take_quantized(targets, found, quantized)
     _check(targets, found, parts)
     choose_layouts(targets, parts)
+    memory = WeightMemory()
+    for target in targets.values():
+        if isinstance(target.tensor, Weight):
+            target.tensor.memory = memory
+    _fill(targets, found)
+    for part in parts.values():
+        part.write(quantized)
+
+
+def _fill(
+    targets: Mapping[str, Target], found: Mapping[str, tuple[SafetensorsFile, TensorEntry]]
+) -> None:
+    """Fills the places of all tensors, most of them together."""
     filled: dict[tuple[int, int], str] = {}
+    writer = WeightWriter()
+    waiting: list[tuple[SafetensorsFile, TensorEntry]] = []
+
+    def write_waiting() -> None:
+        writer.run()
+        for file, entry in waiting:
+            file.release(entry)
+        waiting.clear()
+
     for name, (file, entry) in found.items():
         target = targets.get(name)
         if target is None:
@@ -97,13 +128,17 @@ def load_weights(
         value = file.read(entry)
         if first == name:
             _check_range(value, target.dtype, name, file)
+            if target.add_to(writer, value, is_mapped=file.is_mapped(entry)):
+                waiting.append((file, entry))
+                if writer.num_bytes >= _WRITTEN_AT_ONCE:
+                    write_waiting()
+                continue
             target.write(value)
         else:
             _check_same(value, *found[first], target.dtype, name, file)
         del value
         file.release(entry)
-    for part in parts.values():
-        part.write(quantized)
+    write_waiting()
 
 
 def targets_of(model: nn.Module) -> dict[str, Target]:

@@ -35,6 +35,8 @@ from sglite.ops.quantized_weight import (
 )
 from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
+from sglite.ops.weight_memory import WeightMemory
+from sglite.ops.weight_writer import WeightWriter
 
 __all__ = [
     "AttentionPart",
@@ -49,6 +51,8 @@ __all__ = [
     "QuantizedRows",
     "QuantizedWeight",
     "TokenEdits",
+    "WeightMemory",
+    "WeightWriter",
     "advance",
     "apply_rope",
     "attention_workspace",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sglite import _C
+from sglite.ops.weight_memory import WeightMemory
 
 PANEL_COLUMNS = 32
 
@@ -36,12 +37,13 @@ class PackedWeight:
         self.k = k
 
     @classmethod
-    def empty(cls, n: int, k: int, dtype: torch.dtype) -> "PackedWeight":
-        """A weight whose rows are still to be written."""
+    def empty(
+        cls, n: int, k: int, dtype: torch.dtype, memory: WeightMemory | None = None
+    ) -> "PackedWeight":
+        """A weight whose rows are still to be written, in memory of its own unless told where."""
         if n < 1 or k < 1:
             raise ValueError(f"PackedWeight: expected n and k of 1 or more, got n={n}, k={k}")
-        storage = torch.empty(storage_shape(n, k, dtype), dtype=dtype)
-        _C.advise_huge_pages(storage)
+        storage = new_panels(storage_shape(n, k, dtype), dtype, memory)
         if n % PANEL_COLUMNS:
             storage[-1].zero_()
         return cls(storage, n, k)
@@ -90,6 +92,15 @@ class PackedWeight:
 
     def __repr__(self) -> str:
         return f"PackedWeight([{self.n}, {self.k}], {self.dtype})"
+
+
+def new_panels(shape: tuple[int, ...], dtype: torch.dtype, memory: WeightMemory | None) -> Tensor:
+    """A tensor for panels, not initialised."""
+    if memory is not None:
+        return memory.take(shape, dtype)
+    panels = torch.empty(shape, dtype=dtype)
+    _C.advise_huge_pages(panels)
+    return panels
 
 
 def storage_shape(n: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:

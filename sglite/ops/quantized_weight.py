@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sglite import _C
-from sglite.ops.packed_weight import PANEL_COLUMNS
+from sglite.ops.packed_weight import PANEL_COLUMNS, new_panels
+from sglite.ops.weight_memory import WeightMemory
 
 #: Values of k in one step of a panel; groups are multiples of it.
 STEP_DEPTH = 8
@@ -79,7 +80,8 @@ class QuantizedWeight:
 
     Panels are as those of `PackedWeight`, and a step holds 8 values of k: `codes` is
     [ceil(n / 32), ceil(k / 8), 8, 32] int8 for 8 bits, and [ceil(n / 32), ceil(k / 8), 32] int32
-    for 4 bits, each word 8 nibbles. The CPU alone takes it.
+    for 4 bits, each word 8 nibbles. The CPU alone takes it. Codes lie in `memory`, or in memory of
+    their own.
 
     Attributes:
         codes: the tensor with the panels.
@@ -103,6 +105,7 @@ class QuantizedWeight:
         layout: QuantizedLayout,
         dtype: torch.dtype,
         order: Tensor | None = None,
+        memory: WeightMemory | None = None,
     ):
         if n < 1 or k < 1:
             raise ValueError(f"QuantizedWeight: expected n and k of 1 or more, got n={n}, k={k}")
@@ -110,10 +113,9 @@ class QuantizedWeight:
             raise ValueError(f"QuantizedWeight [{n}, {k}]: {problem}")
         panels, steps = -(-n // PANEL_COLUMNS), -(-k // STEP_DEPTH)
         if layout.bits == 8:
-            codes = torch.empty(panels, steps, STEP_DEPTH, PANEL_COLUMNS, dtype=torch.int8)
+            codes = new_panels((panels, steps, STEP_DEPTH, PANEL_COLUMNS), torch.int8, memory)
         else:
-            codes = torch.empty(panels, steps, PANEL_COLUMNS, dtype=torch.int32)
-        _C.advise_huge_pages(codes)
+            codes = new_panels((panels, steps, PANEL_COLUMNS), torch.int32, memory)
         if n % PANEL_COLUMNS:
             codes[-1].zero_()
         shape = (panels, layout.num_groups(k), PANEL_COLUMNS)
