@@ -76,7 +76,7 @@ class Sampler:
             reals,
             integers,
             edits=ops.TokenEdits(*edits) if edits else None,
-            workspace=self._scratch(logits),
+            workspace=self.workspace(logits),
         )
         return self.follow(logits, states, token_ids, status, output_indices, failures)
 
@@ -106,7 +106,7 @@ class Sampler:
             # Rows that failed have no token; what is computed for them is not looked at.
             chosen = token_ids[row_tensor].clamp(min=0)
             logprobs = ops.log_probs(
-                logits, chosen, max(wanted), rows=row_tensor, workspace=self._scratch(logits)
+                logits, chosen, max(wanted), rows=row_tensor, workspace=self.workspace(logits)
             )
         return DrawnTokens(
             states,
@@ -132,7 +132,7 @@ class Sampler:
         logits = kernel_rows(logits)
         ids = np.asarray(token_ids, np.int64)
         (tensor,) = upload([ids], logits.device)
-        found = ops.log_probs(logits, tensor, top_n, workspace=self._scratch(logits))
+        found = ops.log_probs(logits, tensor, top_n, workspace=self.workspace(logits))
         return self.describe(ids.tolist(), Download(found).wait(), [top_n] * len(ids))
 
     def states(self, requests: Sequence[SamplingRequest], vocab_size: int) -> list[SamplingState]:
@@ -166,7 +166,8 @@ class Sampler:
             result.append(entry)
         return result
 
-    def _scratch(self, logits: Tensor) -> Tensor:
+    def workspace(self, logits: Tensor) -> Tensor:
+        """Scratch memory for `sglite.ops.sample` on these logits, kept from step to step."""
         rows, vocab_size = logits.shape
         made_for_vocab, made_for_rows = self._workspace_for
         if vocab_size != made_for_vocab or rows > made_for_rows:
