@@ -50,8 +50,7 @@ soak-cuda: build
 	SGLITE_SOAK_REQUESTS=10000 $(RUN) -m pytest tests/cuda/test_soak.py
 
 test-emulated: $(VENV)/.installed
-	SGLITE_CUDA=emulate $(RUN) setup.py --quiet build_ext \
-	    --build-temp build/emulated-objects --build-lib build/emulated
+	SGLITE_CUDA=emulate $(RUN) setup.py --quiet build_ext --build-lib build/emulated
 	SGLITE_EMULATED=1 $(RUN) -m pytest tests/cuda
 
 lint: $(VENV)/.installed
@@ -67,7 +66,7 @@ format: $(VENV)/.installed
 # Compiles the CUDA sources, and imports the result on this machine, which needs no GPU for that.
 build-cuda: $(VENV)/.installed
 	SGLITE_CUDA=1 SGLITE_CUDA_ARCHS="80;90a" $(RUN) setup.py --quiet build_ext \
-	    --build-temp build/cuda --build-lib build/cuda-lib
+	    --build-lib build/cuda-lib
 	$(RUN) tests/check_cuda_build.py build/cuda-lib/sglite
 
 # What `pip install .` does: build isolation, no torch at build time.

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -125,7 +126,7 @@ class NinjaBuild(build_ext):
         # The emulator is for tests of the CUDA kernels: the CPU's own are of no interest there.
         x86_linux = x86_linux and architectures != ["emulated"]
         paths = X86_PATHS if x86_linux else PORTABLE_PATHS
-        includes = [CSRC, sysconfig.get_path("include"), pybind11.get_include()]
+        includes = [sysconfig.get_path("include"), pybind11.get_include()]
         flags = (
             "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
             "-ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi "
@@ -141,19 +142,24 @@ class NinjaBuild(build_ext):
         if os.environ.get("SGLITE_SANITIZE"):
             sanitize = f" -fsanitize={os.environ['SGLITE_SANITIZE']} -fno-omit-frame-pointer -g"
             flags, link = flags + sanitize, link + sanitize
-        if x86_linux:
-            flags += " -DSGLITE_X86_PATHS"
+        # What differs from one build to the next goes to few files, whose objects are kept apart:
+        # so builds with and without CUDA, in place and of a wheel, share all the others.
+        variant_flags = "-DSGLITE_X86_PATHS" if x86_linux else ""
         if architectures:
             # A string for show_config, and the switch for the code that calls CUDA.
-            flags += f" -DSGLITE_CUDA='\"{';'.join(architectures)}\"'"
+            variant_flags += f" -DSGLITE_CUDA='\"{';'.join(architectures)}\"'"
         if architectures == ["emulated"]:
-            flags += " -DSGLITE_EMULATED"
+            variant_flags += " -DSGLITE_EMULATED"
+        binding_flags = " ".join(
+            [variant_flags, *(f"-I{ninja_path(folder)}" for folder in includes)]
+        )
+        build = f"{zlib.crc32(binding_flags.encode()):08x}"
 
         lines = [
             "ninja_required_version = 1.5",
             f"cxx = {os.environ.get('CXX', 'g++' if sys.platform == 'linux' else 'c++')}",
             f"flags = {flags}",
-            "includes = " + " ".join(f"-I{ninja_path(folder)}" for folder in includes),
+            f"includes = -I{ninja_path(CSRC)}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags $path_flags $includes -c $in -o $out",
             "  depfile = $out.d",
@@ -168,11 +174,13 @@ class NinjaBuild(build_ext):
             lines.append(f"  path_flags = {path_flags}")
             objects.append(name)
 
-        shared = [CSRC / "cpu" / "dispatch.cpp", CSRC / "cuda" / "dispatch.cpp"]
-        shared += CSRC.glob("*.cpp")
-        shared += [*(CSRC / "ops").glob("*.cpp"), *(CSRC / "python").glob("*.cpp")]
-        for source in sorted(shared):
+        for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "ops").glob("*.cpp")]):
             compile_rule("compile", source, f"{source.relative_to(CSRC)}.o")
+        for source in (CSRC / "cpu" / "dispatch.cpp", CSRC / "cuda" / "dispatch.cpp"):
+            name = f"{build}/{source.relative_to(CSRC)}.o"
+            compile_rule("compile", source, name, variant_flags)
+        for source in sorted((CSRC / "python").glob("*.cpp")):
+            compile_rule("compile", source, f"{build}/python/{source.name}.o", binding_flags)
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.name == "dispatch.cpp":
                 continue

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sglite.engine.assembly import make_engine
+from sglite.engine.conversations import render_conversations
 from sglite.engine.device import (
     EngineThread,
     release_after,
@@ -254,7 +255,7 @@ class LLM:
         Returns, raises: as `generate`; also InvalidRequestError where the model's tokenizer has no
         chat template, or the template refuses the conversation.
         """
-        prompts, is_single = self._render_all(messages, tools, chat_template_kwargs)
+        prompts, is_single = self._render(messages, tools, chat_template_kwargs)
         outputs = self._generate(prompts, sampling_params, keywords, progress)
         return outputs[0] if is_single else outputs
 
@@ -285,7 +286,7 @@ class LLM:
         **keywords: Any,
     ) -> Iterator[StreamChunk]:
         """`chat`, handing out the text in pieces as `stream` does."""
-        prompts, _ = self._render_all(messages, tools, chat_template_kwargs)
+        prompts, _ = self._render(messages, tools, chat_template_kwargs)
         groups = self._make_groups(prompts, sampling_params, keywords, streams=True)
         return self._stream(groups)
 
@@ -359,34 +360,8 @@ class LLM:
             raise EngineClosedError("this LLM is closed; make a new one")
         return driver
 
-    def _render_all(self, messages: Sequence, tools, template_arguments: Mapping | None):
-        """The prompts of one conversation or of a list of them, and whether it was one."""
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise InvalidRequestError(
-                f"messages must be a list of dicts with 'role' and 'content', or a list of such "
-                f"lists, not {type(messages).__name__}"
-            )
-        is_single = bool(messages) and isinstance(messages[0], Mapping)
-        conversations = [messages] if is_single else messages
-        arguments = template_arguments or {}
-        return [self._render(messages, tools, arguments) for messages in conversations], is_single
-
-    def _render(self, conversation: Sequence, tools, template_arguments: Mapping) -> Prompt:
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InvalidRequestError(
-                f"{self.config.model} has no chat template; use generate(), or set "
-                f"llm.tokenizer.chat_template"
-            )
-        arguments = {"add_generation_prompt": True, **template_arguments}
-        try:
-            text = self._tokenizer.apply_chat_template(conversation, tools=tools, **arguments)
-        except Exception as error:
-            raise InvalidRequestError(
-                f"the chat template refuses the conversation: {error}"
-            ) from error
-        # The template writes the special tokens itself, a BOS among them.
-        token_ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return Prompt(text=text, token_ids=tuple(token_ids))
+    def _render(self, messages, tools, arguments) -> tuple[list[Prompt], bool]:
+        return render_conversations(self._tokenizer, self.config.model, messages, tools, arguments)
 
     def check_invariance(
         self,
@@ -452,23 +427,9 @@ class LLM:
         `cached_tokens` (of them, from the cache), `completion_tokens`, `preemptions`, `steps`,
         `tokens_per_second` (completion tokens over the time spent in steps).
         """
-        if self._engine is None:
-            raise EngineClosedError("this LLM is closed; make a new one")
-        scheduler, cache = self._engine.scheduler, self._engine.scheduler.cache
-        counts = scheduler.statistics
-        return {
-            "kv_tokens_total": cache.num_pages * cache.page_size,
-            "kv_tokens_used": (cache.num_pages - cache.num_free) * cache.page_size,
-            "kv_tokens_cached": cache.num_cached_tokens,
-            "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
-            "prompt_tokens": counts.prompt_tokens,
-            "cached_tokens": counts.cached_tokens,
-            "completion_tokens": counts.completion_tokens,
-            "preemptions": counts.preemptions,
-            "steps": counts.steps,
-            "tokens_per_second": counts.tokens_per_second,
-        }
+        engine = self._engine  # before the check, as another thread may close at any moment
+        self._open_driver()
+        return engine.stats()
 
     def close(self) -> None:
         """Ends running requests and gives back weights and cache. May be called again."""

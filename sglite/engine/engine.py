@@ -59,6 +59,24 @@ class Engine:
         """Whether any request is unfinished, or a step under way."""
         return self.scheduler.has_work or self._in_flight is not None
 
+    def stats(self) -> dict[str, int | float]:
+        """Counts so far, and what the cache holds now; see `LLM.stats`."""
+        scheduler, cache = self.scheduler, self.scheduler.cache
+        counts = scheduler.statistics
+        return {
+            "kv_tokens_total": cache.num_pages * cache.page_size,
+            "kv_tokens_used": (cache.num_pages - cache.num_free) * cache.page_size,
+            "kv_tokens_cached": cache.num_cached_tokens,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "prompt_tokens": counts.prompt_tokens,
+            "cached_tokens": counts.cached_tokens,
+            "completion_tokens": counts.completion_tokens,
+            "preemptions": counts.preemptions,
+            "steps": counts.steps,
+            "tokens_per_second": counts.tokens_per_second,
+        }
+
     def step(self) -> None:
         """Launches a step and commits the one before it, or the same one where none runs ahead.
 

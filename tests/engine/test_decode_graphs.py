@@ -58,7 +58,7 @@ def make_llm(capture=LateGraph, **options):
         runner.model,
         runner.pool,
         runner.sampler,
-        vocab_size=llm._intake._limits.vocab_size,
+        vocab_size=llm._intake.limits.vocab_size,
         max_requests=llm.config.max_running_requests,
         max_tokens=llm.config.context_length,
         capture=capture,
