@@ -81,7 +81,7 @@ class DecodeSteps:
             workspace=self._sampler.workspace(logits),
             out=(rows.token_ids, rows.status),
         )
-        indices = [item.output_index for item in items]
+        indices = [item.stop - item.request.num_prompt_tokens for item in items]
         return self._sampler.follow(logits, self._sampling, rows.token_ids, rows.status, indices)
 
     def close(self) -> None:

@@ -89,6 +89,8 @@ class ModelRunner:
 
     def _sources(self, step: Step) -> list[int]:
         """For each request the row of what was drawn last with its last token; -1 if known."""
+        if not self._drawing:
+            return [-1] * len(step.items)
         return [
             self._drawing[item.request] if item.stop > item.request.num_tokens else -1
             for item in step.items
@@ -165,7 +167,10 @@ class LaunchedStep:
 
     def outcomes(self) -> list[Outcome]:
         """Waits for the step; gives one outcome for each of its requests, in order."""
-        tokens = iter(self.drawn.collect() if self.drawn else ())
+        drawn = self.drawn.collect() if self.drawn else []
+        if len(drawn) == len(self._items) and not self._prompt_logprobs:
+            return [Outcome(token, logprobs, (), error) for token, logprobs, error in drawn]
+        tokens = iter(drawn)
         outcomes = []
         for index, item in enumerate(self._items):
             token = next(tokens) if item.samples else None
