@@ -34,6 +34,7 @@ _OPS = (
         "copy_kv_slots",
     ),
     *("paged_attention", "silu_and_mul", "gelu_and_mul", "sample", "log_probs", "gather_tokens"),
+    "advance",
 )
 
 # A table of angles has more rows than any activation of a decode step.

@@ -9,7 +9,7 @@ from sglite.cache.kv_pool import KVPool
 from sglite.engine.decode_state import DecodeRows, DecodeState
 from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.request import Request
-from sglite.engine.sampler import Sampler, kernel_rows
+from sglite.engine.sampler import Sampler, kernel_rows, rows_with_logprobs
 from sglite.engine.sampling_state import SamplingState
 from sglite.engine.scheduler import Step
 
@@ -47,6 +47,7 @@ class DecodeSteps:
         # The requests asked about last, how they sample, and whether all do without the host.
         self._requests: list[Request] = []
         self._sampling: list[SamplingState] = []
+        self._logprob_rows: list[int] = []
         self._are_plain = True
 
     def takes(self, step: Step) -> bool:
@@ -59,6 +60,7 @@ class DecodeSteps:
         if requests != self._requests:
             self._requests = requests
             self._sampling = self._sampler.states(requests, self._vocab_size)
+            self._logprob_rows = rows_with_logprobs(self._sampling)
             self._are_plain = not (
                 any(state.has_edits or state.processors for state in self._sampling)
                 or any(request.wants_prompt_logprobs for request in requests)
@@ -82,7 +84,14 @@ class DecodeSteps:
             out=(rows.token_ids, rows.status),
         )
         indices = [item.stop - item.request.num_prompt_tokens for item in items]
-        return self._sampler.follow(logits, self._sampling, rows.token_ids, rows.status, indices)
+        return self._sampler.follow(
+            logits,
+            self._sampling,
+            rows.token_ids,
+            rows.status,
+            indices,
+            rows=self._logprob_rows,
+        )
 
     def close(self) -> None:
         """Drops the model and the requests."""

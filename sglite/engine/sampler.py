@@ -88,6 +88,7 @@ class Sampler:
         status: Tensor,
         output_indices: Sequence[int],
         failures: Mapping[int, RequestError] = _NO_FAILURES,
+        rows: Sequence[int] | None = None,
     ) -> DrawnTokens:
         """Takes tokens on that have been drawn already: their log-probabilities, the way back.
 
@@ -97,8 +98,9 @@ class Sampler:
             token_ids, status: what `sglite.ops.sample` gave.
             output_indices: as in `draw`.
             failures: by row, of the requests whose logits processors failed.
+            rows: `rows_with_logprobs(states)`, where the caller has them.
         """
-        rows = [index for index, state in enumerate(states) if state.logprobs is not None]
+        rows = rows_with_logprobs(states) if rows is None else rows
         logprobs = None
         if rows:
             wanted = [states[index].logprobs for index in rows]
@@ -180,6 +182,11 @@ class Sampler:
         if text is None:
             text = self._texts[token_id] = self._tokenizer.decode_one(token_id)
         return text
+
+
+def rows_with_logprobs(states: Sequence[SamplingState]) -> list[int]:
+    """Which of the requests want log-probabilities."""
+    return [index for index, state in enumerate(states) if state.logprobs is not None]
 
 
 def kernel_rows(logits: Tensor) -> Tensor:
