@@ -10,7 +10,7 @@ from sglite.models.llama import LlamaForCausalLM
 from tests.checkpoints import make_checkpoint
 
 #: Data type and quantization.
-STORAGE = [("bfloat16", None), ("float32", None)]
+STORAGE = [("bfloat16", None), ("float32", None), ("bfloat16", "int8")]
 #: Enough of each condition for small models.
 QUICK = {"batch_sizes": (2, 17), "chunk_sizes": (5, 61), "prefix_lengths": (16, 530)}
 

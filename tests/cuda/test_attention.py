@@ -15,8 +15,8 @@ from tests.ops.test_attention import largest_score, ragged_batches, to_double
 HALVES = [torch.bfloat16, torch.float16]
 # The emulator takes a second for what a GPU does in microseconds, where the reference then takes
 # most of the time.
-MOST = 300 if IS_EMULATED else 1500
-EXAMPLES = 12 if IS_EMULATED else 30
+MOST = 250 if IS_EMULATED else 1500
+EXAMPLES = 6 if IS_EMULATED else 30
 
 
 def run(gpu, arguments, scale, **options):
