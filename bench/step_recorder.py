@@ -5,6 +5,7 @@ add up to the step. Ops are told apart by the weight that they are given, where 
 """
 
 import functools
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ from torch import Tensor
 from sglite import _C, LLM
 from sglite.layers import DecoderLayer
 from sglite.layers.weight import WeightModule
-from sglite.ops import PackedWeight
 
 # Functions of the extension that do none of the work of a step, but are asked for sizes.
 _ASKED = ("linear_workspace", "sampling_workspace_bytes", "attention_is_planned", "linear_takes")
+_ASKED += ("linear_quantized_workspace",)
 _OPS = (
     *("embedding_packed", "embedding_plain", "rms_norm", "linear_packed", "linear_plain"),
+    *("embedding_quantized", "linear_quantized"),
     *(
         "linear_fused",
         "decoder_layer",
@@ -32,6 +34,7 @@ _OPS = (
         "copy_kv_slots",
     ),
     *("paged_attention", "silu_and_mul", "gelu_and_mul", "sample", "log_probs", "gather_tokens"),
+    "advance",
 )
 
 # A table of angles has more rows than any activation of a decode step.
@@ -89,12 +92,13 @@ class StepRecorder:
     def __init__(self, llm: LLM, *, by_stage: bool = False):
         self._engine = llm._engine
         self._by_stage = by_stage
-        self._names: dict[int, str] = {}
+        # By the address of what is stored: a weight's name and number of elements.
+        self._weights: dict[int, tuple[str, int]] = {}
         for path, module in self._engine.runner.model.named_modules():
             if isinstance(module, WeightModule):
-                stored = module.matrix.stored
-                storage = stored.storage if isinstance(stored, PackedWeight) else stored
-                self._names[storage.data_ptr()] = path.rpartition(".")[2]
+                stored = module.matrix.stored.arguments[0]
+                name = path.rpartition(".")[2]
+                self._weights[stored.data_ptr()] = (name, math.prod(module.matrix.shape))
         layers = self._engine.runner.pool.layers
         self._caches = {cache.data_ptr() for layer in layers for cache in layer}
         self._record = StepRecord()
@@ -202,20 +206,22 @@ class StepRecorder:
         stage, operations, num_bytes = name, 0.0, 0.0
         if name == "decoder_layer":
             # Its attention.
-            batch, layer, k_cache = args[2], args[3], tensors[-2]
+            x, batch, layer, k_cache = args[1], args[2], args[3], tensors[-2]
             seen = int(batch.kv_lens.sum())
             num_bytes += 2.0 * k_cache[0, 0].nbytes * seen
-            operations += 4.0 * layer.output.k * seen
+            _, elements = self._weights[layer.output.weight[0].data_ptr()]
+            operations += 4.0 * elements / x.shape[1] * seen
         for tensor in tensors:
             address = tensor.data_ptr()
             # Of the caches and of the table of angles a step touches next to nothing.
-            is_weight = address in self._names
+            is_weight = address in self._weights
             if address in self._caches or (len(tensor) >= _LONG and not is_weight):
                 continue
             num_bytes += tensor.nbytes
             if is_weight:
-                stage = self._names[address] if name != "decoder_layer" else name
-                operations += 2.0 * tensors[0].shape[0] * tensor.numel()
+                weight_name, elements = self._weights[address]
+                stage = weight_name if name != "decoder_layer" else name
+                operations += 2.0 * tensors[0].shape[0] * elements
         return stage, num_bytes, operations
 
 

@@ -1,8 +1,9 @@
 // The linear layer: out = x W^T + bias, rounded, + residual, rounded again. One kernel for every
 // number of rows and for packed and plain weights, all adding over k in the same order.
 #include "cpu/kernels.h"
+#include "cpu/linear_output.h"
+#include "cpu/linear_plan.h"
 #include "cpu/linear_tile.h"
-#include "cpu/parallel.h"
 #include "cpu/weight_panels.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
@@ -12,18 +13,6 @@ namespace sglite::cpu::SGLITE_CPU_PATH {
 constexpr int64_t kPieceSteps = 256;
 constexpr int64_t kPieceRows = 192;
 
-// x that is laid out anew in no more bytes than this needs no workspace of the caller's.
-constexpr int64_t kStackBytes = 16 << 10;
-
-// The rows of x, cut into blocks of nearly equal height.
-struct RowBlocks {
-    int64_t rows, count;
-
-    explicit RowBlocks(int64_t m) : rows(m), count((m + kMaxRows - 1) / kMaxRows) {}
-    int64_t begin(int64_t block) const { return rows * block / count; }
-    int64_t height(int64_t block) const { return begin(block + 1) - begin(block); }
-};
-
 // A single row of the right type can be read where it lies.
 template <typename T>
 static bool reads_x_in_place(int64_t m, int64_t k) {
@@ -32,98 +21,46 @@ static bool reads_x_in_place(int64_t m, int64_t k) {
 }
 
 template <typename T>
-static Vec load_some(const T* p, int64_t count) {
-    return count >= Vec::kSize ? load(p) : load_partial(p, static_cast<int>(count));
-}
-
-template <typename T>
-static void store_some(T* p, Vec value, int64_t count) {
-    if (count >= Vec::kSize) {
-        store(p, value);
-    } else {
-        store_partial(p, value, static_cast<int>(count));
-    }
-}
-
-template <typename T>
 class Linear {
   public:
     Linear(const LinearArgs& args, void* laid_out)
         : args_(args),
-          blocks_(args.m),
+          blocks_(args.m, kMaxRows),
           steps_(steps_of<T>(args.k)),
           panels_(panels_of(args.n)),
           in_place_(reads_x_in_place<T>(args.m, args.k)),
           x_(static_cast<const RowElement<T>*>(in_place_ ? args.x : laid_out)) {}
 
     void run() {
-        const Plan plan = make_plan();
+        // No panel alone where two are taken at once, and several where the next one is fetched
+        // ahead.
+        const LinearPlan plan(args_, panels_, blocks_.count,
+                              steps_ * RowLayout<T>::kPerStep * sizeof(RowElement<T>),
+                              blocks_.count == 1 ? 2 : 4);
         int64_t next = 0;
 #pragma omp parallel num_threads(plan.threads)
         {
             if (!in_place_) {
-                const int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
-                lay_out(blocks_.count * rank / team, blocks_.count * (rank + 1) / team);
+                lay_out(share_of(blocks_.count));
 #pragma omp barrier
             }
-            for (;;) {
-                const int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-                if (unit >= plan.chunks * plan.groups) break;
-                const int64_t chunk = unit % plan.chunks, group = unit / plan.chunks;
-                const Range panels{chunk * plan.chunk_panels,
-                                   smaller((chunk + 1) * plan.chunk_panels, panels_)};
-                const Range blocks{blocks_.count * group / plan.groups,
-                                   blocks_.count * (group + 1) / plan.groups};
+            plan.take_units(next, [&](Range panels, Range blocks) {
                 if (args_.packed) {
                     multiply_packed(panels, blocks);
                 } else {
                     multiply_plain(panels, blocks);
                 }
-            }
+            });
         }
     }
 
   private:
-    struct Range {
-        int64_t begin, end;
-    };
-
-    // Units of work: chunks of neighbouring panels for groups of neighbouring row blocks.
-    struct Plan {
-        int threads;
-        int64_t chunk_panels, chunks, groups;
-    };
-
-    static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-    static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-    Plan make_plan() const {
-        // Starting a team costs several microseconds; so much arithmetic makes up for it.
-        constexpr int64_t kGrain = 1 << 18;
-        // Row blocks of a group are read once for each panel and should stay in the cache.
-        constexpr int64_t kGroupBytes = 1 << 20;
-        // Enough to make the work for rows outweigh the reading of a panel.
-        constexpr int64_t kGroupBlocks = 8;
-        Plan plan;
-        plan.threads = static_cast<int>(
-            larger(1, smaller(num_threads(), args_.m * args_.n * args_.k / kGrain)));
-        // Many chunks for each thread, since threads are not equally fast; but no panel alone where
-        // two are taken at once, and several where the next one is fetched ahead.
-        const int64_t least = panels_ < 8 * plan.threads ? 1 : blocks_.count == 1 ? 2 : 4;
-        plan.chunk_panels = larger(panels_ / (plan.threads * 32) * 2, least);
-        plan.chunks = (panels_ + plan.chunk_panels - 1) / plan.chunk_panels;
-        const int64_t row_bytes = steps_ * RowLayout<T>::kPerStep * sizeof(RowElement<T>);
-        plan.groups = larger(1 + args_.m * row_bytes / kGroupBytes, 4 * plan.threads / plan.chunks);
-        plan.groups = smaller(plan.groups, (blocks_.count + kGroupBlocks - 1) / kGroupBlocks);
-        return plan;
-    }
-
     const RowElement<T>* x_of(int64_t block) const {
         return x_ + blocks_.begin(block) * steps_ * RowLayout<T>::kPerStep;
     }
 
-    void lay_out(int64_t begin, int64_t end) const {
-        for (int64_t block = begin; block < end; ++block) {
+    void lay_out(Range blocks) const {
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
             const int64_t row = blocks_.begin(block);
             lay_out_rows(const_cast<RowElement<T>*>(x_of(block)),
                          static_cast<const T*>(args_.x) + row * args_.x_stride, args_.x_stride,
@@ -249,37 +186,9 @@ class Linear {
 
     // From sums to results. tile: [height of the block][32 * panels].
     void finish(const float* tile, int64_t block, int64_t panel, int64_t panels) const {
-        if (args_.out_dtype == DType::kFloat32) {
-            finish_as<float>(tile, block, panel, panels);
-        } else {
-            finish_as<T>(tile, block, panel, panels);
-        }
-    }
-
-    template <typename Out>
-    void finish_as(const float* tile, int64_t block, int64_t panel, int64_t panels) const {
-        const int64_t first = panel * kPanelColumns;
-        const int64_t end = smaller(first + panels * kPanelColumns, args_.n);
-        const int64_t height = blocks_.height(block);
-        for (int64_t i = 0; i < height; ++i, tile += panels * kPanelColumns) {
-            const int64_t row = blocks_.begin(block) + i;
-            Out* out = static_cast<Out*>(args_.out) + row * args_.out_stride;
-            const Out* residual =
-                static_cast<const Out*>(args_.residual) + row * args_.residual_stride;
-            for (int64_t column = first; column < end; column += Vec::kSize) {
-                Vec sum = load(tile + column - first);
-                if (args_.bias) {
-                    const T* bias = static_cast<const T*>(args_.bias) + column;
-                    sum = sum + load_some(bias, end - column);
-                }
-                if (args_.residual) {
-                    Out rounded[Vec::kSize];
-                    store(rounded, sum);
-                    sum = load(rounded) + load_some(residual + column, end - column);
-                }
-                store_some(out + column, sum, end - column);
-            }
-        }
+        store_outputs<T>(args_, tile,
+                         {blocks_.begin(block), blocks_.height(block), panel * kPanelColumns,
+                          panels * kPanelColumns});
     }
 
     const LinearArgs& args_;
@@ -298,12 +207,12 @@ static int64_t layout_bytes(int64_t m, int64_t k) {
 int64_t linear_workspace(int64_t m, int64_t k, DType dtype) {
     int64_t bytes = 0;
     visit_float_type(dtype, [&](auto type) { bytes = layout_bytes<decltype(type)>(m, k); });
-    return bytes <= kStackBytes ? 0 : bytes;
+    return bytes <= kLinearStackBytes ? 0 : bytes;
 }
 
 void linear(const LinearArgs& args) {
     if (args.m == 0 || args.n == 0) return;
-    alignas(64) unsigned char small[kStackBytes];
+    alignas(64) unsigned char small[kLinearStackBytes];
     void* laid_out = args.workspace ? args.workspace : small;
     visit_float_type(args.dtype, [&](auto type) { Linear<decltype(type)>(args, laid_out).run(); });
 }

@@ -3,8 +3,8 @@
 // of a panel are first written out as numbers, once for all of them.
 #include "cpu/kernels.h"
 #include "cpu/linear_output.h"
+#include "cpu/linear_plan.h"
 #include "cpu/linear_quantized_tile.h"
-#include "cpu/parallel.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
@@ -14,9 +14,6 @@ constexpr int64_t kCodePieceRows = 192;
 
 // Up to so many blocks of rows convert codes anew each, which is cheaper than writing them out.
 constexpr int64_t kFewBlocks = 3;
-
-// x that is laid out in no more bytes than this needs no workspace of the caller's.
-constexpr int64_t kCodeStackBytes = 16 << 10;
 
 // How products of a type of x are added up, and how codes are written out for it. Those of bfloat16
 // go through dot products of pairs where the processor has them.
@@ -56,87 +53,44 @@ class QuantizedLinear {
     QuantizedLinear(const QuantizedLinearArgs& args, void* laid_out)
         : args_(args.linear),
           weight_(args),
+          blocks_(args.linear.m, kMaxCodeRows),
           steps_(quantized_steps_of(args.linear.k)),
           group_steps_(args.groups == 1 ? steps_ : args.group_size / kQuantizedDepth),
           panels_(panels_of(args.linear.n)),
-          num_blocks_((args.linear.m + kMaxCodeRows - 1) / kMaxCodeRows),
           x_(static_cast<unsigned char*>(laid_out)),
           sums_(reinterpret_cast<float*>(x_ + args.linear.m * row_bytes<T>(args.linear.k))) {}
 
     void run() {
-        const Plan plan = make_plan();
+        // No panel alone where two are taken at once.
+        const LinearPlan plan(args_, panels_, blocks_.count, row_bytes<T>(args_.k), 2);
         int64_t next = 0;
 #pragma omp parallel num_threads(plan.threads)
         {
-            const int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
-            for (int64_t block = num_blocks_ * rank / team; block < num_blocks_ * (rank + 1) / team;
-                 ++block) {
-                lay_out(block);
-            }
+            const Range own = share_of(blocks_.count);
+            for (int64_t block = own.begin; block < own.end; ++block) lay_out(block);
 #pragma omp barrier
-            for (;;) {
-                const int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-                if (unit >= plan.chunks * plan.groups) break;
-                const int64_t chunk = unit % plan.chunks, group = unit / plan.chunks;
-                const Range panels{chunk * plan.chunk_panels,
-                                   smaller((chunk + 1) * plan.chunk_panels, panels_)};
-                if (num_blocks_ <= kFewBlocks) {
+            plan.take_units(next, [&](Range panels, Range blocks) {
+                if (blocks_.count <= kFewBlocks) {
                     multiply_few(panels);
                 } else {
-                    multiply_many(panels, {num_blocks_ * group / plan.groups,
-                                           num_blocks_ * (group + 1) / plan.groups});
+                    multiply_many(panels, blocks);
                 }
-            }
+            });
         }
     }
 
   private:
-    struct Range {
-        int64_t begin, end;
-    };
-    // Units of work: chunks of neighbouring panels for groups of neighbouring row blocks.
-    struct Plan {
-        int threads;
-        int64_t chunk_panels, chunks, groups;
-    };
-
-    static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-    static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-    Plan make_plan() const {
-        // Starting a team costs several microseconds; so much arithmetic makes up for it.
-        constexpr int64_t kGrain = 1 << 18;
-        // Row blocks of a group are read once for each panel and should stay in the cache.
-        constexpr int64_t kGroupBytes = 1 << 20;
-        // Enough to make the work for rows outweigh the conversion of a panel.
-        constexpr int64_t kGroupBlocks = 8;
-        Plan plan;
-        plan.threads = static_cast<int>(
-            larger(1, smaller(num_threads(), args_.m * args_.n * args_.k / kGrain)));
-        // Many chunks for each thread, since threads are not equally fast; but no panel alone where
-        // two are taken at once.
-        const int64_t least = panels_ < 8 * plan.threads ? 1 : 2;
-        plan.chunk_panels = larger(panels_ / (plan.threads * 32) * 2, least);
-        plan.chunks = (panels_ + plan.chunk_panels - 1) / plan.chunk_panels;
-        plan.groups = larger(1 + args_.m * row_bytes<T>(args_.k) / kGroupBytes,
-                             4 * plan.threads / plan.chunks);
-        plan.groups = smaller(plan.groups, (num_blocks_ + kGroupBlocks - 1) / kGroupBlocks);
-        return plan;
-    }
-
-    // Blocks of rows are of nearly equal height.
-    int64_t first_row(int64_t block) const { return args_.m * block / num_blocks_; }
-    int64_t height(int64_t block) const { return first_row(block + 1) - first_row(block); }
     unsigned char* x_of(int64_t block) const {
-        return x_ + first_row(block) * row_bytes<T>(args_.k);
+        return x_ + blocks_.begin(block) * row_bytes<T>(args_.k);
     }
     // [groups][height of the block].
-    float* sums_of(int64_t block) const { return sums_ + first_row(block) * weight_.groups; }
+    float* sums_of(int64_t block) const { return sums_ + blocks_.begin(block) * weight_.groups; }
 
     void lay_out(int64_t block) const {
-        const int64_t rows = height(block);
+        const int64_t rows = blocks_.height(block);
         for (int64_t row = 0; row < rows; ++row) {
-            const T* x = static_cast<const T*>(args_.x) + (first_row(block) + row) * args_.x_stride;
+            const T* x =
+                static_cast<const T*>(args_.x) + (blocks_.begin(block) + row) * args_.x_stride;
             if constexpr (kUsesPairs<T>) {
                 lay_out_pairs(reinterpret_cast<uint32_t*>(x_of(block)) + row, x, rows);
             } else {
@@ -215,8 +169,8 @@ class QuantizedLinear {
                           steps_,  group_steps_, scales_from(panel, 0), tile,
                           false};
             if (scales_at_end()) call.scales.scales = nullptr;
-            for (int64_t block = 0; block < num_blocks_; ++block) {
-                const int64_t rows = height(block);
+            for (int64_t block = 0; block < blocks_.count; ++block) {
+                const int64_t rows = blocks_.height(block);
                 const auto kernel = taken == 2 ? kernel_for<Codes, 2, kMaxTwoPanelRows>(rows)
                                                : kernel_for<Codes, 1, kMaxCodeRows>(rows);
                 call.x = x_of(block);
@@ -255,7 +209,7 @@ class QuantizedLinear {
                                   step > 0};
                     if (scales_at_end()) call.scales.scales = nullptr;
                     for (int64_t block = first; block < end; ++block) {
-                        const int64_t rows = height(block);
+                        const int64_t rows = blocks_.height(block);
                         call.x = x_of(block) + step * kStepRowBytes * rows;
                         call.x_sums = sums_of(block) + group * rows;
                         call.tile = tile_of(tiles, block - first);
@@ -302,7 +256,7 @@ class QuantizedLinear {
 
     // From sums to results. tile: [height of the block][32 * panels].
     void finish(float* tile, int64_t block, int64_t panel, int64_t panels) const {
-        const OutputTile place{first_row(block), height(block), panel * kPanelColumns,
+        const OutputTile place{blocks_.begin(block), blocks_.height(block), panel * kPanelColumns,
                                panels * kPanelColumns};
         if (scales_at_end()) {
             const GroupScales scales = scales_from(panel, 0);
@@ -322,7 +276,8 @@ class QuantizedLinear {
 
     const LinearArgs& args_;
     const QuantizedLinearArgs& weight_;
-    const int64_t steps_, group_steps_, panels_, num_blocks_;
+    const RowBlocks blocks_;
+    const int64_t steps_, group_steps_, panels_;
     unsigned char* x_;
     float* sums_;
 };
@@ -331,12 +286,12 @@ int64_t linear_quantized_workspace(int64_t m, int64_t k, int64_t groups, DType d
     int64_t bytes = 0;
     visit_float_type(dtype,
                      [&](auto type) { bytes = code_layout_bytes<decltype(type)>(m, k, groups); });
-    return bytes <= kCodeStackBytes ? 0 : bytes;
+    return bytes <= kLinearStackBytes ? 0 : bytes;
 }
 
 void linear_quantized(const QuantizedLinearArgs& args) {
     if (args.linear.m == 0 || args.linear.n == 0) return;
-    alignas(64) unsigned char small[kCodeStackBytes];
+    alignas(64) unsigned char small[kLinearStackBytes];
     void* laid_out = args.linear.workspace ? args.linear.workspace : small;
     visit_float_type(args.linear.dtype, [&](auto type) {
         using T = decltype(type);

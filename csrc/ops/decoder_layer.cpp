@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
-#include "ops.h"
 #include "ops/activation.h"
+#include "ops/linear.h"
 
 namespace sglite::ops {
 
@@ -26,10 +26,17 @@ void check_scratch(const char* name, const Tensor& scratch, int64_t size) {
 }
 
 void check_widths(const char* name, const LinearPart& part, int64_t n, int64_t k) {
-    if (part.n == n && part.k == k) return;
+    if (part.n() == n && part.k() == k) return;
     throw std::invalid_argument(std::string(kOp) + ": " + name + ": expected a weight [" +
                                 std::to_string(n) + ", " + std::to_string(k) + "], got [" +
-                                std::to_string(part.n) + ", " + std::to_string(part.k) + "]");
+                                std::to_string(part.n()) + ", " + std::to_string(part.k()) + "]");
+}
+
+int64_t workspace_of(const LinearPart& part, int64_t rows, DType dtype) {
+    if (const auto* quantized = std::get_if<QuantizedTensors>(&part.weight)) {
+        return quantized_workspace(kOp, *quantized, rows, dtype);
+    }
+    return cpu::kernels().linear_workspace(rows, part.k(), dtype);
 }
 
 }  // namespace
@@ -59,8 +66,8 @@ DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch&
     if (out.data == x.data && tokens) Check(kOp, "out", out).fail("other memory than that of x");
     Check(kOp, "k_cache", k_cache).ndim(4);
     const int64_t kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
-    const int64_t heads = head_dim ? parts.output.k / head_dim : 0;
-    const int64_t width = heads * head_dim, gated = parts.down.k;
+    const int64_t heads = head_dim ? parts.output.k() / head_dim : 0;
+    const int64_t width = heads * head_dim, gated = parts.down.k();
     check_widths("qkv", parts.qkv, width + 2 * kv_heads * head_dim, hidden);
     check_widths("output", parts.output, hidden, width);
     check_widths("gate_up", parts.gate_up, 2 * gated, hidden);
@@ -70,9 +77,9 @@ DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch&
     out_.set(out.data, x, {tokens, hidden});
     x_.set(x.data, x, {tokens, hidden});
     normed_.set(nullptr, x, {tokens, hidden});
-    qkv_.set(nullptr, x, {tokens, parts.qkv.n});
+    qkv_.set(nullptr, x, {tokens, parts.qkv.n()});
     queries_.set(nullptr, x, {tokens, heads, head_dim});
-    queries_.strides[0] = parts.qkv.n;
+    queries_.strides[0] = parts.qkv.n();
     attended_.set(nullptr, x, {tokens, width});
     attended_heads_.set(nullptr, x, {tokens, heads, head_dim});
     middle_.set(nullptr, x, {tokens, hidden});
@@ -80,8 +87,9 @@ DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch&
     gated_.set(nullptr, x, {tokens, gated});
 
     int64_t workspace = 0;
-    for (int64_t k : {hidden, width, gated}) {
-        workspace = std::max(workspace, cpu::kernels().linear_workspace(tokens, k, x.dtype));
+    for (const LinearPart* part : {&parts.qkv, &parts.output, &parts.gate_up, &parts.down}) {
+        workspace = std::max(workspace, workspace_of(*part, tokens, x.dtype));
+        cost_ += 2.0 * static_cast<double>(tokens * part->n()) * static_cast<double>(part->k());
     }
     workspace_.set(nullptr, x, {workspace});
     workspace_.tensor.dtype = DType::kUInt8;
@@ -90,9 +98,6 @@ DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch&
         activation_size_ += aligned(view->tensor.numel() * size);
     }
     activation_size_ += workspace;
-    for (const LinearPart* part : {&parts.qkv, &parts.output, &parts.gate_up, &parts.down}) {
-        cost_ += 2.0 * static_cast<double>(tokens * part->n) * static_cast<double>(part->k);
-    }
 }
 
 void DecoderLayer::use_activations(const Tensor& scratch) {
@@ -115,8 +120,14 @@ void DecoderLayer::use_activations(const Tensor& scratch) {
 
 void DecoderLayer::linear(const View& out, const View& x, const LinearPart& part,
                           const std::optional<Tensor>& residual) {
-    linear_packed(out.tensor, x.tensor, part.storage, part.n, part.k, part.bias, residual,
-                  workspace_.tensor);
+    const Tensor& workspace = workspace_.tensor;
+    if (const auto* packed = std::get_if<PackedTensors>(&part.weight)) {
+        linear_packed(out.tensor, x.tensor, packed->storage, packed->n, packed->k, part.bias,
+                      residual, workspace);
+    } else {
+        linear_quantized(out.tensor, x.tensor, std::get<QuantizedTensors>(part.weight), part.bias,
+                         residual, workspace);
+    }
 }
 
 void DecoderLayer::run(const Tensor& attention_scratch) {

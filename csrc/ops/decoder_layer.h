@@ -4,7 +4,9 @@
 
 #include <optional>
 #include <string>
+#include <variant>
 
+#include "ops.h"
 #include "ops/attention.h"
 #include "tensor.h"
 
@@ -15,11 +17,23 @@ struct NormPart {
     double epsilon, weight_offset;
 };
 
-// A packed weight [n, k] and a bias.
-struct LinearPart {
+// A packed weight [n, k].
+struct PackedTensors {
     Tensor storage;
     int64_t n, k;
+};
+
+// A weight [n, k] and a bias.
+struct LinearPart {
+    std::variant<PackedTensors, QuantizedTensors> weight;
     std::optional<Tensor> bias;
+
+    int64_t n() const {
+        return std::visit([](const auto& tensors) { return tensors.n; }, weight);
+    }
+    int64_t k() const {
+        return std::visit([](const auto& tensors) { return tensors.k; }, weight);
+    }
 };
 
 struct AttentionPart {

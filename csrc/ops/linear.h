@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "kernel_args.h"
+#include "ops.h"
 
 namespace sglite::ops {
 
@@ -16,5 +17,9 @@ LinearArgs checked_linear(const char* op, const Tensor& out, const Tensor& x, in
 // Takes the workspace, which must have at least `wanted` bytes, on the device of `x`.
 void attach_workspace(const char* op, LinearArgs& args, int64_t wanted,
                       const std::optional<Tensor>& workspace, const Tensor& x);
+
+// Bytes that linear_quantized wants as its workspace for so many rows of x. Checks the weight.
+int64_t quantized_workspace(const char* op, const QuantizedTensors& weight, int64_t rows,
+                            DType dtype);
 
 }  // namespace sglite::ops

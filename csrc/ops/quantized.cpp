@@ -151,6 +151,12 @@ void embedding_quantized(const Tensor& out, const Tensor& ids, const QuantizedTe
     cpu::kernels().read_quantized_rows(args);
 }
 
+int64_t quantized_workspace(const char* op, const QuantizedTensors& weight, int64_t rows,
+                            DType dtype) {
+    const Layout layout = checked_weight(op, weight);
+    return cpu::kernels().linear_quantized_workspace(rows, weight.k, layout.groups, dtype);
+}
+
 int64_t linear_quantized_workspace(const Tensor& x, int64_t group_size) {
     const Check check("linear", "x", x);
     check.dtype_in(kFloatTypes);

@@ -2,6 +2,7 @@
 #include "ops/decoder_layer.h"
 
 #include "python/bindings.h"
+#include "python/quantized.h"
 #include "python/torch_tensor.h"
 
 namespace sglite {
@@ -9,7 +10,8 @@ namespace sglite {
 namespace {
 
 using Norm = std::tuple<Tensor, double, double>;
-using Linear = std::tuple<Tensor, int64_t, int64_t, std::optional<Tensor>>;
+using Packed = std::tuple<Tensor, int64_t, int64_t>;
+using Linear = std::tuple<std::variant<Packed, QuantizedWeight>, std::optional<Tensor>>;
 using Attention = std::tuple<std::optional<Tensor>, std::optional<Tensor>, double, double, bool,
                              double, std::optional<int64_t>, std::optional<double>>;
 using Batch = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -20,7 +22,11 @@ using Layer = std::tuple<Norm, Linear, Attention, Linear, Norm, Linear, std::str
 ops::LayerParts named(const Layer& layer) {
     const auto norm = [](const Norm& part) { return std::make_from_tuple<ops::NormPart>(part); };
     const auto linear = [](const Linear& part) {
-        return std::make_from_tuple<ops::LinearPart>(part);
+        const auto& [weight, bias] = part;
+        if (const auto* packed = std::get_if<Packed>(&weight)) {
+            return ops::LinearPart{std::make_from_tuple<ops::PackedTensors>(*packed), bias};
+        }
+        return ops::LinearPart{named(std::get<QuantizedWeight>(weight)), bias};
     };
     const auto& [input_norm, qkv, attention, output, post_norm, gate_up, activation, down] = layer;
     return {

@@ -7,6 +7,7 @@
 #include "ops/attention.h"
 #include "ops/attention_cuda.h"
 #include "python/bindings.h"
+#include "python/quantized.h"
 #include "python/torch_tensor.h"
 
 namespace sglite {
@@ -91,35 +92,30 @@ static void bind_embedding(py::module_& m) {
 }
 
 static void bind_quantized(py::module_& m) {
-    // A weight as a tuple: codes, scales, zeros or None, n, k, group size.
-    using Weight = std::tuple<Tensor, Tensor, std::optional<Tensor>, int64_t, int64_t, int64_t>;
-    const auto named = [](const Weight& weight) {
-        return std::make_from_tuple<ops::QuantizedTensors>(weight);
-    };
     m.def(
         "pack_codes",
-        [named](const Weight& weight, int64_t start, const Tensor& codes) {
+        [](const QuantizedWeight& weight, int64_t start, const Tensor& codes) {
             ReleaseGilIfLong release(static_cast<double>(codes.numel()) * 4);
             ops::pack_codes(named(weight), start, codes);
         },
         py::arg("weight"), py::arg("start"), py::arg("codes"));
     m.def(
         "quantize_rows",
-        [named](const Weight& weight, int64_t start, const Tensor& rows) {
+        [](const QuantizedWeight& weight, int64_t start, const Tensor& rows) {
             ReleaseGilIfLong release(static_cast<double>(rows.numel()) * 4);
             ops::quantize_rows(named(weight), start, rows);
         },
         py::arg("weight"), py::arg("start"), py::arg("rows"));
     m.def(
         "read_quantized_rows",
-        [named](const Weight& weight, int64_t start, const Tensor& out) {
+        [](const QuantizedWeight& weight, int64_t start, const Tensor& out) {
             ReleaseGilIfLong release(static_cast<double>(out.numel()) * 4);
             ops::read_quantized_rows(named(weight), start, out);
         },
         py::arg("weight"), py::arg("start"), py::arg("out"));
     m.def(
         "embedding_quantized",
-        [named](const Tensor& out, const Tensor& ids, const Weight& weight) {
+        [](const Tensor& out, const Tensor& ids, const QuantizedWeight& weight) {
             ReleaseGilIfLong release(static_cast<double>(out.numel()) * 4);
             ops::embedding_quantized(out, ids, named(weight));
         },
@@ -128,9 +124,9 @@ static void bind_quantized(py::module_& m) {
           py::arg("group_size"));
     m.def(
         "linear_quantized",
-        [named](const Tensor& out, const Tensor& x, const Weight& weight,
-                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                const std::optional<Tensor>& workspace) {
+        [](const Tensor& out, const Tensor& x, const QuantizedWeight& weight,
+           const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+           const std::optional<Tensor>& workspace) {
             const ops::QuantizedTensors tensors = named(weight);
             ReleaseGilIfLong release(2.0 * static_cast<double>(x.numel()) *
                                      static_cast<double>(tensors.n));

@@ -9,6 +9,7 @@ from torch import nn
 from sglite.cache.kv_pool import KVPool, LayerSpec
 from sglite.cache.prefix_cache import PrefixCache
 from sglite.engine.decode_graphs import DecodeGraphs
+from sglite.engine.decode_steps import DecodeSteps
 from sglite.engine.engine import Engine
 from sglite.engine.model_runner import ModelRunner
 from sglite.engine.scheduler import Scheduler
@@ -46,11 +47,12 @@ def make_engine(
         max_logits_rows=max(1, _MAX_LOGITS // vocab_size),
     )
     pool = KVPool(num_pages, config.page_size, kv_layers, dtype, config.device)
-    make_graphs = partial(
-        DecodeGraphs,
+    make_decode = partial(
+        DecodeSteps if pool.device.type == "cpu" else DecodeGraphs,
         vocab_size=vocab_size,
         max_requests=config.max_running_requests,
         max_tokens=min(config.context_length, config.kv_cache_tokens),
     )
-    graphs = make_graphs if config.cuda_graphs else None
-    return Engine(scheduler, runner(model, pool, tokenizer, graphs))
+    if pool.device.type == "cuda" and not config.cuda_graphs:
+        make_decode = None
+    return Engine(scheduler, runner(model, pool, tokenizer, make_decode))

@@ -128,19 +128,19 @@ class DecodeGraphs:
 
     def _step(self, size: int) -> Tensor:
         """The whole step on the first `size` rows; gives the logits, [size, vocab_size] float32."""
-        state = self._state
-        input_ids, positions, batch = state.advance(size, self._pool.layers)
-        logits = kernel_rows(self._model(input_ids, positions, batch).next_token_logits)
+        rows = self._state.rows(size, self._pool.layers)
+        self._state.advance(rows)
+        logits = kernel_rows(self._model(*rows.inputs).next_token_logits)
         if self._workspace is None:
             self._workspace = ops.sampling_workspace(
                 logits.shape[1], rows=self._sizes[-1], device=logits.device
             )
         ops.sample(
             logits,
-            state.reals[:size],
-            state.integers[:size],
+            rows.reals,
+            rows.integers,
             workspace=self._workspace,
-            out=(state.token_ids[:size], state.status[:size]),
+            out=(rows.token_ids, rows.status),
         )
         return logits
 

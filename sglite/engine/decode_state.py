@@ -1,6 +1,7 @@
 """The inputs of decode steps, at fixed addresses on the device."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,17 @@ _UPLOADED = {
 }
 # How rows without a request sample: the most probable token.
 _GREEDY = [1.0 if name in ("top_p", "repetition_penalty") else 0.0 for name in REALS]
+
+
+class DecodeRows(NamedTuple):
+    """Views of the first rows of a `DecodeState`."""
+
+    token_ids: Tensor  # [R]
+    status: Tensor  # [R]
+    reals: Tensor  # [R, 6]
+    integers: Tensor  # [R, 4]
+    advanced: tuple[Tensor, ...]  # what `sglite.ops.advance` takes
+    inputs: tuple[Tensor, Tensor, ForwardBatch]  # what the model's forward takes
 
 
 class DecodeState:
@@ -92,13 +104,14 @@ class DecodeState:
         """
         requests = [(item.request, item.incarnation) for item in items]
         starts = [item.start for item in items]
-        if requests == self._requests and starts == self._starts:
-            self._add_pages(items)
-        else:
+        page_counts = [item.request.num_pages for item in items]
+        if requests != self._requests or starts != self._starts:
             self._upload(items, states, drawn, sources)
+        elif page_counts != self._page_counts:
+            self._add_pages(items)
         self._requests = requests
         self._starts = [start + 1 for start in starts]
-        self._page_counts = [item.request.num_pages for item in items]
+        self._page_counts = page_counts
 
     def _add_pages(self, items: Sequence[ScheduledRequest]) -> None:
         rows, columns, pages = [], [], []
@@ -145,30 +158,41 @@ class DecodeState:
         if max(sources) >= 0:
             ops.gather_tokens(self.token_ids[:count], drawn, source)
 
-    def advance(self, num_rows: int, kv_cache: Sequence[tuple[Tensor, Tensor]]):
-        """Moves the first rows on by one token; gives the arguments of the model's forward."""
-        ops.advance(
-            self.token_ids[:num_rows],
-            self._input_ids[:num_rows],
-            self._positions[:num_rows],
-            self._kv_lens[:num_rows],
-            self._kv_end[:num_rows],
-            self._slots[:num_rows],
-            self.integers[:num_rows],
-            self._page_table[:num_rows],
-            self._pool.page_size,
-        )
+    def rows(self, count: int, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> DecodeRows:
+        """The first `count` rows, and the batch that they are for the model."""
         batch = ForwardBatch(
-            query_start=self._query_start[: num_rows + 1],
-            kv_lens=self._kv_lens[:num_rows],
-            kv_end=self._kv_end[:num_rows],
-            slots=self._slots[:num_rows],
-            page_table=self._page_table[:num_rows],
-            logits_rows=self._rows[:num_rows],
+            query_start=self._query_start[: count + 1],
+            kv_lens=self._kv_lens[:count],
+            kv_end=self._kv_end[:count],
+            slots=self._slots[:count],
+            page_table=self._page_table[:count],
+            logits_rows=self._rows[:count],
             kv_cache=kv_cache,
             max_query_tokens=1,
         )
-        return self._input_ids[:num_rows], self._positions[:num_rows], batch
+        token_ids, integers = self.token_ids[:count], self.integers[:count]
+        input_ids, positions = self._input_ids[:count], self._positions[:count]
+        return DecodeRows(
+            token_ids,
+            self.status[:count],
+            self.reals[:count],
+            integers,
+            (
+                token_ids,
+                input_ids,
+                positions,
+                batch.kv_lens,
+                batch.kv_end,
+                batch.slots,
+                integers,
+                batch.page_table,
+            ),
+            (input_ids, positions, batch),
+        )
+
+    def advance(self, rows: DecodeRows) -> None:
+        """Moves these rows on by one token."""
+        ops.advance(*rows.advanced, self._pool.page_size)
 
     def save(self) -> Tensor:
         """A copy of what a step changes; `restore` takes it."""

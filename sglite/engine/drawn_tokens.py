@@ -52,15 +52,24 @@ class DrawnTokens:
         self._failures = failures
         self._logprob_rows = logprob_rows
         self._describe = describe
-        self._download = Download([token_ids, status, *(logprobs or ())])
+        # On the CPU both are there: lists of them are made faster than copies.
+        self._known = None if token_ids.is_cuda else (token_ids.tolist(), status.tolist())
+        tensors = [] if self._known else [token_ids, status]
+        self._download = Download([*tensors, *(logprobs or ())])
 
     def collect(self) -> list[Sampled]:
         """Waits for the device; gives one result for each request, in order."""
-        token_tensor, status, *logprobs = self._download.wait()
-        token_ids = token_tensor.tolist()
+        logprobs = self._download.wait()
+        if self._known:
+            token_ids, codes = self._known
+        else:
+            token_ids, codes = (tensor.tolist() for tensor in logprobs[:2])
+            logprobs = logprobs[2:]
+        if not (logprobs or self._failures or any(codes)):
+            return [Sampled(token_id, None, None) for token_id in token_ids]
         described = self._describe_all(token_ids, logprobs)
         results = []
-        for row, (token_id, code) in enumerate(zip(token_ids, status.tolist(), strict=True)):
+        for row, (token_id, code) in enumerate(zip(token_ids, codes, strict=True)):
             error = self._failures.get(row)
             if error is None and code != SAMPLED:
                 error = _no_token(code, self._states[row], self._output_indices[row])

@@ -9,6 +9,7 @@ from sglite import ops
 from sglite.cache.kv_pool import KVPool
 from sglite.engine.batch import LogitsRows, lay_out, to_forward
 from sglite.engine.decode_graphs import DecodeGraphs
+from sglite.engine.decode_steps import DecodeSteps
 from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.request import Request
 from sglite.engine.sampler import Sampler
@@ -25,8 +26,8 @@ class ModelRunner:
             `next_token_logits`, float32[R, vocabulary].
         pool: the KV cache.
         tokenizer: for the text of log-probabilities.
-        make_graphs: makes `DecodeGraphs` of the model, the pool and the sampler; None: every step
-            is run kernel by kernel.
+        make_decode: makes what runs decode steps of the model, the pool and the sampler; None:
+            they are run like all others.
 
     Attributes:
         runs_ahead: whether `launch` returns before the step is computed, as on a GPU.
@@ -37,13 +38,14 @@ class ModelRunner:
         model: nn.Module,
         pool: KVPool,
         tokenizer: Tokenizer,
-        make_graphs: Callable[[nn.Module, KVPool, Sampler], DecodeGraphs] | None = None,
+        make_decode: Callable[[nn.Module, KVPool, Sampler], DecodeGraphs | DecodeSteps]
+        | None = None,
     ):
         self.model = model
         self.pool = pool
         self.sampler = Sampler(tokenizer)
         self.runs_ahead = pool.device.type == "cuda"
-        self._graphs = make_graphs(model, pool, self.sampler) if make_graphs else None
+        self._decode = make_decode(model, pool, self.sampler) if make_decode else None
         self._drawing: dict[Request, int] = {}  # rows of `_drawn` in the step launched last
         self._drawn: Tensor | None = None
 
@@ -53,24 +55,26 @@ class ModelRunner:
         self._copy_pages(step.page_copies)
         if not step.items:
             return LaunchedStep([], None, {})
-        if self._graphs is not None and self._graphs.takes(step):
+        if self._decode is not None and self._decode.takes(step):
             launched = LaunchedStep(
-                step.items, self._graphs.launch(step, self._drawn, self._sources(step)), {}
+                step.items, self._decode.launch(step, self._drawn, self._sources(step)), {}
             )
         else:
             launched = self._launch_eagerly(step)
-        drawing = [item.request for item in step.items if item.samples]
-        self._drawing = {request: row for row, request in enumerate(drawing)}
-        self._drawn = launched.drawn.token_ids if launched.drawn else None
+        if self.runs_ahead:
+            drawing = [item.request for item in step.items if item.samples]
+            self._drawing = {request: row for row, request in enumerate(drawing)}
+            self._drawn = launched.drawn.token_ids if launched.drawn else None
         return launched
 
     def _launch_eagerly(self, step: Step) -> "LaunchedStep":
         layout = lay_out(step, self.pool.page_size)
         input_ids, positions, batch = to_forward(layout, self.pool.layers, self.pool.device)
-        sources = np.full(len(layout.input_ids), -1, np.int32)
-        # The token of a step in flight is always the last one of its request.
-        sources[layout.query_start[1:] - 1] = self._sources(step)
-        if sources.max() >= 0:
+        drawn_rows = self._sources(step)
+        if max(drawn_rows) >= 0:
+            sources = np.full(len(layout.input_ids), -1, np.int32)
+            # The token of a step in flight is always the last one of its request.
+            sources[layout.query_start[1:] - 1] = drawn_rows
             (source_tensor,) = upload([sources], self.pool.device)
             ops.gather_tokens(input_ids, self._drawn, source_tensor)
         logits = self.model(input_ids, positions, batch).next_token_logits
@@ -85,6 +89,8 @@ class ModelRunner:
 
     def _sources(self, step: Step) -> list[int]:
         """For each request the row of what was drawn last with its last token; -1 if known."""
+        if not self._drawing:
+            return [-1] * len(step.items)
         return [
             self._drawing[item.request] if item.stop > item.request.num_tokens else -1
             for item in step.items
@@ -133,9 +139,9 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drops the model and the cache's tensors."""
-        if self._graphs is not None:
-            self._graphs.close()
-        self.model = self._graphs = self._drawn = None
+        if self._decode is not None:
+            self._decode.close()
+        self.model = self._decode = self._drawn = None
         self._drawing.clear()
         self.pool.close()
 
@@ -161,7 +167,10 @@ class LaunchedStep:
 
     def outcomes(self) -> list[Outcome]:
         """Waits for the step; gives one outcome for each of its requests, in order."""
-        tokens = iter(self.drawn.collect() if self.drawn else ())
+        drawn = self.drawn.collect() if self.drawn else []
+        if len(drawn) == len(self._items) and not self._prompt_logprobs:
+            return [Outcome(token, logprobs, (), error) for token, logprobs, error in drawn]
+        tokens = iter(drawn)
         outcomes = []
         for index, item in enumerate(self._items):
             token = next(tokens) if item.samples else None

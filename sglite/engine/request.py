@@ -23,7 +23,8 @@ class Request:
 
     Attributes:
         banned_sequences: token sequences whose last token may not complete them.
-        token_ids: int64[capacity], prompt and output; the first `num_tokens` are known.
+        max_tokens: of prompt and output together.
+        token_ids: int64[max_tokens], prompt and output; the first `num_tokens` are known.
         num_launched: positions whose key and value are in `pages`, or will be once the steps that
             have been launched are done.
         num_computed: those of them whose step has been committed.
@@ -38,6 +39,41 @@ class Request:
         logprobs: one entry per output token, where asked for.
         prompt_logprobs: one entry per prompt position from `prompt_logprobs_start` on.
     """
+
+    # Side by side, as a step reads some of every request after its weights have emptied the caches.
+    __slots__ = (
+        "__weakref__",
+        "arrival",
+        "banned_sequences",
+        "created_at",
+        "error",
+        "finish_reason",
+        "finished_at",
+        "first_token_at",
+        "incarnation",
+        "logprobs",
+        "max_tokens",
+        "namespace",
+        "needs_commit",
+        "num_cached_tokens",
+        "num_computed",
+        "num_launched",
+        "num_pages",
+        "num_prompt_tokens",
+        "num_tokens",
+        "num_unknown",
+        "output_token_ids",
+        "pages",
+        "params",
+        "prefix_lock",
+        "prompt_logprobs",
+        "sample_index",
+        "seed",
+        "state",
+        "stop_checker",
+        "stop_reason",
+        "token_ids",
+    )
 
     def __init__(
         self,
@@ -59,7 +95,8 @@ class Request:
 
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_tokens = self.num_prompt_tokens
-        self.token_ids = np.empty(self.num_prompt_tokens + params.max_new_tokens, np.int64)
+        self.max_tokens = self.num_prompt_tokens + params.max_new_tokens
+        self.token_ids = np.empty(self.max_tokens, np.int64)
         self.token_ids[: self.num_tokens] = prompt_token_ids
         self.output_token_ids: list[int] = []
         self.logprobs: list = []
@@ -115,7 +152,7 @@ class Request:
     @property
     def has_all_launched(self) -> bool:
         """Whether launched steps will give the last token that was asked for."""
-        return len(self.output_token_ids) + self.num_unknown >= self.params.max_new_tokens
+        return self.num_tokens + self.num_unknown >= self.max_tokens
 
     @property
     def max_cached_tokens(self) -> int:
@@ -161,7 +198,7 @@ class Request:
         self.stop_reason = self.stop_checker.add(token_id)
         if self.stop_checker.stopped:
             self.finish_reason = "stop"
-        elif len(self.output_token_ids) >= self.params.max_new_tokens:
+        elif self.num_tokens >= self.max_tokens:
             self.finish_reason = "length"
 
     def hold(self, pages: np.ndarray) -> None:

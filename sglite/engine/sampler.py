@@ -76,7 +76,7 @@ class Sampler:
             reals,
             integers,
             edits=ops.TokenEdits(*edits) if edits else None,
-            workspace=self._scratch(logits),
+            workspace=self.workspace(logits),
         )
         return self.follow(logits, states, token_ids, status, output_indices, failures)
 
@@ -88,6 +88,7 @@ class Sampler:
         status: Tensor,
         output_indices: Sequence[int],
         failures: Mapping[int, RequestError] = _NO_FAILURES,
+        rows: Sequence[int] | None = None,
     ) -> DrawnTokens:
         """Takes tokens on that have been drawn already: their log-probabilities, the way back.
 
@@ -97,8 +98,9 @@ class Sampler:
             token_ids, status: what `sglite.ops.sample` gave.
             output_indices: as in `draw`.
             failures: by row, of the requests whose logits processors failed.
+            rows: `rows_with_logprobs(states)`, where the caller has them.
         """
-        rows = [index for index, state in enumerate(states) if state.logprobs is not None]
+        rows = rows_with_logprobs(states) if rows is None else rows
         logprobs = None
         if rows:
             wanted = [states[index].logprobs for index in rows]
@@ -106,7 +108,7 @@ class Sampler:
             # Rows that failed have no token; what is computed for them is not looked at.
             chosen = token_ids[row_tensor].clamp(min=0)
             logprobs = ops.log_probs(
-                logits, chosen, max(wanted), rows=row_tensor, workspace=self._scratch(logits)
+                logits, chosen, max(wanted), rows=row_tensor, workspace=self.workspace(logits)
             )
         return DrawnTokens(
             states,
@@ -132,7 +134,7 @@ class Sampler:
         logits = kernel_rows(logits)
         ids = np.asarray(token_ids, np.int64)
         (tensor,) = upload([ids], logits.device)
-        found = ops.log_probs(logits, tensor, top_n, workspace=self._scratch(logits))
+        found = ops.log_probs(logits, tensor, top_n, workspace=self.workspace(logits))
         return self.describe(ids.tolist(), Download(found).wait(), [top_n] * len(ids))
 
     def states(self, requests: Sequence[SamplingRequest], vocab_size: int) -> list[SamplingState]:
@@ -166,7 +168,8 @@ class Sampler:
             result.append(entry)
         return result
 
-    def _scratch(self, logits: Tensor) -> Tensor:
+    def workspace(self, logits: Tensor) -> Tensor:
+        """Scratch memory for `sglite.ops.sample` on these logits, kept from step to step."""
         rows, vocab_size = logits.shape
         made_for_vocab, made_for_rows = self._workspace_for
         if vocab_size != made_for_vocab or rows > made_for_rows:
@@ -179,6 +182,11 @@ class Sampler:
         if text is None:
             text = self._texts[token_id] = self._tokenizer.decode_one(token_id)
         return text
+
+
+def rows_with_logprobs(states: Sequence[SamplingState]) -> list[int]:
+    """Which of the requests want log-probabilities."""
+    return [index for index, state in enumerate(states) if state.logprobs is not None]
 
 
 def kernel_rows(logits: Tensor) -> Tensor:

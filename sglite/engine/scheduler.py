@@ -272,27 +272,31 @@ class Scheduler:
         A request that has ended since the step was launched gets nothing of it; one that has been
         preempted gets its token.
         """
+        num_tokens = 0
         for item, outcome in zip(step.items, outcomes, strict=True):
-            request = item.request
-            request.num_unknown -= item.samples
-            if request.is_finished:
+            request, start, stop, samples, incarnation = item
+            token_id, logprobs, prompt_logprobs, error = outcome
+            request.num_unknown -= samples
+            if request.state is RequestState.FINISHED:
                 continue
-            is_whole = item.incarnation == request.incarnation
+            is_whole = incarnation == request.incarnation
             if is_whole:
-                request.num_computed = item.stop
-            if outcome.error is not None:
-                self.remove(request, "error", outcome.error)
+                request.num_computed = stop
+            if error is not None:
+                self.remove(request, "error", error)
                 continue
-            request.prompt_logprobs.extend(outcome.prompt_logprobs)
-            if outcome.token_id is not None:
-                if outcome.logprobs is not None:
-                    request.logprobs.append(outcome.logprobs)
-                request.append(outcome.token_id)
-                self.statistics.completion_tokens += 1
+            if prompt_logprobs:
+                request.prompt_logprobs.extend(prompt_logprobs)
+            if token_id is not None:
+                if logprobs is not None:
+                    request.logprobs.append(logprobs)
+                request.append(token_id)
+                num_tokens += 1
             if request.finish_reason:
                 self.remove(request, request.finish_reason)
-            elif is_whole and item.stop - item.start > 1:
+            elif is_whole and stop - start > 1:
                 self._store(request)
+        self.statistics.completion_tokens += num_tokens
 
     def fail(self, step: Step, error: BaseException) -> None:
         """Ends every request of a step that could not be run; what it computed is dropped."""

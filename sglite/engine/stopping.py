@@ -22,9 +22,24 @@ class StopChecker:
     Text is kept only with a detokenizer, which is given where there are stop strings or a stream.
 
     Attributes:
+        ending_token_ids: the ids that end the sequence, banned until `min_new_tokens` are there.
         stopped: whether the sequence has ended.
         text: what may be shown, without the stop string unless it was asked to stay.
     """
+
+    # As those of `Request`.
+    __slots__ = (
+        "_detokenizer",
+        "_keep",
+        "_min_tokens",
+        "_num_tokens",
+        "_raw_text",
+        "_stop_ids",
+        "_stop_strings",
+        "ending_token_ids",
+        "stopped",
+        "text",
+    )
 
     def __init__(
         self,
@@ -33,8 +48,9 @@ class StopChecker:
         end_token_ids: Iterable[int] = (),
         detokenizer: Detokenizer | None = None,
     ):
-        self._end_ids = frozenset(() if params.ignore_eos else end_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids)
+        end_ids = frozenset(() if params.ignore_eos else end_token_ids)
+        self.ending_token_ids = end_ids | self._stop_ids
         self._stop_strings: Sequence[str] = params.stop
         self._keep = params.include_stop_str_in_output
         self._detokenizer = detokenizer
@@ -49,15 +65,10 @@ class StopChecker:
         """Whether `text` grows with the tokens."""
         return self._detokenizer is not None
 
-    @property
-    def ending_token_ids(self) -> frozenset[int]:
-        """The ids that end the sequence, banned until `min_new_tokens` are there."""
-        return self._end_ids | self._stop_ids
-
     def add(self, token_id: int) -> int | str | None:
         """Takes the next token; returns the stop string or stop token id that ended it, or None."""
         self._num_tokens += 1
-        if token_id in self._end_ids or token_id in self._stop_ids:
+        if token_id in self.ending_token_ids:
             if self._keep and self._detokenizer:
                 self._raw_text += self._detokenizer.add(token_id)
             self.finish()

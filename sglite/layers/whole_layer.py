@@ -1,14 +1,17 @@
 """A decoder layer as one op: on the CPU, while all of its parts are plain.
 
-What the op takes is gathered once and kept. In every call it is compared with what the parts hold
-now, which is much less work: parts, weights and numbers may be replaced, and hooks added, at any
-time.
+What the op takes is gathered once and kept, together with where it was found. In every call what
+lies there now is compared with it, which is much less work: parts, weights and numbers may be
+replaced, and hooks added, at any time.
 """
 
-from operator import is_
+from collections.abc import Iterator
+from itertools import chain, repeat
+from operator import contains, getitem, is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from sglite import ops
 from sglite.layers.attention import RadixAttention, SelfAttention
@@ -21,8 +24,6 @@ from sglite.layers.rotary import RotaryEmbedding
 
 # Where a layer keeps it.
 _KEPT = "_whole_layer"
-_KINDS = (SelfAttention, GatedMLP, RMSNorm, RMSNorm, QKVLinear, RotaryEmbedding, RadixAttention)
-_KINDS += (Linear, GateUpLinear, Linear)
 
 
 def run_whole_layer(
@@ -36,136 +37,209 @@ def run_whole_layer(
         hidden_states: [T, hidden_size].
         forward_batch: whose tokens these are, and the cache.
     """
-    if hidden_states.is_cuda:
-        layer.__dict__.pop(_KEPT, None)  # weights that have moved since
-        return None
-    modules = _modules_of(layer)
-    if modules is None or not are_plain(zip(modules, _kinds(modules), strict=True)):
-        return None
-    held = _held_by(modules)
     whole = layer.__dict__.get(_KEPT)
-    if whole is None or not whole.is_of(modules, held):
-        whole = layer.__dict__[_KEPT] = _gather(modules, held)
-    if whole.parts is None or not hidden_states.is_contiguous():
+    if whole is None or hidden_states.is_cuda or not whole.is_of(layer):
+        whole = layer.__dict__[_KEPT] = None if hidden_states.is_cuda else _gather(layer)
+    if whole is None or not hidden_states.is_contiguous():
         return None
-    batch, parts, scratch = forward_batch.layer_batch(positions), whole.parts, forward_batch.scratch
-    k_cache, v_cache = forward_batch.kv_cache[modules[6].layer_id]
-    return modules[5].with_table(
+    batch, scratch = forward_batch.layer_batch(positions), forward_batch.scratch
+    k_cache, v_cache = forward_batch.kv_cache[whole.attn.layer_id]
+    return whole.rotary.with_table(
         positions,
         lambda cos_sin: ops.decoder_layer(
-            hidden_states, batch, parts, cos_sin, k_cache, v_cache, scratch
+            hidden_states, batch, whole.parts, cos_sin, k_cache, v_cache, scratch
         ),
     )
 
 
-class _Held(NamedTuple):
-    """What the parts of a layer hold now: `objects` are compared as such, `numbers` by value."""
+class _Place(NamedTuple):
+    """Where something was found: `table[key]`."""
 
-    objects: tuple[Any, ...]
-    numbers: tuple[Any, ...]
-
-
-class _WholeLayer(NamedTuple):
-    """What was gathered, and what of."""
-
-    modules: tuple[nn.Module, ...]
-    held: _Held
-    parts: ops.LayerParts | None  # None: not of the kind that the op takes
-
-    def is_of(self, modules: tuple[nn.Module, ...], held: _Held) -> bool:
-        return (
-            len(modules) == len(self.modules)
-            and all(map(is_, modules, self.modules))
-            and all(map(is_, held.objects, self.held.objects))
-            and held.numbers == self.held.numbers
-        )
+    table: dict[str, Any]
+    key: str
 
 
-def _modules_of(layer: nn.Module) -> tuple[nn.Module, ...] | None:
-    """The parts, in the order of `_KINDS`; norms of q and k at the end, where there are any.
+class _WholeLayer:
+    """What was gathered of a layer, and what of.
 
-    They are looked up in their tables: through `__getattr__` all together would take longer than
-    the op's arithmetic in a small model.
+    Args:
+        layer: the layer.
+        modules: its parts, all of them plain, and what else must not be listened to.
+        places: where everything lies that `parts` is made of, and the modules.
+        parts: what the op takes.
+
+    Attributes:
+        parts: the same.
+        rotary, attn: of the modules the two that the op does not replace altogether.
     """
-    children = layer._modules
-    attention, mlp = children["self_attn"], children["mlp"]
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        modules: "_Modules",
+        places: list[_Place],
+        parts: ops.LayerParts,
+    ):
+        self.parts = parts
+        self.rotary = modules.rotary
+        self.attn = modules.attn
+        self._children = layer._modules
+        self._modules = tuple(modules.present())
+        self._kinds = tuple(map(type, self._modules))
+        self._own_tables = tuple(vars(module) for module in self._modules)
+        hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in self._modules]
+        self._hooks = (_global_forward_hooks, _global_forward_pre_hooks, *chain(*hooks))
+        self._tables, self._keys = zip(*places, strict=True)
+        self._found = tuple(map(getitem, self._tables, self._keys))
+
+    def is_of(self, layer: nn.Module) -> bool:
+        """Whether gathering anew would give the same.
+
+        All loops run inside the interpreter's own functions: they are as fast as the op itself in
+        a small model.
+        """
+        try:
+            return (
+                layer._modules is self._children
+                and not any(self._hooks)
+                and all(map(is_, map(getitem, self._tables, self._keys), self._found))
+                and all(map(is_, map(type, self._modules), self._kinds))
+                and not any(map(contains, self._own_tables, repeat("forward")))
+            )
+        except KeyError:  # what was no parameter is one now, or the other way round
+            return False
+
+    def __reduce__(self) -> tuple[type[None], tuple]:
+        """A copy of the layer, which has other tables, starts with nothing."""
+        return type(None), ()
+
+
+class _Modules(NamedTuple):
+    """The parts of a layer."""
+
+    attention: nn.Module
+    mlp: nn.Module
+    input_norm: nn.Module
+    post_norm: nn.Module
+    qkv: nn.Module
+    rotary: nn.Module
+    attn: nn.Module
+    output: nn.Module
+    gate_up: nn.Module
+    down: nn.Module
+    activation: nn.Module
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+
+    def present(self) -> Iterator[nn.Module]:
+        """Those that there are."""
+        return (module for module in self if module is not None)
+
+
+_KINDS = _Modules(
+    SelfAttention,
+    GatedMLP,
+    RMSNorm,
+    RMSNorm,
+    QKVLinear,
+    RotaryEmbedding,
+    RadixAttention,
+    Linear,
+    GateUpLinear,
+    Linear,
+    nn.Module,  # `op_name` says whether it is plain
+    RMSNorm,
+    RMSNorm,
+)
+
+
+def _gather(layer: nn.Module) -> _WholeLayer | None:
+    """What the op takes of a layer now; None where it takes none."""
+    attention, mlp = layer.self_attn, layer.mlp
     if type(attention) is not SelfAttention or type(mlp) is not GatedMLP:
         return None
-    parts, mlp_parts = attention._modules, mlp._modules
-    modules = (
-        attention,
-        mlp,
-        children["input_layernorm"],
-        children["post_attention_layernorm"],
-        parts["qkv_proj"],
-        parts["rotary_emb"],
-        parts["attn"],
-        parts["o_proj"],
-        mlp_parts["gate_up_proj"],
-        mlp_parts["down_proj"],
-    )
-    q_norm = parts.get("q_norm")
-    return modules if q_norm is None else (*modules, q_norm, parts["k_norm"])
+    has_norms = attention.q_norm is not None
+    places = [
+        _Place(layer._modules, "self_attn"),
+        _Place(layer._modules, "mlp"),
+        _Place(layer._modules, "input_layernorm"),
+        _Place(layer._modules, "post_attention_layernorm"),
+        *(_Place(attention._modules, name) for name in ("qkv_proj", "rotary_emb", "attn")),
+        _Place(attention._modules, "o_proj"),
+        *(_Place(mlp._modules, name) for name in ("gate_up_proj", "down_proj", "act_fn")),
+        *(_place(attention, name) for name in ("q_norm", "k_norm")),
+    ]
+    modules = _Modules(*(table[key] for table, key in places))
+    activation = op_name(modules.activation)
+    checked = [
+        (module, kind)
+        for module, kind in zip(modules, _KINDS, strict=True)
+        if module is not None and kind is not nn.Module
+    ]
+    if activation is None or not are_plain(checked):
+        return None
+    parts = _parts_of(modules, activation, has_norms)
+    if parts is None:
+        return None
+    return _WholeLayer(layer, modules, places + list(_places_within(modules)), parts)
 
 
-def _kinds(modules: tuple[nn.Module, ...]) -> tuple[type[nn.Module], ...]:
-    return _KINDS if len(modules) == len(_KINDS) else (*_KINDS, RMSNorm, RMSNorm)
+def _place(owner: Any, name: str) -> _Place:
+    """Where a module, or any other object, keeps an attribute of its own."""
+    tables = [owner.__dict__.get(kind, {}) for kind in ("_parameters", "_modules")]
+    found = next((table for table in tables if name in table), owner.__dict__)
+    return _Place(found, name)
 
 
-def _held_by(modules: tuple[nn.Module, ...]) -> _Held:
-    _, mlp, input_norm, post_norm, qkv, rotary, attn, output, gate_up, down, *norms = modules
-    return _Held(
-        (
-            input_norm._parameters["weight"],
-            post_norm._parameters["weight"],
-            qkv.matrix.stored,
-            output.matrix.stored,
-            gate_up.matrix.stored,
-            down.matrix.stored,
-            qkv.bias,
-            output.bias,
-            gate_up.bias,
-            down.bias,
-            *(norm._parameters["weight"] for norm in norms),
-        ),
-        (
-            op_name(mlp._modules["act_fn"]),
-            input_norm.eps,
-            input_norm.weight_offset,
-            post_norm.eps,
-            post_norm.weight_offset,
-            rotary.is_interleaved,
-            attn.scaling,
-            attn.sliding_window,
-            attn.logit_cap,
-            *(number for norm in norms for number in (norm.eps, norm.weight_offset)),
-        ),
-    )
+def _places_within(modules: _Modules) -> Iterator[_Place]:
+    """Where `_parts_of` finds things."""
+    for norm in (modules.input_norm, modules.post_norm, modules.q_norm, modules.k_norm):
+        if norm is not None:
+            yield from (_place(norm, name) for name in ("weight", "eps", "weight_offset"))
+    for linear in (modules.qkv, modules.output, modules.gate_up, modules.down):
+        yield from (_place(linear, "matrix"), _place(linear, "bias"))
+        yield _place(linear.matrix, "_stored")
+    yield _place(modules.rotary, "is_interleaved")
+    yield from (_place(modules.attn, name) for name in ("scaling", "sliding_window", "logit_cap"))
+    if "approximate" in vars(modules.activation):
+        yield _place(modules.activation, "approximate")
 
 
-def _gather(modules: tuple[nn.Module, ...], held: _Held) -> _WholeLayer:
-    weights, biases, norm_weights = held.objects[2:6], held.objects[6:10], held.objects[10:]
-    activation, *norm_numbers = held.numbers[:5]
+def _parts_of(modules: _Modules, activation: str, has_norms: bool) -> ops.LayerParts | None:
+    """What the op takes; None: it does not."""
+    q_norm, k_norm, rotary, attn = modules.q_norm, modules.k_norm, modules.rotary, modules.attn
     norms_of_qk = (None, None, 0.0, 0.0)
-    norms_agree = True
-    if norm_weights:
-        norms_of_qk = (*norm_weights, *held.numbers[9:11])
-        norms_agree = held.numbers[9:11] == held.numbers[11:]
-    if (
-        activation is None
-        or not norms_agree
-        or any(type(weight) is not ops.PackedWeight for weight in weights)
-    ):
-        return _WholeLayer(modules, held, None)
-    qkv, output, gate_up, down = map(ops.LinearPart.of, weights, biases)
-    parts = ops.LayerParts(
-        ops.NormPart(held.objects[0], *norm_numbers[:2]),
+    if has_norms:
+        if (q_norm.eps, q_norm.weight_offset) != (k_norm.eps, k_norm.weight_offset):
+            return None
+        norms_of_qk = (q_norm.weight, k_norm.weight, q_norm.eps, q_norm.weight_offset)
+    linears = [
+        _linear_part(linear)
+        for linear in (modules.qkv, modules.output, modules.gate_up, modules.down)
+    ]
+    if None in linears:
+        return None
+    qkv, output, gate_up, down = linears
+    return ops.LayerParts(
+        _norm_part(modules.input_norm),
         qkv,
-        ops.AttentionPart(*norms_of_qk, *held.numbers[5:9]),
+        ops.AttentionPart(
+            *norms_of_qk, rotary.is_interleaved, attn.scaling, attn.sliding_window, attn.logit_cap
+        ),
         output,
-        ops.NormPart(held.objects[1], *norm_numbers[2:]),
+        _norm_part(modules.post_norm),
         gate_up,
         activation,
         down,
     )
-    return _WholeLayer(modules, held, parts)
+
+
+def _norm_part(norm: RMSNorm) -> ops.NormPart:
+    return ops.NormPart(norm.weight, norm.eps, norm.weight_offset)
+
+
+def _linear_part(linear: Linear) -> ops.LinearPart | None:
+    stored = linear.matrix.stored
+    if not isinstance(stored, ops.PackedWeight | ops.QuantizedWeight):
+        return None
+    return ops.LinearPart.of(stored, linear.bias)

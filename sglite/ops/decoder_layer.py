@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sglite import _C
 from sglite.ops.packed_weight import PackedWeight
+from sglite.ops.quantized_weight import QuantizedWeight
 
 
 class NormPart(NamedTuple):
@@ -23,17 +24,21 @@ class NormPart(NamedTuple):
 
 
 class LinearPart(NamedTuple):
-    """What `linear` takes beside the rows: a packed weight [n, k] and a bias."""
+    """What `linear` takes beside the rows: a weight [n, k] and a bias."""
 
-    storage: Tensor
-    n: int
-    k: int
+    weight: tuple  # the `arguments` of a `PackedWeight` or a `QuantizedWeight`
     bias: Tensor | None
 
     @classmethod
-    def of(cls, weight: PackedWeight, bias: Tensor | None) -> "LinearPart":
-        """The part with this weight."""
-        return cls(weight.storage, weight.n, weight.k, bias)
+    def of(cls, weight: PackedWeight | QuantizedWeight, bias: Tensor | None) -> "LinearPart | None":
+        """The part with this weight; None where the op does not take it.
+
+        That is a weight whose columns are stored in another order, which those of x have to be
+        brought into first.
+        """
+        if type(weight) is QuantizedWeight and weight.order is not None:
+            return None
+        return cls(weight.arguments, bias)
 
 
 class AttentionPart(NamedTuple):

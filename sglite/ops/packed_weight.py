@@ -23,7 +23,7 @@ class PackedWeight:
         k: columns of the weight (inputs of the layer).
     """
 
-    __slots__ = ("k", "n", "storage")
+    __slots__ = ("arguments", "k", "n", "storage")
 
     def __init__(self, storage: Tensor, n: int, k: int):
         expected = storage_shape(n, k, storage.dtype)
@@ -35,6 +35,8 @@ class PackedWeight:
         self.storage = storage
         self.n = n
         self.k = k
+        #: What the kernels take.
+        self.arguments = (storage, n, k)
 
     @classmethod
     def empty(

@@ -54,7 +54,7 @@ def make_llm(capture=LateGraph, **options):
     llm = LLM("demo", device="cpu", seed=3, **options)
     runner = llm._engine.runner
     runner.runs_ahead = True
-    runner._graphs = DecodeGraphs(
+    runner._decode = DecodeGraphs(
         runner.model,
         runner.pool,
         runner.sampler,
@@ -106,7 +106,9 @@ def test_rows_without_a_request_write_to_the_reserved_page():
     items = [ScheduledRequest(request, 5, 6, True, 0) for request in requests]
     for count in (3, 1):
         state.set(items[:count], sampling[:count], None, [-1] * count)
-        input_ids, positions, batch = state.advance(4, pool.layers)
+        rows = state.rows(4, pool.layers)
+        state.advance(rows)
+        input_ids, positions, batch = rows.inputs
         assert batch.slots.tolist() == [4 * (2 * page + 2) + 1 for page in range(count)] + [0] * (
             4 - count
         )

@@ -1,5 +1,7 @@
 """The decoder's composites: fused or in parts, the same bits; hooks and subclasses are seen."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,8 @@ from sglite import ops
 from sglite.interface.errors import UnsupportedModelError
 from sglite.layers import Linear, PPProxyTensors
 from sglite.layers.composite import is_plain
+from sglite.layers.mlp import gated_activation
+from sglite.layers.norm import RMSNorm
 from sglite.models.checkpoint import resolve_checkpoint
 from sglite.models.loader import load_model
 from tests.checkpoints import make_checkpoint
@@ -113,12 +117,18 @@ def test_a_hook_sees_the_parts_own_output_and_changes_no_bit(loaded, name):
     assert torch.equal(logits_of(loaded), before)
 
 
-@pytest.mark.parametrize("name", PART_NAMES)
-def test_a_layer_is_one_op_while_all_of_its_parts_are_plain(loaded, name, monkeypatch):
-    before = logits_of(loaded)  # and the rotary table has grown
+def calls_as_one_op(monkeypatch):
+    """Grows by one entry for each layer that runs as one op."""
     calls = []
     op = ops.decoder_layer
     monkeypatch.setattr(ops, "decoder_layer", lambda *args: calls.append(1) or op(*args))
+    return calls
+
+
+@pytest.mark.parametrize("name", PART_NAMES)
+def test_a_layer_is_one_op_while_all_of_its_parts_are_plain(loaded, name, monkeypatch):
+    before = logits_of(loaded)  # and the rotary table has grown
+    calls = calls_as_one_op(monkeypatch)
     assert torch.equal(logits_of(loaded), before)
     assert len(calls) == 3
     hook = parts(loaded)[name].register_forward_hook(lambda *call: None)
@@ -128,6 +138,78 @@ def test_a_layer_is_one_op_while_all_of_its_parts_are_plain(loaded, name, monkey
     hook.remove()
     assert torch.equal(logits_of(loaded), before)
     assert len(calls) == (9 if name == "layer" else 8)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_a_quantised_layer_is_one_op_too(tmp_path, method, mixed, monkeypatch):
+    checkpoint = resolve_checkpoint(make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16))
+    loaded = load_model(checkpoint, quantization=method)
+    if mixed:
+        for layer in loaded.model.model.layers:
+            matrix = layer.mlp.down_proj.matrix
+            matrix._stored = ops.pack_weight(matrix.read_rows(0, matrix.shape[0]))
+    logits_of(loaded)  # and the rotary table has grown
+    calls = calls_as_one_op(monkeypatch)
+    as_one = logits_of(loaded)
+    assert len(calls) == 3
+    for layer in loaded.model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *call: None)
+    assert torch.equal(logits_of(loaded), as_one)
+    assert len(calls) == 3
+
+
+def replaced_parts(layer):
+    """Changes of what a layer holds, each by itself."""
+    norm, attention, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
+    return {
+        "norm weight": lambda: setattr(norm, "weight", nn.Parameter(norm.weight * 2)),
+        "norm data": lambda: setattr(norm.weight, "data", norm.weight * 2),
+        "epsilon": lambda: setattr(norm, "eps", 0.5),
+        "offset": lambda: setattr(norm, "weight_offset", 1.0),
+        "scale": lambda: setattr(attention.attn, "scaling", 0.5),
+        "window": lambda: setattr(attention.attn, "sliding_window", 2),
+        "bias": lambda: setattr(
+            mlp.down_proj, "bias", nn.Parameter(torch.ones(norm.weight.shape).to(norm.weight))
+        ),
+        "weight": lambda: setattr(
+            mlp.down_proj.matrix, "_stored", ops.pack_weight(mlp.down_proj.weight * 2)
+        ),
+        "activation": lambda: setattr(mlp, "act_fn", gated_activation("gelu")),
+        "norm of heads": lambda: setattr(
+            attention, "q_norm", RMSNorm(attention.head_dim).to(norm.weight.dtype)
+        ),
+        "forward": lambda: setattr(norm, "forward", lambda x: x * 2),
+    }
+
+
+REPLACED = ["norm weight", "norm data", "epsilon", "offset", "scale", "window", "bias", "weight"]
+REPLACED += ["activation", "norm of heads", "forward"]
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_is_replaced_counts_from_the_next_call_on(loaded, name):
+    before = logits_of(loaded)
+    layer = loaded.model.model.layers[1]
+    replaced_parts(layer)[name]()
+    if name == "norm of heads":
+        layer.self_attn.k_norm = layer.self_attn.q_norm
+    after = logits_of(loaded)
+    assert not torch.equal(after, before)
+    for other in loaded.model.model.layers:
+        other.mlp.act_fn.register_forward_hook(lambda *call: None)
+    assert torch.equal(logits_of(loaded), after)
+
+
+def test_a_copy_of_a_layer_has_hooks_of_its_own(loaded):
+    before = logits_of(loaded)
+    layers = loaded.model.model.layers
+    layers[1] = copy.deepcopy(layers[1])
+    assert torch.equal(logits_of(loaded), before)
+    seen = []
+    layers[1].mlp.register_forward_hook(lambda *call: seen.append(call))
+    assert torch.equal(logits_of(loaded), before)
+    assert len(seen) == 1
 
 
 def test_a_global_hook_is_seen_too(loaded):

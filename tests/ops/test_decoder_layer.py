@@ -17,20 +17,32 @@ def scratch(index, count):
     return torch.full((count,), 0xFF, dtype=torch.uint8)
 
 
+def stored(weight, storage):
+    """A plain weight as the op takes it: packed, or quantised by this layout."""
+    if storage is None:
+        return ops.pack_weight(weight)
+    return ops.quantize_weight(weight, storage)
+
+
 def draw_layer(generator, dtype, sizes, with_bias, with_norm, options):
-    """The parts of a layer, and the plain weights in the order of the calls."""
+    """The parts of a layer, and its weights in the order of the calls.
+
+    options["storages"]: for each weight how it is stored.
+    """
     hidden, heads, kv_heads, head_dim, width = sizes
+    weights = []
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
     def linear(n, k):
         bias = random(n) if with_bias else None
-        return ops.LinearPart.of(ops.pack_weight(random(n, k) / k**0.5), bias)
+        weights.append(stored(random(n, k) / k**0.5, options["storages"][len(weights)]))
+        return ops.LinearPart.of(weights[-1], bias)
 
     norms = (random(head_dim), random(head_dim)) if with_norm else (None, None)
     scale, window, soft_cap = head_dim**-0.5, *options["see"]
-    return ops.LayerParts(
+    parts = ops.LayerParts(
         ops.NormPart(random(hidden), 1e-5, 1.0),
         linear((heads + 2 * kv_heads) * head_dim, hidden),
         ops.AttentionPart(*norms, 1e-6, 0.0, options["interleaved"], scale, window, soft_cap),
@@ -40,12 +52,14 @@ def draw_layer(generator, dtype, sizes, with_bias, with_norm, options):
         options["activation"],
         linear(hidden, width),
     )
+    return parts, weights
 
 
-def by_parts(x, batch, parts, cos_sin, k_cache, v_cache):
+def by_parts(x, batch, parts, weights, cos_sin, k_cache, v_cache):
+    weights = iter(weights)
+
     def linear(x, part, residual=None):
-        weight = ops.PackedWeight(part.storage, part.n, part.k)
-        return ops.linear(x, weight, part.bias, residual=residual)
+        return ops.linear(x, next(weights), part.bias, residual=residual)
 
     def norm(x, part):
         return ops.rms_norm(x, part.weight, part.epsilon, weight_offset=part.weight_offset)
@@ -102,6 +116,16 @@ def draw_batch(generator, spans):
     )
 
 
+STORAGES = st.sampled_from(
+    [
+        None,
+        ops.QuantizedLayout(8, 1 << 30),
+        ops.QuantizedLayout(8, 32, has_zeros=True),
+        ops.QuantizedLayout(4, 16, scale_dtype=torch.bfloat16),
+    ]
+)
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,8 +141,10 @@ def test_same_bits_as_the_parts(dtype, data):
         "interleaved": draw(st.booleans()),
         "see": (draw(st.sampled_from([None, 5])), draw(st.sampled_from([None, 20.0]))),
         "activation": draw(st.sampled_from(["silu", "gelu", "gelu_tanh"])),
+        "storages": draw(st.lists(STORAGES, min_size=4, max_size=4)),
     }
-    parts = draw_layer(generator, dtype, sizes, draw(st.booleans()), draw(st.booleans()), options)
+    bias, norm = draw(st.booleans()), draw(st.booleans())
+    parts, weights = draw_layer(generator, dtype, sizes, bias, norm, options)
     batch = draw_batch(generator, spans)
     shape = (sum(-(-stop // PAGE_SIZE) for _, stop in spans) + 1, PAGE_SIZE, kv_heads, head_dim)
     caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
@@ -127,7 +153,7 @@ def test_same_bits_as_the_parts(dtype, data):
     kept = x.clone()
     cos_sin = make_table(40, head_dim)
     actual = ops.decoder_layer(x, batch, parts, cos_sin, *caches, scratch)
-    expected = by_parts(x, batch, parts, cos_sin, *same_caches)
+    expected = by_parts(x, batch, parts, weights, cos_sin, *same_caches)
     assert torch.equal(actual, expected)
     assert all(map(torch.equal, caches, same_caches))
     assert torch.equal(x, kept)
@@ -137,7 +163,8 @@ def test_same_bits_as_the_parts(dtype, data):
 def arguments():
     generator = torch.Generator().manual_seed(0)
     options = {"interleaved": False, "see": (None, None), "activation": "silu"}
-    parts = draw_layer(generator, torch.float32, (16, 4, 2, 8, 24), True, False, options)
+    options["storages"] = [None] * 4
+    parts, _ = draw_layer(generator, torch.float32, (16, 4, 2, 8, 24), True, False, options)
     caches = torch.zeros(2, 4, PAGE_SIZE, 2, 8).unbind()
     x = torch.randn(1, 16, generator=generator)
     return [x, draw_batch(generator, [(3, 4)]), parts, make_table(40, 8), *caches, scratch]
@@ -165,13 +192,20 @@ def test_a_slot_that_does_not_exist_changes_nothing(arguments):
         ("gate_up", r"decoder_layer: gate_up: expected a weight \[48, 16\], got \[47, 16\]"),
     ],
 )
-def test_weights_that_do_not_fit_each_other_are_refused(arguments, name, message):
+@pytest.mark.parametrize("storage", [None, ops.QuantizedLayout(8, 32)])
+def test_weights_that_do_not_fit_each_other_are_refused(arguments, name, message, storage):
     part = getattr(arguments[2], name)
     n, k = {"qkv": (64, 17), "output": (17, 32), "gate_up": (47, 16)}[name]
-    weight = ops.LinearPart.of(ops.pack_weight(torch.zeros(n, k)), part.bias)
+    weight = ops.LinearPart.of(stored(torch.zeros(n, k), storage), part.bias)
     arguments[2] = arguments[2]._replace(**{name: weight})
     with pytest.raises(ValueError, match=message):
         ops.decoder_layer(*arguments)
+
+
+def test_a_weight_whose_columns_are_in_another_order_is_not_taken():
+    layout, order = ops.QuantizedLayout(8, 8), torch.randperm(16)
+    weight = ops.QuantizedWeight(32, 16, layout, torch.float32, order)
+    assert ops.LinearPart.of(weight, None) is None
 
 
 def test_scratch_that_is_too_small_is_refused(arguments):

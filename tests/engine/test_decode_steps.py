@@ -1,0 +1,76 @@
+"""Decode steps that keep their state give what steps that are laid out anew give."""
+
+import pytest
+
+from sglite import LLM, ops
+from sglite.interface.errors import GenerationError
+
+PROMPTS = [[index + 3, *range(5, 5 + 3 * index)] for index in range(9)]
+# Without penalties and bans, so that the state serves; lengths differ, so that batches shrink.
+PLAIN = [
+    {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True},
+    {"temperature": 1.5, "seed": 5, "max_new_tokens": 40, "ignore_eos": True},
+    {"temperature": 0.9, "seed": 6, "top_k": 5, "max_new_tokens": 17, "logprobs": 2},
+    {"temperature": 0, "max_new_tokens": 1},
+]
+WITH_EDITS = [{"temperature": 0, "repetition_penalty": 1.3, "max_new_tokens": 12}]
+
+
+def make_llm(keeps_state=True, **options):
+    llm = LLM("demo", device="cpu", seed=3, **options)
+    if not keeps_state:
+        llm._engine.runner._decode = None
+    return llm
+
+
+def results(outputs):
+    return [(out.token_ids, out.finish_reason, out.logprobs) for out in outputs]
+
+
+@pytest.fixture
+def advances(monkeypatch):
+    """Grows by one entry for each step that moves a kept state on."""
+    found = []
+    advance = ops.advance
+    monkeypatch.setattr(ops, "advance", lambda *args: found.append(1) or advance(*args))
+    return found
+
+
+@pytest.mark.parametrize("kinds", [PLAIN, PLAIN + WITH_EDITS])
+@pytest.mark.parametrize("options", [{}, {"kv_cache_tokens": 96}, {"max_running_requests": 3}])
+def test_the_same_tokens_as_laid_out_anew(options, kinds, advances):
+    chosen = [kinds[index % len(kinds)] for index in range(len(PROMPTS))]
+    expected = results(make_llm(keeps_state=False, **options).generate(PROMPTS, chosen))
+    assert not advances
+    llm = make_llm(**options)
+    for _ in range(2):  # the second time out of the prefix cache
+        assert results(llm.generate(PROMPTS, chosen)) == expected
+    assert len(advances) > 20
+    if "kv_cache_tokens" in options:
+        assert llm.stats()["preemptions"] > 0
+    llm._engine.scheduler.cache.check_invariant()
+
+
+def test_prompt_logprobs_are_laid_out_anew(advances):
+    params = {"temperature": 0, "max_new_tokens": 9, "prompt_logprobs": 1}
+    found = make_llm().generate(PROMPTS[:3], params)
+    assert not advances
+    expected = make_llm(keeps_state=False).generate(PROMPTS[:3], params)
+    assert results(found) == results(expected)
+
+
+def test_a_step_that_fails_leaves_nothing_behind():
+    llm = make_llm()
+    model, steps = llm._engine.runner._decode._model, []
+
+    def failing(*inputs):
+        steps.append(1)
+        if len(steps) == 4:
+            raise RuntimeError("no more")
+        return model(*inputs)
+
+    expected = results(llm.generate(PROMPTS, PLAIN[0]))
+    llm._engine.runner._decode._model = failing
+    with pytest.raises(GenerationError, match="no more"):
+        llm.generate(PROMPTS, PLAIN[0])
+    assert results(llm.generate(PROMPTS, PLAIN[0])) == expected
