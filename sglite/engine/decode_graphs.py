@@ -81,11 +81,8 @@ class DecodeGraphs:
         return (
             self._works
             and len(step.items) <= self._sizes[-1]
-            and all(
-                # The position before is where the state starts from; position 0 has none.
-                item.samples and item.stop - item.start == 1 and item.start > 0
-                for item in step.items
-            )
+            # The position before is where the state starts from; position 0 has none.
+            and step.only_decodes
             and not any(item.request.misses_prompt_logprobs for item in step.items)
         )
 

@@ -52,10 +52,9 @@ class DecodeSteps:
 
     def takes(self, step: Step) -> bool:
         """Whether `launch` can run this step; asked right before."""
-        for _, start, stop, samples, _ in step.items:
-            # The position before is where the state starts from; position 0 has none.
-            if not samples or stop - start != 1 or start == 0:
-                return False
+        # The position before is where the state starts from; position 0 has none.
+        if not step.only_decodes:
+            return False
         requests = [item.request for item in step.items]
         if requests != self._requests:
             self._requests = requests
@@ -83,7 +82,7 @@ class DecodeSteps:
             workspace=self._sampler.workspace(logits),
             out=(rows.token_ids, rows.status),
         )
-        indices = [item.stop - item.request.num_prompt_tokens for item in items]
+        indices = [item.output_index for item in items]
         return self._sampler.follow(
             logits,
             self._sampling,

@@ -50,6 +50,14 @@ class Step:
         """Whether there is nothing to compute."""
         return not self.items and not self.page_copies
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every request gets its next token from one position, which is not its first."""
+        for _, start, stop, samples, _ in self.items:
+            if not samples or stop - start != 1 or start == 0:
+                return False
+        return True
+
 
 class Outcome(NamedTuple):
     """What a step gave one request: a token, where it was to sample one, or an error."""
