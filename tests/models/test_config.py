@@ -16,9 +16,8 @@ class TestConfig:
         return str(caught.value)
 
     def test_unknown_architecture(self, folder):
-        self.refused(
-            folder, {"architectures": ["Other"]}, UnsupportedModelError, "'Other'.* Known: .*LlamaForCausalLM"
-        )
+        known = "'Other'.* Known: .*LlamaForCausalLM"
+        self.refused(folder, {"architectures": ["Other"]}, UnsupportedModelError, known)
         with pytest.raises(UnsupportedModelError, match="'Another'"):
             load(folder, architecture="Another")
 
