@@ -181,8 +181,9 @@ class NinjaBuild(build_ext):
             compile_rule("compile", source, name, variant_flags)
         for source in sorted((CSRC / "python").glob("*.cpp")):
             compile_rule("compile", source, f"{build}/python/{source.name}.o", binding_flags)
+        compile_rule("compile", CSRC / "cpu" / "team.cpp", "cpu/team.o")
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            if source.name == "dispatch.cpp":
+            if source.name in ("dispatch.cpp", "team.cpp"):
                 continue
             for path, path_flags in paths.items():
                 compile_rule(

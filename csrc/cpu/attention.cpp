@@ -3,8 +3,6 @@
 // Scores are kept as exponents of 2.
 #include "cpu/attention.h"
 
-#include <omp.h>
-
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -296,20 +294,16 @@ static void merge_splits(const AttentionArgs& args, const AttentionMerge& merge,
 template <typename T>
 static void attend(const AttentionArgs& args) {
     const int64_t merge_items = args.merge_count * args.kv_heads;
-#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
-    {
-        float* scratch = args.scratch + omp_get_thread_num() * args.scratch_size;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < args.unit_count; ++unit)
+    SharedCounter next_unit, next_merge;
+    run_together(args.threads, [&](const Member& member) {
+        float* scratch = args.scratch + member.rank * args.scratch_size;
+        for (int64_t unit; (unit = next_unit.take()) < args.unit_count;)
             UnitRunner<T>(args, args.units[unit], scratch).run();
-        // All units are done here.
-        if (merge_items) {
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t item = 0; item < merge_items; ++item)
-                merge_splits<T>(args, args.merges[item / args.kv_heads], item % args.kv_heads,
-                                scratch);
-        }
-    }
+        if (!merge_items) return;
+        member.barrier();
+        for (int64_t item; (item = next_merge.take()) < merge_items;)
+            merge_splits<T>(args, args.merges[item / args.kv_heads], item % args.kv_heads, scratch);
+    });
 }
 
 void paged_attention(const AttentionArgs& args) {

@@ -37,12 +37,11 @@ class Linear {
         const LinearPlan plan(args_, panels_, blocks_.count,
                               steps_ * RowLayout<T>::kPerStep * sizeof(RowElement<T>),
                               blocks_.count == 1 ? 2 : 4);
-        int64_t next = 0;
-#pragma omp parallel num_threads(plan.threads)
-        {
+        SharedCounter next;
+        run_together(plan.threads, [&](const Member& member) {
             if (!in_place_) {
-                lay_out(share_of(blocks_.count));
-#pragma omp barrier
+                lay_out(share_of(blocks_.count, member));
+                member.barrier();
             }
             plan.take_units(next, [&](Range panels, Range blocks) {
                 if (args_.packed) {
@@ -51,7 +50,7 @@ class Linear {
                     multiply_plain(panels, blocks);
                 }
             });
-        }
+        });
     }
 
   private:

@@ -21,9 +21,9 @@ static inline Range part_of(int64_t size, int64_t index, int64_t count) {
     return {size * index / count, size * (index + 1) / count};
 }
 
-// What of 0 to `size` falls to this thread of a team.
-static inline Range share_of(int64_t size) {
-    return part_of(size, omp_get_thread_num(), omp_get_num_threads());
+// What of 0 to `size` falls to a thread of a job.
+static inline Range share_of(int64_t size, const Member& member) {
+    return part_of(size, member.rank, member.size);
 }
 
 // The rows of x, cut into blocks of nearly equal height.
@@ -44,14 +44,14 @@ class LinearPlan {
     LinearPlan(const LinearArgs& args, int64_t panels, int64_t blocks, int64_t row_bytes,
                int64_t least_panels)
         : panels_(panels), blocks_(blocks) {
-        // Starting a team costs several microseconds; so much arithmetic makes up for it.
-        constexpr int64_t kGrain = 1 << 18;
+        // So much arithmetic makes up for starting another thread.
+        const int64_t grain = holds_team() ? 1 << 15 : 1 << 18;
         // Row blocks of a group are read once for each panel and should stay in the cache.
         constexpr int64_t kGroupBytes = 1 << 20;
         // Enough to make the work for rows outweigh the reading of a panel.
         constexpr int64_t kGroupBlocks = 8;
         threads =
-            static_cast<int>(larger(1, smaller(num_threads(), args.m * args.n * args.k / kGrain)));
+            static_cast<int>(larger(1, smaller(num_threads(), args.m * args.n * args.k / grain)));
         // Many chunks for each thread, since threads are not equally fast.
         const int64_t least = panels < 8 * threads ? 1 : least_panels;
         chunk_panels_ = larger(panels / (threads * 32) * 2, least);
@@ -60,13 +60,10 @@ class LinearPlan {
         groups_ = smaller(groups_, (blocks + kGroupBlocks - 1) / kGroupBlocks);
     }
 
-    // Calls `run(panels, blocks)` for units until none is left. next: starts at 0, shared by all
-    // threads.
+    // Calls `run(panels, blocks)` for units until none is left. next: one for all threads.
     template <typename Run>
-    void take_units(int64_t& next, const Run& run) const {
-        for (;;) {
-            const int64_t unit = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-            if (unit >= chunks_ * groups_) return;
+    void take_units(SharedCounter& next, const Run& run) const {
+        for (int64_t unit; (unit = next.take()) < chunks_ * groups_;) {
             const int64_t first = unit % chunks_ * chunk_panels_;
             run(Range{first, smaller(first + chunk_panels_, panels_)},
                 part_of(blocks_, unit / chunks_, groups_));

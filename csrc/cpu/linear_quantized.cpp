@@ -63,12 +63,11 @@ class QuantizedLinear {
     void run() {
         // No panel alone where two are taken at once.
         const LinearPlan plan(args_, panels_, blocks_.count, row_bytes<T>(args_.k), 2);
-        int64_t next = 0;
-#pragma omp parallel num_threads(plan.threads)
-        {
-            const Range own = share_of(blocks_.count);
+        SharedCounter next;
+        run_together(plan.threads, [&](const Member& member) {
+            const Range own = share_of(blocks_.count, member);
             for (int64_t block = own.begin; block < own.end; ++block) lay_out(block);
-#pragma omp barrier
+            member.barrier();
             plan.take_units(next, [&](Range panels, Range blocks) {
                 if (blocks_.count <= kFewBlocks) {
                     multiply_few(panels);
@@ -76,7 +75,7 @@ class QuantizedLinear {
                     multiply_many(panels, blocks);
                 }
             });
-        }
+        });
     }
 
   private:

@@ -1,18 +1,26 @@
 // Splitting work over the calling thread's share of processors. Compiled into the path's own
-// namespace; the OpenMP runtime is the one that torch has loaded.
+// namespace.
 #pragma once
-
-#include <omp.h>
 
 #include <cstdint>
 
 #include "cpu/kernels.h"
 #include "cpu/path.h"
+#include "cpu/team.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
+// Calls body(member) in each of at most `threads` threads.
+template <typename Body>
+static inline void run_together(int threads, const Body& body) {
+    const Job job = [](const void* context, const Member& member) {
+        (*static_cast<const Body*>(context))(member);
+    };
+    run_job(threads, job, &body);
+}
+
 // Calls body(begin, end) on contiguous pieces of [0, count), one for each thread; in the calling
-// thread alone when there are fewer than two pieces of `grain` items, since starting a team costs
+// thread alone when there are fewer than two pieces of `grain` items, since starting others costs
 // several microseconds.
 template <typename Body>
 static inline void parallel_for(int64_t count, int64_t grain, const Body& body) {
@@ -22,12 +30,20 @@ static inline void parallel_for(int64_t count, int64_t grain, const Body& body) 
         if (count > 0) body(int64_t{0}, count);
         return;
     }
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
-        const int64_t begin = count * rank / team, end = count * (rank + 1) / team;
+    run_together(threads, [&](const Member& member) {
+        const int64_t begin = count * member.rank / member.size;
+        const int64_t end = count * (member.rank + 1) / member.size;
         if (begin < end) body(begin, end);
-    }
+    });
 }
+
+// What is handed out piece by piece to the threads of a job, to each that asks.
+class SharedCounter {
+  public:
+    int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+
+  private:
+    int64_t next_ = 0;
+};
 
 }  // namespace sglite::cpu::SGLITE_CPU_PATH

@@ -16,8 +16,8 @@ static constexpr const char* kOp = "paged_attention";
 
 // Reading and packing a key costs about as much as meeting this many rows.
 static constexpr int64_t kRowsPerKey = 8;
-// Less work than this many operations is not worth waking other threads for.
-static constexpr double kParallelCost = 2e6;
+// Less work than this many operations is not worth another thread.
+static double least_parallel_cost(bool team_held) { return team_held ? 1e5 : 2e6; }
 // Fewer rows would not make up for packing the keys that they meet.
 static constexpr int64_t kLeastUnitRows = 24;
 // Units for each thread, so that threads end at about the same time.
@@ -108,7 +108,7 @@ AttentionSizes check_attention(const AttentionInputs& in) {
     };
 }
 
-PagedAttention::PagedAttention(const Inputs& in) {
+PagedAttention::PagedAttention(const Inputs& in, bool team_held) {
     const AttentionSizes sizes = check_attention(in);
     args_ = {
         .out = {in.out.data, in.out.stride(0), in.out.stride(1)},
@@ -138,7 +138,7 @@ PagedAttention::PagedAttention(const Inputs& in) {
     for_each_query_block([&](const QueryBlock& block) {
         cost_ += block.cost(args_.head_dim) * static_cast<double>(args_.kv_heads);
     });
-    args_.threads = cost_ < kParallelCost ? 1 : cpu::num_threads();
+    args_.threads = cost_ < least_parallel_cost(team_held) ? 1 : cpu::num_threads();
     unit_cost_ = cost_;
     if (args_.threads > 1) {
         const int64_t wanted = args_.threads * kUnitsPerThread;

@@ -38,7 +38,8 @@ AttentionSizes check_attention(const AttentionInputs& in);
 class PagedAttention {
   public:
     using Inputs = AttentionInputs;
-    explicit PagedAttention(const Inputs& inputs);
+    // team_held: run() will be called by a thread that holds a team.
+    explicit PagedAttention(const Inputs& inputs, bool team_held = false);
 
     int64_t workspace_size() const { return workspace_size_; }  // in bytes
     double cost() const { return cost_; }                       // in floating-point operations

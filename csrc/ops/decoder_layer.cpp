@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 #include "ops/activation.h"
 #include "ops/linear.h"
 
@@ -12,6 +13,9 @@ namespace {
 
 constexpr const char* kOp = "decoder_layer";
 constexpr int64_t kAlignment = 64;
+
+// Layers of fewer floating-point operations are as fast in one thread.
+constexpr double kLeastHeldCost = 1e6;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -91,6 +95,7 @@ DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch&
         workspace = std::max(workspace, workspace_of(*part, tokens, x.dtype));
         cost_ += 2.0 * static_cast<double>(tokens * part->n()) * static_cast<double>(part->k());
     }
+    threads_ = cost_ < kLeastHeldCost ? 1 : cpu::num_threads();
     workspace_.set(nullptr, x, {workspace});
     workspace_.tensor.dtype = DType::kUInt8;
     const int64_t size = element_size(x.dtype);
@@ -114,7 +119,8 @@ void DecoderLayer::use_activations(const Tensor& scratch) {
     const AttentionPart& part = parts_.attention;
     attention_.emplace(AttentionInputs{attended_heads_.tensor, queries_.tensor, k_cache_, v_cache_,
                                        batch_.page_table, batch_.query_start, batch_.kv_lens,
-                                       batch_.kv_end, part.scale, part.window, part.soft_cap});
+                                       batch_.kv_end, part.scale, part.window, part.soft_cap},
+                       threads_ > 1);
     cost_ += attention_->cost();
 }
 
@@ -131,6 +137,12 @@ void DecoderLayer::linear(const View& out, const View& x, const LinearPart& part
 }
 
 void DecoderLayer::run(const Tensor& attention_scratch) {
+    const auto body = [&] { run_parts(attention_scratch); };
+    cpu::hold_team(
+        threads_, [](const void* parts) { (*static_cast<const decltype(body)*>(parts))(); }, &body);
+}
+
+void DecoderLayer::run_parts(const Tensor& attention_scratch) {
     const auto norm = [&](const NormPart& part, const View& x) {
         rms_norm(normed_.tensor, x.tensor, part.weight, part.epsilon, part.weight_offset,
                  std::nullopt);

@@ -87,6 +87,7 @@ class DecoderLayer {
         void set(void* data, const Tensor& like, std::initializer_list<int64_t> sizes);
     };
 
+    void run_parts(const Tensor& attention_scratch);
     void linear(const View& out, const View& x, const LinearPart& part,
                 const std::optional<Tensor>& residual);
 
@@ -98,6 +99,7 @@ class DecoderLayer {
     std::optional<PagedAttention> attention_;
     int64_t activation_size_ = 0;
     double cost_ = 0;
+    int threads_ = 1;  // of the team that is held
 };
 
 }  // namespace sglite::ops

@@ -1,7 +1,5 @@
 #include "ops/weight_writer.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <atomic>
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglite import ops
+from sglite import _C, ops
 from tests.ops.closeness import DTYPES
 from tests.ops.test_rope import make_table
 
@@ -157,6 +157,51 @@ def test_same_bits_as_the_parts(dtype, data):
     assert torch.equal(actual, expected)
     assert all(map(torch.equal, caches, same_caches))
     assert torch.equal(x, kept)
+
+
+WIDE = (256, 8, 2, 32, 512)
+
+
+def draw_wide(spans):
+    """The arguments of a layer that has work for several threads, and the same by parts."""
+    generator = torch.Generator().manual_seed(3)
+    options = {"interleaved": False, "see": (None, None), "activation": "silu"}
+    options["storages"] = [None, ops.QuantizedLayout(8, 1 << 30), None, None]
+    parts, weights = draw_layer(generator, torch.bfloat16, WIDE, False, False, options)
+    batch = draw_batch(generator, spans)
+    pages = sum(-(-stop // PAGE_SIZE) for _, stop in spans) + 1
+    caches = torch.randn(2, pages, PAGE_SIZE, *WIDE[2:4], generator=generator).bfloat16().unbind()
+    x = torch.randn(len(batch.positions), WIDE[0], generator=generator).bfloat16()
+    table = make_table(1300, WIDE[3])
+    same_caches = [cache.clone() for cache in caches]
+    expected = by_parts(x, batch, parts, weights, table, *same_caches)
+    return [x, batch, parts, table, *caches, scratch], expected
+
+
+@pytest.fixture
+def threads_again():
+    yield
+    _C.set_num_threads(0)
+
+
+# One token, whose keys are in splits that are merged; rows for several blocks of every kernel.
+@pytest.mark.parametrize("spans", [[(1200, 1201)], [(3, 4)] * 9 + [(0, 50)]])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_same_bits_with_a_team_of_any_size(threads_again, count, spans):
+    arguments, expected = draw_wide(spans)
+    _C.set_num_threads(count)
+    for _ in range(20):
+        assert torch.equal(ops.decoder_layer(*arguments), expected)
+
+
+def test_an_error_within_a_team_is_thrown_and_the_next_call_works(threads_again):
+    arguments, expected = draw_wide([(7, 30)])
+    _C.set_num_threads(2)
+    slots = arguments[1].slots
+    wrong = arguments[1]._replace(slots=torch.full_like(slots, 1 << 20))
+    with pytest.raises(IndexError, match="slots"):
+        ops.decoder_layer(arguments[0], wrong, *arguments[2:])
+    assert torch.equal(ops.decoder_layer(*arguments), expected)
 
 
 @pytest.fixture
