@@ -27,7 +27,7 @@ _OPS = (
     *("embedding_quantized", "linear_quantized"),
     *(
         "linear_fused",
-        "decoder_layer",
+        "decoder_layers",
         "apply_rope",
         "rope_and_write_kv",
         "write_kv",
@@ -204,13 +204,14 @@ class StepRecorder:
         if name == "sample":
             return name, float(tensors[2].nbytes), 0.0
         stage, operations, num_bytes = name, 0.0, 0.0
-        if name == "decoder_layer":
-            # Its attention.
-            x, batch, layer, k_cache = args[1], args[2], args[3], tensors[-2]
+        if name == "decoder_layers":
+            # Their attention.
+            x, batch, layers = args[1:4]
             seen = int(batch.kv_lens.sum())
-            num_bytes += 2.0 * k_cache[0, 0].nbytes * seen
-            _, elements = self._weights[layer.output.weight[0].data_ptr()]
-            operations += 4.0 * elements / x.shape[1] * seen
+            for parts, _, k_cache, _ in layers:
+                num_bytes += 2.0 * k_cache[0, 0].nbytes * seen
+                _, elements = self._weights[parts.output.weight[0].data_ptr()]
+                operations += 4.0 * elements / x.shape[1] * seen
         for tensor in tensors:
             address = tensor.data_ptr()
             # Of the caches and of the table of angles a step touches next to nothing.
@@ -220,7 +221,7 @@ class StepRecorder:
             num_bytes += tensor.nbytes
             if is_weight:
                 weight_name, elements = self._weights[address]
-                stage = weight_name if name != "decoder_layer" else name
+                stage = weight_name if name != "decoder_layers" else name
                 operations += 2.0 * tensors[0].shape[0] * elements
         return stage, num_bytes, operations
 

@@ -57,5 +57,5 @@ PYBIND11_MODULE(_C, m) {
     sglite::bind_cache(m);
     sglite::bind_ops(m);
     sglite::bind_weight_writer(m);
-    sglite::bind_decoder_layer(m);
+    sglite::bind_decoder_layers(m);
 }

@@ -6,7 +6,7 @@ a subclass, a hook or a replaced `forward` must see the part's own input and out
 the same bits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +19,13 @@ from sglite.layers.norm import RMSNorm
 
 def is_plain(part: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `part` does what `kind.forward` does, and nothing else."""
+    return type(part) is kind and runs_only(part, kind.forward)
+
+
+def runs_only(part: nn.Module, forward: Callable) -> bool:
+    """Whether calling `part` runs this function of its class, and nothing else."""
     return (
-        type(part) is kind
+        type(part).forward is forward
         and not part._forward_hooks
         and not part._forward_pre_hooks
         and "forward" not in part.__dict__

@@ -6,12 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from sglite.layers.attention import SelfAttention
-from sglite.layers.composite import is_plain
+from sglite.layers.composite import is_plain, runs_only
 from sglite.layers.embedding import Embedding
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.mlp import GatedMLP
 from sglite.layers.porting import refuse_pipeline_and_embedding
-from sglite.layers.whole_layer import run_whole_layer
+from sglite.layers.whole_layers import find_whole, run_whole
 
 
 class DecoderLayer(nn.Module):
@@ -41,9 +41,9 @@ class DecoderLayer(nn.Module):
         self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
     ) -> Tensor:
         """[T, hidden_size] -> [T, hidden_size]; the input stays as it is."""
-        whole = run_whole_layer(self, positions, hidden_states, forward_batch)
+        whole = find_whole(self, hidden_states)
         if whole is not None:
-            return whole
+            return run_whole([whole], positions, hidden_states, forward_batch)
         attention, norm = self.self_attn, self.input_layernorm
         if is_plain(attention, SelfAttention):
             hidden_states = attention.forward(
@@ -56,6 +56,32 @@ class DecoderLayer(nn.Module):
         if is_plain(mlp, GatedMLP):
             return mlp.forward(hidden_states, residual=hidden_states, norm=norm)
         return hidden_states + mlp(norm(hidden_states))
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    positions: Tensor,
+    hidden_states: Tensor,
+    forward_batch: ForwardBatch,
+) -> Tensor:
+    """`hidden_states = layer(positions, hidden_states, forward_batch)` for each layer.
+
+    Whole layers that follow each other are run in one call, with the same bits.
+    """
+    together = []
+    for layer in layers:
+        is_plain_layer = runs_only(layer, DecoderLayer.forward)
+        whole = find_whole(layer, hidden_states) if is_plain_layer else None
+        if whole is not None:
+            together.append(whole)
+            continue
+        if together:
+            hidden_states = run_whole(together, positions, hidden_states, forward_batch)
+            together = []
+        hidden_states = layer(positions, hidden_states, forward_batch)
+    if together:
+        hidden_states = run_whole(together, positions, hidden_states, forward_batch)
+    return hidden_states
 
 
 class DecoderModel(nn.Module):
@@ -92,6 +118,5 @@ class DecoderModel(nn.Module):
         """
         refuse_pipeline_and_embedding(pp_proxy_tensors, False)
         hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
-        for layer in self.layers:
-            hidden_states = layer(positions, hidden_states, forward_batch)
+        hidden_states = run_layers(self.layers, positions, hidden_states, forward_batch)
         return self.norm(hidden_states)

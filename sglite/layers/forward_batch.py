@@ -60,7 +60,7 @@ class ForwardBatch:
         return self._plans[key]
 
     def layer_batch(self, positions: Tensor) -> ops.LayerBatch:
-        """What `sglite.ops.decoder_layer` takes, the same for all layers.
+        """What `sglite.ops.decoder_layers` takes, the same for all layers.
 
         Args:
             positions: [T] int64.

@@ -14,13 +14,14 @@ from sglite.ops.attention import (
     paged_attention,
     plan_attention,
 )
-from sglite.ops.decoder_layer import (
+from sglite.ops.decoder_layers import (
     AttentionPart,
     LayerBatch,
+    LayerCall,
     LayerParts,
     LinearPart,
     NormPart,
-    decoder_layer,
+    decoder_layers,
 )
 from sglite.ops.embedding import embedding
 from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm_linear
@@ -42,6 +43,7 @@ __all__ = [
     "AttentionPart",
     "AttentionPlan",
     "LayerBatch",
+    "LayerCall",
     "LayerParts",
     "LinearPart",
     "LogProbs",
@@ -57,7 +59,7 @@ __all__ = [
     "apply_rope",
     "attention_workspace",
     "copy_kv_slots",
-    "decoder_layer",
+    "decoder_layers",
     "embedding",
     "gated",
     "gated_linear",

@@ -120,9 +120,28 @@ def test_a_hook_sees_the_parts_own_output_and_changes_no_bit(loaded, name):
 def calls_as_one_op(monkeypatch):
     """Grows by one entry for each layer that runs as one op."""
     calls = []
-    op = ops.decoder_layer
-    monkeypatch.setattr(ops, "decoder_layer", lambda *args: calls.append(1) or op(*args))
+    op = ops.decoder_layers
+    monkeypatch.setattr(ops, "decoder_layers", lambda *args: calls.extend(args[2]) or op(*args))
     return calls
+
+
+def test_layers_that_follow_each_other_are_one_call(loaded, monkeypatch):
+    before = logits_of(loaded)
+    runs = []
+    op = ops.decoder_layers
+    monkeypatch.setattr(ops, "decoder_layers", lambda *args: runs.append(len(args[2])) or op(*args))
+    assert torch.equal(logits_of(loaded), before)
+    assert runs == [3]
+    # A layer that somebody listens to, and one with a forward of its own, are called themselves.
+    middle = loaded.model.model.layers[1]
+    hook = middle.register_forward_hook(lambda module, inputs, output: output * 2)
+    assert not torch.equal(logits_of(loaded), before)
+    assert runs == [3, 1, 1, 1]
+    hook.remove()
+    kind = type(middle)
+    middle.__class__ = type("Doubling", (kind,), {"forward": lambda *args: 2 * kind.forward(*args)})
+    assert not torch.equal(logits_of(loaded), before)
+    assert runs == [3, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("name", PART_NAMES)

@@ -1,5 +1,5 @@
-// A whole decoder layer as one Python function.
-#include "ops/decoder_layer.h"
+// Whole decoder layers as one Python function.
+#include "ops/decoder_layers.h"
 
 #include "python/bindings.h"
 #include "python/quantized.h"
@@ -16,10 +16,11 @@ using Attention = std::tuple<std::optional<Tensor>, std::optional<Tensor>, doubl
                              double, std::optional<int64_t>, std::optional<double>>;
 using Batch = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Fields in the order of sglite/ops/decoder_layer.py.
-using Layer = std::tuple<Norm, Linear, Attention, Linear, Norm, Linear, std::string, Linear>;
+// Fields in the order of sglite/ops/decoder_layers.py.
+using Parts = std::tuple<Norm, Linear, Attention, Linear, Norm, Linear, std::string, Linear>;
+using Layer = std::tuple<Parts, Tensor, Tensor, Tensor>;
 
-ops::LayerParts named(const Layer& layer) {
+ops::LayerParts named(const Parts& parts) {
     const auto norm = [](const Norm& part) { return std::make_from_tuple<ops::NormPart>(part); };
     const auto linear = [](const Linear& part) {
         const auto& [weight, bias] = part;
@@ -28,7 +29,7 @@ ops::LayerParts named(const Layer& layer) {
         }
         return ops::LinearPart{named(std::get<QuantizedWeight>(weight)), bias};
     };
-    const auto& [input_norm, qkv, attention, output, post_norm, gate_up, activation, down] = layer;
+    const auto& [input_norm, qkv, attention, output, post_norm, gate_up, activation, down] = parts;
     return {
         .input_norm = norm(input_norm),
         .qkv = linear(qkv),
@@ -43,16 +44,17 @@ ops::LayerParts named(const Layer& layer) {
 
 }  // namespace
 
-void bind_decoder_layer(py::module_& m) {
+void bind_decoder_layers(py::module_& m) {
     // `scratch(index, bytes)` gives memory: a uint8 tensor of at least so many bytes.
     m.def(
-        "decoder_layer",
-        [](const Tensor& out, const Tensor& x, const Batch& batch, const Layer& layer,
-           const Tensor& cos_sin, const Tensor& k_cache, const Tensor& v_cache,
+        "decoder_layers",
+        [](const Tensor& out, const Tensor& x, const Batch& batch, const std::vector<Layer>& layers,
            const py::function& scratch) {
             const auto named_batch = std::make_from_tuple<ops::LayerBatch>(batch);
-            const ops::LayerParts parts = named(layer);
-            ops::DecoderLayer run(out, x, named_batch, parts, cos_sin, k_cache, v_cache);
+            ops::DecoderLayers run(out, x, named_batch);
+            for (const auto& [parts, cos_sin, k_cache, v_cache] : layers) {
+                run.add(named(parts), cos_sin, k_cache, v_cache);
+            }
             const py::object activations = scratch(0, run.activation_size());
             run.use_activations(activations.cast<Tensor>());
             const py::object workspace = scratch(1, run.attention_size());
@@ -60,8 +62,7 @@ void bind_decoder_layer(py::module_& m) {
             ReleaseGilIfLong release(run.cost());
             run.run(view);
         },
-        py::arg("out"), py::arg("x"), py::arg("batch"), py::arg("layer"), py::arg("cos_sin"),
-        py::arg("k_cache"), py::arg("v_cache"), py::arg("scratch"));
+        py::arg("out"), py::arg("x"), py::arg("batch"), py::arg("layers"), py::arg("scratch"));
 }
 
 }  // namespace sglite

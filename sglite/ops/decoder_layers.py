@@ -1,10 +1,11 @@
-"""A whole decoder layer in one call, on the CPU.
+"""Whole decoder layers in one call, on the CPU.
 
-What a step costs beside its arithmetic is mostly the way from one op to the next: here it is gone
-once for a layer instead of nine times.
+What a step costs beside its arithmetic is mostly the way from one op to the next, through an
+interpreter that the weights have displaced from the caches: here it is gone once for all layers
+instead of nine times for each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,16 +79,22 @@ class LayerBatch(NamedTuple):
     kv_end: Tensor  # [T] int32
 
 
-def decoder_layer(
+class LayerCall(NamedTuple):
+    """A layer and what of the world around it is its own."""
+
+    parts: LayerParts
+    cos_sin: Tensor  # [max_positions, rotary_dim] float32, as for `apply_rope`
+    k_cache: Tensor  # [pages, page_size, kv_heads, head_dim], the dtype of the hidden states
+    v_cache: Tensor  # shaped like `k_cache`
+
+
+def decoder_layers(
     x: Tensor,
     batch: LayerBatch,
-    parts: LayerParts,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    layers: Sequence[LayerCall],
     scratch: Callable[[int, int], Tensor],
 ) -> Tensor:
-    """`h = x + output(attention(qkv(norm(x))))`, then `h + down(activation(gate_up(norm(h))))`.
+    """`h = x + output(attention(qkv(norm(x))))`, `x = h + down(activation(gate_up(norm(h))))`, ...
 
     The bits of `rms_norm`, `linear`, `rope_and_write_kv`, `paged_attention`, `linear` with its
     residual, `rms_norm`, `linear`, `gated` and `linear` with its residual, one after the other.
@@ -95,10 +102,7 @@ def decoder_layer(
     Args:
         x: [T, hidden], contiguous, float32, bfloat16 or float16, on the CPU; not changed.
         batch: whose tokens these are.
-        parts: the layer's weights and numbers.
-        cos_sin: [max_positions, rotary_dim] float32, as for `apply_rope`.
-        k_cache: [pages, page_size, kv_heads, head_dim], the dtype of `x`; this layer's.
-        v_cache: shaped like `k_cache`.
+        layers: at least one; each takes what the one before gives.
         scratch: `scratch(index, count)` gives uint8 memory of at least `count` bytes, aligned to
             64; memory of different indices (0 and 1) does not overlap.
 
@@ -107,8 +111,9 @@ def decoder_layer(
 
     Raises:
         ValueError: a shape or dtype does not fit; the message names it.
-        IndexError: a position or slot that does not exist; the cache has not been changed.
+        IndexError: a position or slot that does not exist; if it is the first layer's, no cache has
+            been changed.
     """
     out = torch.empty_like(x)
-    _C.decoder_layer(out, x, batch, parts, cos_sin, k_cache, v_cache, scratch)
+    _C.decoder_layers(out, x, batch, layers, scratch)
     return out

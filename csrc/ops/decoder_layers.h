@@ -1,7 +1,8 @@
-// A whole decoder layer on the CPU: the ops that it is made of, one after the other, over scratch
+// Whole decoder layers on the CPU: the ops that they are made of, one after the other, over scratch
 // memory of the caller's.
 #pragma once
 
+#include <deque>
 #include <optional>
 #include <string>
 #include <variant>
@@ -62,22 +63,20 @@ struct LayerBatch {
 };
 
 // x + attention(norm(x)), and of that h + mlp(norm(h)); every rounding is where the single ops have
-// it. Used once: made, given scratch twice, run.
+// it.
 class DecoderLayer {
   public:
-    // out, x: [T, hidden], not the same memory. cos_sin: [positions, rotary_dim] float32. k_cache,
-    // v_cache: [pages, page_size, kv_heads, head_dim].
-    DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch& batch,
-                 const LayerParts& parts, const Tensor& cos_sin, const Tensor& k_cache,
-                 const Tensor& v_cache);
+    DecoderLayer(const Tensor& x, const LayerBatch& batch, LayerParts parts, const Tensor& cos_sin,
+                 const Tensor& k_cache, const Tensor& v_cache);
 
-    // What the first scratch must have, in bytes; it is uint8, aligned to 64.
+    // Of the memory that use_activations() takes, in bytes.
     int64_t activation_size() const { return activation_size_; }
-    void use_activations(const Tensor& scratch);
-    // What the second one must have, known once the first is there.
+    // scratch: aligned to 64. team_held: run() will be called while a team is held.
+    void use_activations(char* scratch, bool team_held);
+    // What of scratch run() takes, known once there are activations.
     int64_t attention_size() const { return attention_->workspace_size(); }
     double cost() const { return cost_; }  // in floating-point operations
-    void run(const Tensor& attention_scratch);
+    void run(void* out, void* x, const Tensor& attention_scratch);
 
   private:
     // A dense matrix, or heads of one, in scratch.
@@ -87,19 +86,45 @@ class DecoderLayer {
         void set(void* data, const Tensor& like, std::initializer_list<int64_t> sizes);
     };
 
-    void run_parts(const Tensor& attention_scratch);
     void linear(const View& out, const View& x, const LinearPart& part,
                 const std::optional<Tensor>& residual);
 
     const LayerBatch& batch_;
-    const LayerParts& parts_;
+    const LayerParts parts_;
     const Tensor &cos_sin_, &k_cache_, &v_cache_;
     View out_, x_, normed_, qkv_, queries_, attended_, attended_heads_, middle_, gate_up_, gated_;
     View workspace_;
     std::optional<PagedAttention> attention_;
     int64_t activation_size_ = 0;
     double cost_ = 0;
-    int threads_ = 1;  // of the team that is held
+};
+
+// Layers one behind the other. Used once: made, given layers, given scratch twice, run.
+class DecoderLayers {
+  public:
+    // out, x: [T, hidden], not the same memory.
+    DecoderLayers(const Tensor& out, const Tensor& x, const LayerBatch& batch);
+
+    // cos_sin: [positions, rotary_dim] float32. k_cache, v_cache: [pages, page_size, kv_heads,
+    // head_dim]. The three must stay where they are.
+    void add(LayerParts parts, const Tensor& cos_sin, const Tensor& k_cache, const Tensor& v_cache);
+
+    // What the first scratch must have, in bytes; it is uint8, aligned to 64.
+    int64_t activation_size() const;
+    void use_activations(const Tensor& scratch);
+    // What the second one must have, known once the first is there.
+    int64_t attention_size() const;
+    double cost() const;  // in floating-point operations
+    void run(const Tensor& attention_scratch);
+
+  private:
+    int64_t hidden_size() const;  // of hidden states, in bytes
+    int threads() const;          // of the team that is held
+
+    const Tensor &out_, &x_;
+    const LayerBatch& batch_;
+    std::deque<DecoderLayer> layers_;
+    void* between_ = nullptr;  // hidden states between layers, where out does not hold them
 };
 
 }  // namespace sglite::ops

@@ -1,4 +1,4 @@
-#include "ops/decoder_layer.h"
+#include "ops/decoder_layers.h"
 
 #include <algorithm>
 
@@ -11,7 +11,7 @@ namespace sglite::ops {
 
 namespace {
 
-constexpr const char* kOp = "decoder_layer";
+constexpr const char* kOp = "decoder_layers";
 constexpr int64_t kAlignment = 64;
 
 // Layers of fewer floating-point operations are as fast in one thread.
@@ -59,15 +59,15 @@ void DecoderLayer::View::set(void* data, const Tensor& like, std::initializer_li
     tensor.ndim = static_cast<int32_t>(sizes.size());
 }
 
-DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch& batch,
-                           const LayerParts& parts, const Tensor& cos_sin, const Tensor& k_cache,
-                           const Tensor& v_cache)
-    : batch_(batch), parts_(parts), cos_sin_(cos_sin), k_cache_(k_cache), v_cache_(v_cache) {
-    cpu::require_cpu(kOp, x);
-    Check(kOp, "x", x).ndim(2).dtype_in(kFloatTypes).dense();
+DecoderLayer::DecoderLayer(const Tensor& x, const LayerBatch& batch, LayerParts given,
+                           const Tensor& cos_sin, const Tensor& k_cache, const Tensor& v_cache)
+    : batch_(batch),
+      parts_(std::move(given)),
+      cos_sin_(cos_sin),
+      k_cache_(k_cache),
+      v_cache_(v_cache) {
+    const LayerParts& parts = parts_;
     const int64_t tokens = x.size(0), hidden = x.size(1);
-    Check(kOp, "out", out).dtype(x.dtype).shape({tokens, hidden}).dense().same_device(x);
-    if (out.data == x.data && tokens) Check(kOp, "out", out).fail("other memory than that of x");
     Check(kOp, "k_cache", k_cache).ndim(4);
     const int64_t kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
     const int64_t heads = head_dim ? parts.output.k() / head_dim : 0;
@@ -78,8 +78,8 @@ DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch&
     check_widths("down", parts.down, hidden, gated);
     activation_named(kOp, parts.activation);
 
-    out_.set(out.data, x, {tokens, hidden});
-    x_.set(x.data, x, {tokens, hidden});
+    out_.set(nullptr, x, {tokens, hidden});
+    x_.set(nullptr, x, {tokens, hidden});
     normed_.set(nullptr, x, {tokens, hidden});
     qkv_.set(nullptr, x, {tokens, parts.qkv.n()});
     queries_.set(nullptr, x, {tokens, heads, head_dim});
@@ -95,7 +95,6 @@ DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch&
         workspace = std::max(workspace, workspace_of(*part, tokens, x.dtype));
         cost_ += 2.0 * static_cast<double>(tokens * part->n()) * static_cast<double>(part->k());
     }
-    threads_ = cost_ < kLeastHeldCost ? 1 : cpu::num_threads();
     workspace_.set(nullptr, x, {workspace});
     workspace_.tensor.dtype = DType::kUInt8;
     const int64_t size = element_size(x.dtype);
@@ -105,9 +104,7 @@ DecoderLayer::DecoderLayer(const Tensor& out, const Tensor& x, const LayerBatch&
     activation_size_ += workspace;
 }
 
-void DecoderLayer::use_activations(const Tensor& scratch) {
-    check_scratch("activations", scratch, activation_size_);
-    char* next = scratch.ptr<char>();
+void DecoderLayer::use_activations(char* next, bool team_held) {
     const int64_t size = element_size(x_.tensor.dtype);
     for (View* view : {&normed_, &qkv_, &attended_, &middle_, &gate_up_, &gated_}) {
         view->tensor.data = next;
@@ -120,7 +117,7 @@ void DecoderLayer::use_activations(const Tensor& scratch) {
     attention_.emplace(AttentionInputs{attended_heads_.tensor, queries_.tensor, k_cache_, v_cache_,
                                        batch_.page_table, batch_.query_start, batch_.kv_lens,
                                        batch_.kv_end, part.scale, part.window, part.soft_cap},
-                       threads_ > 1);
+                       team_held);
     cost_ += attention_->cost();
 }
 
@@ -136,13 +133,9 @@ void DecoderLayer::linear(const View& out, const View& x, const LinearPart& part
     }
 }
 
-void DecoderLayer::run(const Tensor& attention_scratch) {
-    const auto body = [&] { run_parts(attention_scratch); };
-    cpu::hold_team(
-        threads_, [](const void* parts) { (*static_cast<const decltype(body)*>(parts))(); }, &body);
-}
-
-void DecoderLayer::run_parts(const Tensor& attention_scratch) {
+void DecoderLayer::run(void* out, void* x, const Tensor& attention_scratch) {
+    out_.tensor.data = out;
+    x_.tensor.data = x;
     const auto norm = [&](const NormPart& part, const View& x) {
         rms_norm(normed_.tensor, x.tensor, part.weight, part.epsilon, part.weight_offset,
                  std::nullopt);
@@ -162,6 +155,71 @@ void DecoderLayer::run_parts(const Tensor& attention_scratch) {
         gelu_and_mul(gated_.tensor, gate_up_.tensor, parts_.activation == "gelu" ? "none" : "tanh");
     }
     linear(out_, gated_, parts_.down, middle_.tensor);
+}
+
+DecoderLayers::DecoderLayers(const Tensor& out, const Tensor& x, const LayerBatch& batch)
+    : out_(out), x_(x), batch_(batch) {
+    cpu::require_cpu(kOp, x);
+    Check(kOp, "x", x).ndim(2).dtype_in(kFloatTypes).dense();
+    const Check check(kOp, "out", out);
+    check.dtype(x.dtype).shape({x.size(0), x.size(1)}).dense().same_device(x);
+    if (out.data == x.data && x.size(0)) check.fail("other memory than that of x");
+}
+
+void DecoderLayers::add(LayerParts parts, const Tensor& cos_sin, const Tensor& k_cache,
+                        const Tensor& v_cache) {
+    layers_.emplace_back(x_, batch_, std::move(parts), cos_sin, k_cache, v_cache);
+}
+
+int64_t DecoderLayers::hidden_size() const { return aligned(x_.numel() * element_size(x_.dtype)); }
+
+int64_t DecoderLayers::activation_size() const {
+    int64_t size = 0;
+    for (const DecoderLayer& layer : layers_) size = std::max(size, layer.activation_size());
+    return hidden_size() + size;
+}
+
+int64_t DecoderLayers::attention_size() const {
+    int64_t size = 0;
+    for (const DecoderLayer& layer : layers_) size = std::max(size, layer.attention_size());
+    return size;
+}
+
+double DecoderLayers::cost() const {
+    double cost = 0;
+    for (const DecoderLayer& layer : layers_) cost += layer.cost();
+    return cost;
+}
+
+int DecoderLayers::threads() const {
+    const double count = static_cast<double>(std::max<size_t>(layers_.size(), 1));
+    return cost() / count < kLeastHeldCost ? 1 : cpu::num_threads();
+}
+
+void DecoderLayers::use_activations(const Tensor& scratch) {
+    check_scratch("activations", scratch, activation_size());
+    between_ = scratch.data;
+    const bool team_held = threads() > 1;
+    for (DecoderLayer& layer : layers_) {
+        layer.use_activations(scratch.ptr<char>() + hidden_size(), team_held);
+    }
+}
+
+void DecoderLayers::run(const Tensor& attention_scratch) {
+    const auto body = [&] {
+        void* x = x_.data;
+        // The last layer's is out.
+        bool to_out = layers_.size() % 2;
+        for (DecoderLayer& layer : layers_) {
+            void* out = to_out ? out_.data : between_;
+            layer.run(out, x, attention_scratch);
+            x = out;
+            to_out = !to_out;
+        }
+    };
+    cpu::hold_team(
+        threads(), [](const void* layers) { (*static_cast<const decltype(body)*>(layers))(); },
+        &body);
 }
 
 }  // namespace sglite::ops

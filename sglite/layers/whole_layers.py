@@ -1,11 +1,11 @@
-"""A decoder layer as one op: on the CPU, while all of its parts are plain.
+"""Decoder layers as one op: on the CPU, while all of their parts are plain.
 
-What the op takes is gathered once and kept, together with where it was found. In every call what
-lies there now is compared with it, which is much less work: parts, weights and numbers may be
-replaced, and hooks added, at any time.
+What the op takes of a layer is gathered once and kept, together with where it was found. In every
+call what lies there now is compared with it, which is much less work: parts, weights and numbers
+may be replaced, and hooks added, at any time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, repeat
 from operator import contains, getitem, is_
 from typing import Any, NamedTuple
@@ -26,30 +26,50 @@ from sglite.layers.rotary import RotaryEmbedding
 _KEPT = "_whole_layer"
 
 
-def run_whole_layer(
-    layer: nn.Module, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch
-) -> Tensor | None:
-    """What a `DecoderLayer` gives, in one call; None where its parts have to run one by one.
+def find_whole(layer: nn.Module, hidden_states: Tensor) -> "WholeLayer | None":
+    """The layer as `run_whole` takes it; None where its parts have to run one by one.
 
     Args:
         layer: has `self_attn`, `mlp`, `input_layernorm` and `post_attention_layernorm`.
+        hidden_states: what it is to be run on.
+    """
+    if hidden_states.is_cuda:
+        return None
+    whole = layer.__dict__.get(_KEPT)
+    if whole is None or not whole.is_of(layer):
+        whole = layer.__dict__[_KEPT] = _gather(layer)
+    return whole
+
+
+def run_whole(
+    layers: Sequence["WholeLayer"],
+    positions: Tensor,
+    hidden_states: Tensor,
+    forward_batch: ForwardBatch,
+) -> Tensor:
+    """What the layers give, one after the other, in one call.
+
+    Args:
+        layers: at least one.
         positions: [T] int64.
-        hidden_states: [T, hidden_size].
+        hidden_states: [T, hidden_size], on the CPU.
         forward_batch: whose tokens these are, and the cache.
     """
-    whole = layer.__dict__.get(_KEPT)
-    if whole is None or hidden_states.is_cuda or not whole.is_of(layer):
-        whole = layer.__dict__[_KEPT] = None if hidden_states.is_cuda else _gather(layer)
-    if whole is None or not hidden_states.is_contiguous():
-        return None
-    batch, scratch = forward_batch.layer_batch(positions), forward_batch.scratch
-    k_cache, v_cache = forward_batch.kv_cache[whole.attn.layer_id]
-    return whole.rotary.with_table(
-        positions,
-        lambda cos_sin: ops.decoder_layer(
-            hidden_states, batch, whole.parts, cos_sin, k_cache, v_cache, scratch
-        ),
-    )
+
+    def run() -> Tensor:
+        return ops.decoder_layers(
+            hidden_states.contiguous(),
+            forward_batch.layer_batch(positions),
+            [layer.call(forward_batch.kv_cache) for layer in layers],
+            forward_batch.scratch,
+        )
+
+    try:
+        return run()
+    except IndexError:  # a position that is new to a table of angles
+        for layer in layers:
+            layer.rotary.table.grow_for(positions)
+        return run()
 
 
 class _Place(NamedTuple):
@@ -59,7 +79,7 @@ class _Place(NamedTuple):
     key: str
 
 
-class _WholeLayer:
+class WholeLayer:
     """What was gathered of a layer, and what of.
 
     Args:
@@ -109,6 +129,10 @@ class _WholeLayer:
         except KeyError:  # what was no parameter is one now, or the other way round
             return False
 
+    def call(self, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> ops.LayerCall:
+        """What the op takes for one run over this cache."""
+        return ops.LayerCall(self.parts, self.rotary.table.cos_sin, *kv_cache[self.attn.layer_id])
+
     def __reduce__(self) -> tuple[type[None], tuple]:
         """A copy of the layer, which has other tables, starts with nothing."""
         return type(None), ()
@@ -153,7 +177,7 @@ _KINDS = _Modules(
 )
 
 
-def _gather(layer: nn.Module) -> _WholeLayer | None:
+def _gather(layer: nn.Module) -> WholeLayer | None:
     """What the op takes of a layer now; None where it takes none."""
     attention, mlp = layer.self_attn, layer.mlp
     if type(attention) is not SelfAttention or type(mlp) is not GatedMLP:
@@ -181,7 +205,7 @@ def _gather(layer: nn.Module) -> _WholeLayer | None:
     parts = _parts_of(modules, activation, has_norms)
     if parts is None:
         return None
-    return _WholeLayer(layer, modules, places + list(_places_within(modules)), parts)
+    return WholeLayer(layer, modules, places + list(_places_within(modules)), parts)
 
 
 def _place(owner: Any, name: str) -> _Place:

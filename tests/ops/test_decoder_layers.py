@@ -1,4 +1,4 @@
-"""A decoder layer in one call gives the bits of the ops that it is made of."""
+"""Decoder layers in one call give the bits of the ops that they are made of."""
 
 import pytest
 import torch
@@ -53,6 +53,12 @@ def draw_layer(generator, dtype, sizes, with_bias, with_norm, options):
         linear(hidden, width),
     )
     return parts, weights
+
+
+def run_layer(x, batch, parts, cos_sin, k_cache, v_cache, scratch):
+    """One layer."""
+    layer = ops.LayerCall(parts, cos_sin, k_cache, v_cache)
+    return ops.decoder_layers(x, batch, [layer], scratch)
 
 
 def by_parts(x, batch, parts, weights, cos_sin, k_cache, v_cache):
@@ -152,7 +158,7 @@ def test_same_bits_as_the_parts(dtype, data):
     x = torch.randn(len(batch.positions), sizes[0], generator=generator).to(dtype)
     kept = x.clone()
     cos_sin = make_table(40, head_dim)
-    actual = ops.decoder_layer(x, batch, parts, cos_sin, *caches, scratch)
+    actual = run_layer(x, batch, parts, cos_sin, *caches, scratch)
     expected = by_parts(x, batch, parts, weights, cos_sin, *same_caches)
     assert torch.equal(actual, expected)
     assert all(map(torch.equal, caches, same_caches))
@@ -191,7 +197,26 @@ def test_same_bits_with_a_team_of_any_size(threads_again, count, spans):
     arguments, expected = draw_wide(spans)
     _C.set_num_threads(count)
     for _ in range(20):
-        assert torch.equal(ops.decoder_layer(*arguments), expected)
+        assert torch.equal(run_layer(*arguments), expected)
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 6])
+def test_layers_take_what_the_one_before_gives(threads_again, num_layers):
+    # Layers of different widths, so that each needs another amount of scratch.
+    generator = torch.Generator().manual_seed(5)
+    options = {"interleaved": False, "see": (None, None), "activation": "silu"}
+    options["storages"] = [None] * 4
+    batch, table = draw_batch(generator, [(0, 3), (6, 7)]), make_table(40, 16)
+    layers, expected = [], torch.randn(4, 48, generator=generator)
+    x = kept = expected.clone()
+    for index in range(num_layers):
+        sizes = (48, 2 * (index + 1), index + 1, 16, 300 - 40 * index)
+        parts, weights = draw_layer(generator, torch.float32, sizes, True, False, options)
+        caches = torch.randn(2, 4, PAGE_SIZE, index + 1, 16, generator=generator).unbind()
+        layers.append(ops.LayerCall(parts, table, *(cache.clone() for cache in caches)))
+        expected = by_parts(expected, batch, parts, weights, table, *caches)
+    assert torch.equal(ops.decoder_layers(x, batch, layers, scratch), expected)
+    assert torch.equal(x, kept)
 
 
 def test_an_error_within_a_team_is_thrown_and_the_next_call_works(threads_again):
@@ -200,8 +225,8 @@ def test_an_error_within_a_team_is_thrown_and_the_next_call_works(threads_again)
     slots = arguments[1].slots
     wrong = arguments[1]._replace(slots=torch.full_like(slots, 1 << 20))
     with pytest.raises(IndexError, match="slots"):
-        ops.decoder_layer(arguments[0], wrong, *arguments[2:])
-    assert torch.equal(ops.decoder_layer(*arguments), expected)
+        run_layer(arguments[0], wrong, *arguments[2:])
+    assert torch.equal(run_layer(*arguments), expected)
 
 
 @pytest.fixture
@@ -218,23 +243,23 @@ def arguments():
 def test_a_position_without_a_row_changes_nothing(arguments):
     arguments[1] = arguments[1]._replace(positions=torch.tensor([40]))
     with pytest.raises(IndexError, match="positions"):
-        ops.decoder_layer(*arguments)
+        run_layer(*arguments)
     assert not arguments[4].any()
 
 
 def test_a_slot_that_does_not_exist_changes_nothing(arguments):
     arguments[1] = arguments[1]._replace(slots=torch.tensor([16]))
     with pytest.raises(IndexError, match="slots"):
-        ops.decoder_layer(*arguments)
+        run_layer(*arguments)
     assert not arguments[4].any()
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("qkv", r"decoder_layer: qkv: expected a weight \[64, 16\], got \[64, 17\]"),
-        ("output", r"decoder_layer: output: expected a weight \[16, 32\], got \[17, 32\]"),
-        ("gate_up", r"decoder_layer: gate_up: expected a weight \[48, 16\], got \[47, 16\]"),
+        ("qkv", r"decoder_layers: qkv: expected a weight \[64, 16\], got \[64, 17\]"),
+        ("output", r"decoder_layers: output: expected a weight \[16, 32\], got \[17, 32\]"),
+        ("gate_up", r"decoder_layers: gate_up: expected a weight \[48, 16\], got \[47, 16\]"),
     ],
 )
 @pytest.mark.parametrize("storage", [None, ops.QuantizedLayout(8, 32)])
@@ -244,7 +269,7 @@ def test_weights_that_do_not_fit_each_other_are_refused(arguments, name, message
     weight = ops.LinearPart.of(stored(torch.zeros(n, k), storage), part.bias)
     arguments[2] = arguments[2]._replace(**{name: weight})
     with pytest.raises(ValueError, match=message):
-        ops.decoder_layer(*arguments)
+        run_layer(*arguments)
 
 
 def test_a_weight_whose_columns_are_in_another_order_is_not_taken():
@@ -255,11 +280,11 @@ def test_a_weight_whose_columns_are_in_another_order_is_not_taken():
 
 def test_scratch_that_is_too_small_is_refused(arguments):
     arguments[-1] = lambda index, count: torch.empty(count - 1, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="decoder_layer: activations: expected .* bytes"):
-        ops.decoder_layer(*arguments)
+    with pytest.raises(ValueError, match="decoder_layers: activations: expected .* bytes"):
+        run_layer(*arguments)
 
 
 def test_an_unknown_activation_is_refused_by_name(arguments):
     arguments[2] = arguments[2]._replace(activation="relu")
-    with pytest.raises(ValueError, match='decoder_layer: activation: expected "silu"'):
-        ops.decoder_layer(*arguments)
+    with pytest.raises(ValueError, match='decoder_layers: activation: expected "silu"'):
+        run_layer(*arguments)
