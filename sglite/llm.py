@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -120,15 +121,8 @@ class LLM:
             cache_dir=options.cache_dir,
             token=options.token,
         )
-        hf_tokenizer = load_tokenizer(
-            checkpoint,
-            options.tokenizer,
-            trust_remote_code=options.trust_remote_code,
-            cache_dir=options.cache_dir,
-            token=options.token,
-        )
         try:
-            self._start(options, checkpoint, hf_tokenizer, device, num_threads)
+            self._start(options, checkpoint, device, num_threads)
         except BaseException as error:
             if device.type == "cuda":
                 release_after(error)
@@ -138,22 +132,33 @@ class LLM:
         self,
         options: LLMOptions,
         checkpoint: Checkpoint,
-        hf_tokenizer: Any,
         device: torch.device,
         num_threads: int,
     ) -> None:
-        """Loads the weights and makes the engine."""
-        loaded = load_model(
-            checkpoint,
-            architecture=options.architecture,
-            dtype=options.dtype,
-            device=device,
-            room=free_memory(device) if device.type == "cuda" else None,
-            quantization=options.quantization,
-            context_length=options.context_length,
-            batch_invariant=bool(options.batch_invariant),
-            trust_remote_code=options.trust_remote_code,
-        )
+        """Loads the weights and the tokenizer, and makes the engine."""
+        tokenizers: list[Future] = []
+        with ThreadPoolExecutor(1, "sglite-tokenizer") as pool:
+            begin_tokenizer = partial(
+                pool.submit,
+                load_tokenizer,
+                checkpoint,
+                options.tokenizer,
+                trust_remote_code=options.trust_remote_code,
+                cache_dir=options.cache_dir,
+                token=options.token,
+            )
+            loaded = load_model(
+                checkpoint,
+                architecture=options.architecture,
+                dtype=options.dtype,
+                device=device,
+                room=free_memory(device) if device.type == "cuda" else None,
+                quantization=options.quantization,
+                context_length=options.context_length,
+                batch_invariant=bool(options.batch_invariant),
+                trust_remote_code=options.trust_remote_code,
+                before_reading=lambda: tokenizers.append(begin_tokenizer()),
+            )
         thread = EngineThread(device, num_threads)
         with thread():
             fitting = kv_tokens(
@@ -177,8 +182,8 @@ class LLM:
             batch_invariant=bool(options.batch_invariant) or device.type == "cpu",
         )
         config = self.config
-        self.tokenizer = hf_tokenizer
-        self._tokenizer = Tokenizer(hf_tokenizer)
+        self.tokenizer = tokenizers[0].result()
+        self._tokenizer = Tokenizer(self.tokenizer)
         self._intake = Intake(
             self._tokenizer,
             Limits(loaded.vocab_size, config.context_length, config.kv_cache_tokens),

@@ -1,5 +1,6 @@
 """From a checkpoint to a model that is ready to run."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,7 @@ def load_model(
     context_length: int | None = None,
     batch_invariant: bool = False,
     trust_remote_code: bool = False,
+    before_reading: Callable[[], Any] | None = None,
 ) -> LoadedModel:
     """Builds the model that a checkpoint describes, and reads its weights.
 
@@ -88,6 +90,8 @@ def load_model(
         context_length: positions that may come up; None: what the checkpoint speaks of.
         batch_invariant: whether layers are told to use one arithmetic for every number of rows.
         trust_remote_code: whether the config's own Python code may run.
+        before_reading: called once, when everything but the weights is there; what it starts on
+            another thread has the interpreter to itself while weights are packed.
 
     Raises:
         CheckpointError: a file cannot be read, or does not fit the model.
@@ -125,6 +129,8 @@ def load_model(
         if max_positions is not None:
             set_context_length(model, context_length or max_positions)
         kv_layers = kv_layers_of(model)
+        if before_reading is not None:
+            before_reading()
         load_weights(model, files, quantized_format)
     for module in model.modules():
         if hasattr(module, "batch_invariant"):
