@@ -6,8 +6,8 @@ from sglite.layers.embedding import Embedding, LMHead
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.linear import GateUpLinear, Linear, QKVLinear, StackedLinear
 from sglite.layers.logits import LogitsProcessor, LogitsProcessorOutput
-from sglite.layers.mlp import GatedMLP, GeluAndMul, SiluAndMul
-from sglite.layers.norm import RMSNorm
+from sglite.layers.mlp import GatedMLP, GeluAndMul, PlainMLP, SiluAndMul
+from sglite.layers.norm import LayerNorm, RMSNorm
 from sglite.layers.porting import PPProxyTensors, QuantizationConfig, add_prefix
 from sglite.layers.rotary import RotaryEmbedding, get_rope, rope_from_config
 
@@ -20,10 +20,12 @@ __all__ = [
     "GatedMLP",
     "GeluAndMul",
     "LMHead",
+    "LayerNorm",
     "Linear",
     "LogitsProcessor",
     "LogitsProcessorOutput",
     "PPProxyTensors",
+    "PlainMLP",
     "QKVLinear",
     "QuantizationConfig",
     "RMSNorm",

@@ -140,13 +140,15 @@ class SelfAttention(nn.Module):
         num_heads: query heads.
         num_kv_heads: key/value heads.
         head_dim: channels of a head.
-        rotary_emb: rotates q and k; mostly one module for all layers.
+        rotary_emb: rotates q and k; mostly one module for all layers. None: they stay as they are.
         layer_id: which of the cache's layers this is.
         qkv_bias: whether the first projection has a bias.
         output_bias: whether the last one has.
         qk_norm_eps: RMSNorm over each head of q and k, with this epsilon; None: no norm.
+        qk_norm_offset: `weight_offset` of these norms.
         scaling: factor on the scores; `head_dim ** -0.5` when None.
         sliding_window: positions that a token sees, its own among them; None: all.
+        logit_cap: as for `RadixAttention`.
         quant_config, prefix: as for `Linear`.
     """
 
@@ -157,13 +159,15 @@ class SelfAttention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        rotary_emb: RotaryEmbedding,
+        rotary_emb: RotaryEmbedding | None,
         layer_id: int,
         qkv_bias: bool = False,
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
+        qk_norm_offset: float = 0.0,
         scaling: float | None = None,
         sliding_window: int | None = None,
+        logit_cap: float | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ):
@@ -182,8 +186,8 @@ class SelfAttention(nn.Module):
         )
         self.q_norm = self.k_norm = None
         if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(head_dim, qk_norm_eps)
-            self.k_norm = RMSNorm(head_dim, qk_norm_eps)
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps, qk_norm_offset)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps, qk_norm_offset)
         self.rotary_emb = rotary_emb
         self.attn = RadixAttention(
             num_heads,
@@ -191,6 +195,7 @@ class SelfAttention(nn.Module):
             head_dim**-0.5 if scaling is None else scaling,
             num_kv_heads,
             layer_id,
+            logit_cap,
             sliding_window=sliding_window,
             prefix=add_prefix("attn", prefix),
         )
@@ -224,7 +229,8 @@ class SelfAttention(nn.Module):
             q, k, v = heads.split_with_sizes(self.head_counts, 1)
             if self.q_norm is not None:
                 q, k = self.q_norm(q.contiguous()), self.k_norm(k.contiguous())
-            q, k = self.rotary_emb(positions, q, k)
+            if self.rotary_emb is not None:
+                q, k = self.rotary_emb(positions, q, k)
             out = self.attn(q, k, v, forward_batch)
         if residual is None:
             return self.o_proj(out)

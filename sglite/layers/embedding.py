@@ -10,7 +10,7 @@ from sglite.layers.weight import WeightModule
 
 
 class Embedding(WeightModule):
-    """`y[i] = weight[ids[i]]`.
+    """`y[i] = weight[ids[i]]`, times `scale` where there is one.
 
     The table is packed like a linear layer's weight, since a tied output head reads the same one.
 
@@ -19,6 +19,8 @@ class Embedding(WeightModule):
         embedding_dim: width of a row.
         quant_config: must be None.
         prefix: module path, for messages.
+        scale: factor on the rows; rounded to their dtype first, as in Hugging Face (Gemma). An
+            output head that reads the same table does not see it.
 
     Attributes:
         batch_invariant: as for `Linear`, where this table is also the output head.
@@ -32,15 +34,21 @@ class Embedding(WeightModule):
         embedding_dim: int,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        *,
+        scale: float | None = None,
     ):
         super().__init__(num_embeddings, embedding_dim, prefix)
         refuse_quantization(quant_config, prefix)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        self.scale = scale
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, embedding_dim]. Raises IndexError for an id outside the table."""
-        return ops.embedding(input_ids, self.matrix.stored)
+        rows = ops.embedding(input_ids, self.matrix.stored)
+        if self.scale is None:
+            return rows
+        return rows.mul_(torch.tensor(self.scale, dtype=rows.dtype, device="cpu").item())
 
     def extra_repr(self) -> str:
         """The part of the module's repr in brackets."""

@@ -62,5 +62,5 @@ class LogitsProcessor(nn.Module):
         if self.logit_scale is not None:
             logits = logits * self.logit_scale
         if self.logit_cap is not None:
-            logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
+            logits = ops.soft_cap(logits, self.logit_cap)
         return LogitsProcessorOutput(next_token_logits=logits)

@@ -1,5 +1,6 @@
-"""Gated MLPs."""
+"""MLPs, gated and plain."""
 
+import torch
 from torch import Tensor, nn
 
 from sglite import ops
@@ -118,6 +119,43 @@ class GatedMLP(nn.Module):
         return ops.norm_gated_linear(
             x, norm.weight, norm.eps, *weights, weight_offset=norm.weight_offset, **options
         )
+
+
+class PlainMLP(nn.Module):
+    """`c_proj(act(c_fc(x)))`, its parts named as in GPT-2.
+
+    Args:
+        hidden_size: width of input and output.
+        intermediate_size: width between the two layers.
+        hidden_act: name of the activation, as in Hugging Face's configs.
+        bias: whether the two layers have biases.
+        quant_config, prefix: as for `Linear`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        bias: bool = True,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ):
+        super().__init__()
+        self.c_fc = Linear(
+            hidden_size, intermediate_size, bias, quant_config, add_prefix("c_fc", prefix)
+        )
+        self.act_and_mul = gated_activation(hidden_act)
+        self.c_proj = Linear(
+            intermediate_size, hidden_size, bias, quant_config, add_prefix("c_proj", prefix)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden_size] -> [T, hidden_size]."""
+        x = self.c_fc(x)
+        # A gate on ones: torch's own activations round an element by its place in the whole
+        # tensor, on the CPU, and so by what else is in the batch.
+        return self.c_proj(self.act_and_mul(torch.cat([x, torch.ones_like(x)], dim=-1)))
 
 
 def op_name(act_fn: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sglite import ops
 
@@ -39,3 +40,30 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """The part of the module's repr in brackets."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class LayerNorm(nn.Module):
+    """`y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias` over the last axis.
+
+    Arithmetic is float32 and the result is rounded once; a row's bits depend on that row alone.
+    (Ba et al., 2016.)
+
+    Args:
+        hidden_size: width of a row.
+        eps: added to the variance.
+        bias: whether there is one.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(hidden_size), requires_grad=False) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape."""
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        """The part of the module's repr in brackets."""
+        return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"

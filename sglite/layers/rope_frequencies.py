@@ -55,7 +55,7 @@ class RopeParameters:
         theta = given.pop("rope_theta", None)
         theta = theta if theta is not None else base if base is not None else 10000.0
         numbers = {
-            name: given[name]
+            name: tuple(given[name]) if isinstance(given[name], list) else given[name]
             for name in (*KINDS[kind].required, *KINDS[kind].optional)
             if given.get(name) is not None
         }
@@ -63,8 +63,14 @@ class RopeParameters:
             if name not in numbers:
                 raise CheckpointError(f"rope_parameters: the kind {kind!r} needs {name!r}")
         for name, value in {"rope_theta": theta, **numbers}.items():
-            allowed = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-            if not allowed or (value == 0 and name in ("rope_theta", *KINDS[kind].required)):
+            may_be_zero = name not in ("rope_theta", *KINDS[kind].required)
+            if name in _LISTS:
+                if not isinstance(value, tuple) or not all(_is_number(v, False) for v in value):
+                    raise CheckpointError(
+                        f"rope_parameters: {name}={value!r} is not allowed: it must be a list of "
+                        f"numbers above 0"
+                    )
+            elif not _is_number(value, may_be_zero):
                 raise CheckpointError(
                     f"rope_parameters: {name}={value!r} is not allowed: it must be a number above 0"
                 )
@@ -87,7 +93,8 @@ def inverse_frequencies(
         parameters: the kind and its numbers.
         rotary_dim: channels that rotate.
         max_position: `max_position_embeddings` of the checkpoint.
-        context_length: positions that may come up; only the kind "dynamic" looks at it.
+        context_length: positions that may come up; only the kinds "dynamic" and "longrope" look at
+            it.
     """
     return KINDS[parameters.kind].compute(parameters, rotary_dim, max_position, context_length)
 
@@ -95,8 +102,11 @@ def inverse_frequencies(
 def default_positions(parameters: RopeParameters, max_position: int) -> int:
     """The context that a checkpoint speaks of: with "yarn", its original length times the factor.
 
-    (Many "yarn" checkpoints leave `max_position_embeddings` at the length before scaling.)
+    (Many "yarn" checkpoints leave `max_position_embeddings` at the length before scaling.) With
+    "longrope" it is the original length: see there.
     """
+    if parameters.kind == "longrope":
+        return min(max_position, int(_original_positions(parameters, max_position)))
     if parameters.kind == "yarn":
         original = parameters.get("original_max_position_embeddings", max_position)
         return max(max_position, int(original * parameters["factor"]))
@@ -107,16 +117,35 @@ def max_positions(parameters: RopeParameters, max_position: int) -> int:
     """The longest context that may be asked for.
 
     "linear" and "dynamic" checkpoints leave it open whether `max_position_embeddings` was raised
-    with the factor, so that up to `factor` times as much is allowed.
+    with the factor, so that up to `factor` times as much is allowed. "longrope" ones raised it.
     """
+    if parameters.kind == "longrope":
+        return max_position
     if parameters.kind in ("linear", "dynamic"):
         return max(max_position, int(max_position * parameters["factor"]))
     return default_positions(parameters, max_position)
 
 
+def _is_number(value: Any, may_be_zero: bool) -> bool:
+    """Whether it is a finite number above 0, or 0 where that is allowed."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    return value >= 0 if may_be_zero else value > 0
+
+
+def _original_positions(parameters: RopeParameters, max_position: int) -> float:
+    """The context of a checkpoint before it was extended."""
+    return parameters.get("original_max_position_embeddings", max_position)
+
+
 def _plain(base: float, rotary_dim: int) -> Tensor:
     """`base ** (-2 i / rotary_dim)`. (Su et al., 2021.)"""
-    return 1.0 / (base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))
+    return 1.0 / _wavelengths(base, rotary_dim)
+
+
+def _wavelengths(base: float, rotary_dim: int) -> Tensor:
+    """`base ** (2 i / rotary_dim)`: the wavelengths, divided by 2 pi."""
+    return base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
 
 
 def _default(parameters, rotary_dim, max_position, context_length):
@@ -148,7 +177,7 @@ def _llama3(parameters, rotary_dim, max_position, context_length):
     factor, low, high = (
         parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor")
     )
-    original = parameters.get("original_max_position_embeddings", max_position)
+    original = _original_positions(parameters, max_position)
     wavelengths = 2 * math.pi / frequencies
     share_kept = (original / wavelengths - low) / (high - low)
     ramp = (1 - share_kept) * frequencies / factor + share_kept * frequencies
@@ -159,10 +188,8 @@ def _llama3(parameters, rotary_dim, max_position, context_length):
 def _yarn(parameters, rotary_dim, max_position, context_length):
     """Interpolates slow channels, keeps fast ones, sharpens attention. (Peng et al., 2023.)"""
     factor = parameters["factor"]
-    original = parameters.get("original_max_position_embeddings", max_position)
-    wavelengths = parameters.base ** (
-        torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
-    )
+    original = _original_positions(parameters, max_position)
+    wavelengths = _wavelengths(parameters.base, rotary_dim)
 
     def channel_of(num_rotations: float) -> float:
         """The channel pair that turns so many times within the original context."""
@@ -191,12 +218,42 @@ def _yarn(parameters, rotary_dim, max_position, context_length):
     return frequencies, float(attention_factor)
 
 
+def _longrope(parameters, rotary_dim, max_position, context_length):
+    """A factor for each wavelength, of two lists, and sharper attention. (Ding et al., 2024.)
+
+    One list is for contexts up to the original length, the other for longer ones. Hugging Face
+    chooses by the longest sequence of a batch, so that a prompt's result depends on what shares the
+    batch, and a text that grows past the original length meets keys rotated by the other list. Here
+    the configured context length chooses, for all positions: the original length unless more was
+    asked for, where both agree, and the list for long contexts if it was, where both agree on
+    sequences longer than the original length.
+    """
+    original = _original_positions(parameters, max_position)
+    name = "long_factor" if context_length > original else "short_factor"
+    factors = torch.tensor(parameters[name], dtype=torch.float32)
+    if len(factors) != rotary_dim // 2:
+        raise CheckpointError(
+            f"rope_parameters: {name} has {len(factors)} numbers, but {rotary_dim // 2} pairs of "
+            f"channels rotate"
+        )
+    attention_factor = parameters.get("attention_factor")
+    if attention_factor is None:
+        growth = parameters.get("factor", max_position / original)
+        attention_factor = 1.0
+        if growth > 1:
+            attention_factor = math.sqrt(1 + math.log(growth) / math.log(original))
+    return 1.0 / (factors * _wavelengths(parameters.base, rotary_dim)), float(attention_factor)
+
+
 @dataclass(frozen=True)
 class _Kind:
     compute: Callable[[RopeParameters, int, int, int], tuple[Tensor, float]]
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
+
+# What is a number for each pair of channels.
+_LISTS = ("short_factor", "long_factor")
 
 #: The kinds that are implemented, by the name that checkpoints use.
 KINDS: dict[str, _Kind] = {
@@ -207,6 +264,9 @@ KINDS: dict[str, _Kind] = {
         _llama3,
         ("factor", "low_freq_factor", "high_freq_factor"),
         ("original_max_position_embeddings",),
+    ),
+    "longrope": _Kind(
+        _longrope, _LISTS, ("original_max_position_embeddings", "attention_factor", "factor")
     ),
     "yarn": _Kind(
         _yarn,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sglite import ops
-from sglite.interface.errors import UnsupportedModelError
+from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from sglite.layers.rope_frequencies import (
     RopeParameters,
     default_positions,
@@ -225,31 +225,48 @@ def get_rope(
     return RotaryEmbedding(head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling)
 
 
-def rope_from_config(config: Any, head_dim: int) -> RotaryEmbedding:
-    """The `RotaryEmbedding` that a Hugging Face config describes, over whole heads.
+def rope_from_config(
+    config: Any,
+    head_dim: int,
+    *,
+    layer_type: str | None = None,
+    is_partial: bool = False,
+    is_neox_style: bool = True,
+) -> RotaryEmbedding:
+    """The `RotaryEmbedding` that a Hugging Face config describes.
 
     Args:
         config: has `max_position_embeddings`, and `rope_parameters` (transformers 5), or
             `rope_theta` and `rope_scaling`.
-        head_dim: channels of a head; all of them rotate.
+        head_dim: channels of a head.
+        layer_type: the kind of layer, where `rope_parameters` has a table for each.
+        is_partial: whether `partial_rotary_factor` may say which share of the channels rotates;
+            it is refused otherwise, and all of them do.
+        is_neox_style: as for `RotaryEmbedding`.
     """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if layer_type is not None:
+        parameters = (parameters or {}).get(layer_type)
+        if not isinstance(parameters, Mapping):
+            raise CheckpointError(f"rope_parameters: there are none for {layer_type!r}")
     if any(isinstance(value, Mapping) for value in (parameters or {}).values()):
         raise UnsupportedModelError(
             f"rope_parameters: different values for each of {', '.join(parameters)} are not "
             f"implemented for this architecture"
         )
     share = (parameters or {}).get("partial_rotary_factor", 1.0)
-    if share not in (None, 1.0):
+    share = 1.0 if share is None else share
+    if share != 1.0 and not is_partial:
         raise UnsupportedModelError(
             f"rope_parameters: partial_rotary_factor={share!r} is not implemented for this "
             f"architecture, whose heads rotate whole"
         )
     return RotaryEmbedding(
         head_dim,
-        head_dim,
+        int(head_dim * share),
         config.max_position_embeddings,
         getattr(config, "rope_theta", None),
+        is_neox_style,
         rope_parameters=parameters,
     )
 

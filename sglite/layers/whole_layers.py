@@ -182,6 +182,8 @@ def _gather(layer: nn.Module) -> WholeLayer | None:
     attention, mlp = layer.self_attn, layer.mlp
     if type(attention) is not SelfAttention or type(mlp) is not GatedMLP:
         return None
+    if attention.rotary_emb is None:
+        return None
     has_norms = attention.q_norm is not None
     places = [
         _Place(layer._modules, "self_attn"),

@@ -19,22 +19,28 @@ RUN_DTYPES = {
     "float16": torch.float16,
 }
 
-#: What every decoder of Llama's kind reads of a config, and the types of the values.
-DECODER_FIELDS: Mapping[str, type] = {
+#: What every decoder reads of a config, and the types of the values.
+BASIC_FIELDS: Mapping[str, type] = {
     "vocab_size": int,
     "hidden_size": int,
     "intermediate_size": int,
     "num_hidden_layers": int,
     "num_attention_heads": int,
     "num_key_value_heads": int,
-    "hidden_act": str,
-    "rms_norm_eps": float,
     "max_position_embeddings": int,
     "rope_parameters": dict,
     "tie_word_embeddings": bool,
 }
+#: What those of Llama's kind read.
+DECODER_FIELDS: Mapping[str, type] = {**BASIC_FIELDS, "hidden_act": str, "rms_norm_eps": float}
 # Null stands for "none" and not for a default in these.
-_NULLABLE = ("head_dim", "sliding_window")
+_NULLABLE = (
+    "head_dim",
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+)
 
 
 def architectures_of(checkpoint: Checkpoint, architecture: str | None) -> Sequence[str]:
@@ -63,7 +69,8 @@ def read_config(
     Args:
         checkpoint: whose config it is.
         model_class: a class whose own `config_fields` names all that it reads, with types, may get
-            a plain config; a subclass may read more, and gets one only if it says so itself.
+            a plain config; a subclass may read more, and gets one only if it says so itself. A name
+            such as "rope_parameters.factor" is that of a value within another.
         trust_remote_code: whether the config's own Python code may run.
 
     Raises:
@@ -93,7 +100,11 @@ def read_config(
 def _says_everything(values: Mapping[str, Any], fields: Mapping[str, type]) -> bool:
     """Whether all fields are there, and of the right type; else the config class has to decide."""
     for name, kind in fields.items():
-        value = values.get(name)
+        *outer, own_name = name.split(".")
+        table: Any = values
+        for part in outer:
+            table = table.get(part) if isinstance(table, Mapping) else None
+        value = table.get(own_name) if isinstance(table, Mapping) else None
         if value is None and name in values and name in _NULLABLE:
             continue
         allowed = (int, float) if kind is float else kind

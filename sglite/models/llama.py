@@ -4,7 +4,7 @@ RMSNorm in front of attention and MLP, rotary positions, grouped-query attention
 SiLU; no biases unless the config asks for them. (Touvron et al., 2023; Dubey et al., 2024.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -37,30 +37,20 @@ class LlamaDecoderLayer(DecoderLayer):
         self,
         config: Any,
         layer_id: int,
-        rotary_emb: RotaryEmbedding,
+        rotary_emb: RotaryEmbedding | None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ):
         super().__init__(
-            self_attn=SelfAttention(
-                hidden_size=config.hidden_size,
-                num_heads=config.num_attention_heads,
-                num_kv_heads=config.num_key_value_heads,
-                head_dim=rotary_emb.head_dim,
-                rotary_emb=rotary_emb,
-                layer_id=layer_id,
-                quant_config=quant_config,
-                prefix=add_prefix("self_attn", prefix),
+            self_attn=make_attention(
+                config,
+                layer_id,
+                rotary_emb,
+                quant_config,
+                prefix,
                 **self.attention_options(config, layer_id),
             ),
-            mlp=GatedMLP(
-                config.hidden_size,
-                config.intermediate_size,
-                config.hidden_act,
-                quant_config=quant_config,
-                prefix=add_prefix("mlp", prefix),
-                **self.mlp_options(config),
-            ),
+            mlp=make_mlp(config, quant_config, prefix, **self.mlp_options(config)),
             input_layernorm=RMSNorm(config.hidden_size, config.rms_norm_eps),
             post_attention_layernorm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         )
@@ -77,26 +67,46 @@ class LlamaDecoderLayer(DecoderLayer):
 
 
 class LlamaModel(DecoderModel):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm.
 
-    layer_class: ClassVar[type[LlamaDecoderLayer]] = LlamaDecoderLayer
+    A family names its `layer_class`, and overrides the methods for what else it has of its own.
+    """
+
+    layer_class: ClassVar[Callable[..., nn.Module]] = LlamaDecoderLayer
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ):
-        rotary_emb = rope_from_config(config, head_dim_of(config))
         super().__init__(
             embed_tokens=Embedding(
-                config.vocab_size, config.hidden_size, prefix=add_prefix("embed_tokens", prefix)
+                config.vocab_size,
+                config.hidden_size,
+                prefix=add_prefix("embed_tokens", prefix),
+                scale=self.embedding_scale(config),
             ),
             layers=(
                 self.layer_class(
                     config, i, rotary_emb, quant_config, add_prefix(f"layers.{i}", prefix)
                 )
-                for i in range(config.num_hidden_layers)
+                for i, rotary_emb in enumerate(self.rotary_embeddings(config))
             ),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            norm=self.final_norm(config),
         )
+
+    @staticmethod
+    def embedding_scale(config: Any) -> float | None:
+        """Factor on the embeddings of tokens."""
+        return None
+
+    @staticmethod
+    def rotary_embeddings(config: Any) -> Sequence[RotaryEmbedding | None]:
+        """One for each layer; None where a layer rotates nothing."""
+        return [rope_from_config(config, head_dim_of(config))] * config.num_hidden_layers
+
+    @staticmethod
+    def final_norm(config: Any) -> nn.Module:
+        """What comes behind the last layer."""
+        return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -132,7 +142,12 @@ class LlamaForCausalLM(nn.Module):
         )
         if config.tie_word_embeddings:
             self.lm_head.tie_weights(self.model.embed_tokens)
-        self.logits_processor = LogitsProcessor(config)
+        self.logits_processor = LogitsProcessor(config, self.logit_scale(config))
+
+    @staticmethod
+    def logit_scale(config: Any) -> float | None:
+        """Factor on the logits."""
+        return None
 
     def forward(
         self,
@@ -162,3 +177,54 @@ def head_dim_of(config: Any) -> int:
     """Channels of a head: the config's, or the hidden size divided among the heads."""
     given = getattr(config, "head_dim", None)
     return given or config.hidden_size // config.num_attention_heads
+
+
+def make_attention(
+    config: Any,
+    layer_id: int,
+    rotary_emb: RotaryEmbedding | None,
+    quant_config: QuantizationConfig | None,
+    prefix: str,
+    kind: type[SelfAttention] = SelfAttention,
+    **options: Any,
+) -> SelfAttention:
+    """The `self_attn` of a layer, by the config's numbers.
+
+    Args:
+        config: has `hidden_size`, the two numbers of heads, and maybe `head_dim`.
+        layer_id, rotary_emb, quant_config: as for `SelfAttention`.
+        prefix: module path of the layer.
+        kind: the class to make one of.
+        **options: its further arguments.
+    """
+    return kind(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim_of(config),
+        rotary_emb=rotary_emb,
+        layer_id=layer_id,
+        quant_config=quant_config,
+        prefix=add_prefix("self_attn", prefix),
+        **options,
+    )
+
+
+def make_mlp(
+    config: Any, quant_config: QuantizationConfig | None, prefix: str, **options: Any
+) -> GatedMLP:
+    """The `mlp` of a layer, by the config's numbers.
+
+    Args:
+        config: has `hidden_size`, `intermediate_size` and `hidden_act`, unless `options` has it.
+        quant_config: as for `GatedMLP`.
+        prefix: module path of the layer.
+        **options: further arguments of `GatedMLP`.
+    """
+    return GatedMLP(
+        config.hidden_size,
+        config.intermediate_size,
+        quant_config=quant_config,
+        prefix=add_prefix("mlp", prefix),
+        **{"hidden_act": getattr(config, "hidden_act", None), **options},
+    )

@@ -6,7 +6,7 @@ a fused op is held to the bits of the ops that it is made of.
 
 import torch  # noqa: F401  (the extension resolves OpenMP and DLPack through the loaded torch)
 
-from sglite.ops.activation import gelu_and_mul, silu_and_mul
+from sglite.ops.activation import gelu_and_mul, silu_and_mul, soft_cap
 from sglite.ops.advance import advance, gather_tokens
 from sglite.ops.attention import (
     AttentionPlan,
@@ -78,5 +78,6 @@ __all__ = [
     "sample",
     "sampling_workspace",
     "silu_and_mul",
+    "soft_cap",
     "write_kv",
 ]

@@ -110,6 +110,11 @@ def gelu_and_mul(x: Tensor, approximate: str = "none") -> Tensor:
     return torch.nn.functional.gelu(gate, approximate=approximate) * up
 
 
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """See `sglite.ops.soft_cap`."""
+    return cap * torch.tanh(x / cap)
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """See `sglite.ops.write_kv`."""
     k_cache.flatten(0, 1)[slots] = k

@@ -131,3 +131,18 @@ def test_embedding_and_tied_head_share_one_table(dtype):
 def test_tying_checks_the_shape():
     with pytest.raises(ValueError, match=r"expected an embedding \[70, 24\], got \[71, 24\]"):
         LMHead(70, 24).tie_weights(Embedding(71, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embeddings_scale_is_rounded_first_and_not_seen_by_a_tied_head(dtype):
+    scale = 3072**0.5  # 55.4256, in bfloat16 55.5
+    embedding, head = Embedding(70, 24, scale=scale), LMHead(70, 24)
+    head.tie_weights(embedding)
+    torch.nn.ModuleList([embedding, head]).to(dtype)
+    weight = torch.randn(70, 24).to(dtype)
+    embedding.weight = weight
+    ids = torch.tensor([3, 69, 3])
+    assert torch.equal(embedding(ids), weight[ids] * torch.tensor(scale, dtype=dtype))
+    assert torch.equal(embedding.weight, weight)
+    x = torch.randn(2, 24).to(dtype)
+    torch.testing.assert_close(head(x), x.float() @ weight.float().T)

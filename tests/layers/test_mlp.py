@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Starcoder2Config
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2MLP
 
 from sglite.interface.errors import UnsupportedModelError
-from sglite.layers import GatedMLP, GeluAndMul, SiluAndMul
+from sglite.layers import GatedMLP, GeluAndMul, PlainMLP, SiluAndMul
 from sglite.layers.mlp import gated_activation
 
 
@@ -49,3 +50,35 @@ def test_mlp_is_hugging_faces(bias):
     x, residual = torch.randn(7, 64), torch.randn(7, 64)
     torch.testing.assert_close(ours(x), theirs(x).detach(), rtol=1e-4, atol=1e-5)
     assert torch.equal(ours(x, residual=residual), residual + ours(x))
+
+
+class TestPlainMLP:
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "silu"])
+    def test_is_hugging_faces(self, bias, activation):
+        torch.manual_seed(0)
+        config = Starcoder2Config(
+            hidden_size=64, intermediate_size=70, use_bias=bias, hidden_act=activation
+        )
+        theirs = Starcoder2MLP(config).eval()
+        ours = PlainMLP(64, 70, activation, bias)
+        for mine, other in ((ours.c_fc, theirs.c_fc), (ours.c_proj, theirs.c_proj)):
+            mine.weight = other.weight
+            if bias:
+                mine.bias.copy_(other.bias.data)
+        x = torch.randn(7, 64)
+        torch.testing.assert_close(ours(x), theirs(x).detach(), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_row_alone_is_the_same_bits(self, dtype):
+        mlp = PlainMLP(24, 37, "gelu_pytorch_tanh")
+        mlp.c_fc.weight, mlp.c_proj.weight = torch.randn(37, 24), torch.randn(24, 37)
+        mlp.to(dtype)
+        x = torch.randn(33, 24).to(dtype)
+        whole = mlp(x)
+        for row in range(33):
+            assert torch.equal(mlp(x[row : row + 1]), whole[row : row + 1])
+
+    def test_unknown_activations_are_refused_by_name(self):
+        with pytest.raises(UnsupportedModelError, match="hidden_act='relu' is not implemented"):
+            PlainMLP(8, 16, "relu")

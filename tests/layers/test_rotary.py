@@ -23,6 +23,12 @@ SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "llama3": LLAMA3,
+    "longrope": {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + 0.01 * i for i in range(32)],
+        "long_factor": [1.0 + 0.5 * i for i in range(32)],
+    },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     "yarn-attention-factor": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.7},
     "yarn-betas": {"rope_type": "yarn", "factor": 3.0, "beta_fast": 16, "beta_slow": 2},
@@ -212,6 +218,42 @@ class TestDynamic:
         assert torch.equal(self.rotated(rope, 10), before)
 
 
+class TestLongrope:
+    """The configured context length chooses the list, not the longest sequence of a batch."""
+
+    def parameters(self, **values):
+        config = hf_config({**SCALINGS["longrope"], **values})
+        return config, RopeParameters.read(config.rope_parameters)
+
+    @pytest.mark.parametrize("context_length", [10, 64, 65, MAX_POSITION])
+    @pytest.mark.parametrize("values", [{}, {"factor": 8.0}, {"attention_factor": 0.7}])
+    def test_is_hugging_faces_for_a_sequence_of_that_length(self, context_length, values):
+        config, parameters = self.parameters(**values)
+        ours, factor = inverse_frequencies(parameters, 64, MAX_POSITION, context_length)
+        theirs, their_factor = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=context_length)
+        torch.testing.assert_close(ours, theirs, rtol=2.5e-7, atol=0)
+        assert factor == pytest.approx(their_factor, rel=1e-12)
+
+    def test_a_position_alone_decides(self):
+        config, _ = self.parameters()
+        rope = rope_from_config(config, 64)
+        set_context_length(rope, MAX_POSITION)
+        x = torch.ones(1, 1, 64)
+        before = rope(torch.tensor([10]), x.clone(), x.clone())[0]
+        rope(torch.tensor([MAX_POSITION - 1]), x.clone(), x.clone())
+        assert torch.equal(rope(torch.tensor([10]), x.clone(), x.clone())[0], before)
+
+    def test_a_list_of_the_wrong_length_is_refused(self):
+        _, parameters = self.parameters()
+        with pytest.raises(CheckpointError, match="short_factor has 32 numbers, but 24 pairs"):
+            inverse_frequencies(parameters, 48, MAX_POSITION, 64)
+
+    @pytest.mark.parametrize("factors", [2.0, [1.0, 0.0], [1.0, "2"], None])
+    def test_a_list_must_be_one_of_numbers(self, factors):
+        with pytest.raises(CheckpointError, match="long_factor"):
+            RopeParameters.read({**SCALINGS["longrope"], "long_factor": factors})
+
+
 class TestReading:
     def test_both_spellings(self):
         new = RopeParameters.read({**LLAMA3, "rope_theta": 500000.0})
@@ -231,8 +273,8 @@ class TestReading:
         assert (parameters.kind, parameters.base, parameters["factor"]) == ("linear", 777.0, 2.0)
 
     def test_unknown_kinds_are_refused_by_name(self):
-        with pytest.raises(UnsupportedModelError, match=r"'longrope' is not implemented"):
-            RopeParameters.read({"rope_type": "longrope"})
+        with pytest.raises(UnsupportedModelError, match=r"'unheard-of' is not implemented"):
+            RopeParameters.read({"rope_type": "unheard-of"})
 
     def test_a_missing_number_is_named(self):
         with pytest.raises(CheckpointError, match="'llama3' needs 'low_freq_factor'"):
@@ -252,6 +294,25 @@ class TestReading:
         with pytest.raises(UnsupportedModelError, match="full_attention, sliding_attention"):
             rope_from_config(config, 64)
 
+    def test_a_share_of_the_channels_where_the_architecture_has_it(self):
+        config = hf_config({"rope_type": "default"})
+        config.rope_parameters = {"partial_rotary_factor": 0.5, "rope_theta": 777.0}
+        rope = rope_from_config(config, 64, is_partial=True, is_neox_style=False)
+        assert (rope.head_dim, rope.rotary_dim, rope.is_interleaved) == (64, 32, True)
+        config.rope_parameters = {"partial_rotary_factor": None}
+        assert rope_from_config(config, 64, is_partial=True).rotary_dim == 64
+
+    def test_a_table_for_each_kind_of_layer(self):
+        config = hf_config({"rope_type": "default"})
+        config.rope_parameters = {
+            "full_attention": {"rope_theta": 5.0},
+            "sliding_attention": {"rope_theta": 7.0},
+        }
+        for kind, base in (("full_attention", 5.0), ("sliding_attention", 7.0)):
+            assert rope_from_config(config, 64, layer_type=kind).parameters.base == base
+        with pytest.raises(CheckpointError, match="there are none for 'chunked_attention'"):
+            rope_from_config(config, 64, layer_type="chunked_attention")
+
     def test_an_odd_width_is_refused(self):
         with pytest.raises(ValueError, match="rotary_dim=33 is not allowed"):
             get_rope(64, 33, 128)
@@ -264,6 +325,7 @@ class TestReading:
         ("llama3", 256, 256),
         ("linear", 256, 1024),
         ("dynamic", 256, 1024),
+        ("longrope", 64, 256),
         ("yarn-attention-factor", 1024, 1024),
         ("yarn", 256, 256),
     ],

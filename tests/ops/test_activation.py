@@ -1,4 +1,4 @@
-"""Gated activations against plain torch."""
+"""Gated activations and the cap on logits against plain torch."""
 
 import math
 
@@ -88,3 +88,29 @@ def test_names_what_is_wrong():
         ops.silu_and_mul(torch.randn(3, 8), out=torch.empty(3, 8))
     with pytest.raises(ValueError, match=r'gelu_and_mul: approximate: .*got "quick"'):
         ops.gelu_and_mul(torch.randn(3, 8), "quick")
+
+
+class TestSoftCap:
+    @pytest.mark.parametrize("cap", [0.7, 30.0])
+    def test_is_tanh_to_the_last_bits(self, cap):
+        steps = torch.linspace(-12, 12, 24_001)
+        x = cap * torch.cat([steps, steps * 1e-6, torch.tensor([0.0, 1e30, torch.inf, -torch.inf])])
+        exact = reference.soft_cap(x.double(), cap)
+        error = (ops.soft_cap(x, cap) - exact).abs()
+        assert (error <= 2**-21 * exact.abs()).all()
+
+    def test_nan_stays(self):
+        assert ops.soft_cap(torch.tensor([torch.nan]), 5.0).isnan().all()
+
+    def test_the_input_stays_as_it_is(self):
+        x = torch.randn(5)
+        before = x.clone()
+        ops.soft_cap(x, 2.0)
+        assert torch.equal(x, before)
+
+    def test_the_same_bits_wherever_an_element_lies(self, num_threads):
+        x = 50 * torch.randn(7, 33_333)
+        whole = ops.soft_cap(x, 30.0)
+        for rows in (slice(0, 1), slice(3, 4), slice(2, 7)):
+            assert torch.equal(ops.soft_cap(x[rows].clone(), 30.0), whole[rows])
+        assert torch.equal(ops.soft_cap(x[:, 5:8].clone(), 30.0), whole[:, 5:8])
