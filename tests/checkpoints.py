@@ -36,6 +36,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_NARROW = {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16}
 
 #: Per name the config class and what is special about it, against `_SMALL`.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +53,94 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3Config", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-bias": ("Qwen3Config", {"head_dim": 40, "attention_bias": True}),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 24, "sliding_window": 17, "query_pre_attn_scalar": 40},
+    ),
+    "gemma2-plain": (
+        "Gemma2Config",
+        {
+            **_NARROW,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "head_dim": 32,
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
+    "gemma3-cap": (
+        "Gemma3TextConfig",
+        {**_NARROW, "final_logit_softcapping": 5.0, "tie_word_embeddings": False},
+    ),
+    "phi3": ("Phi3Config", {"sliding_window": 17}),
+    "phi3-partial": (
+        "Phi3Config",
+        {"rope_parameters": {"partial_rotary_factor": 0.75}, "tie_word_embeddings": True},
+    ),
+    "phi3-long": (
+        "Phi3Config",
+        {
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.1, 1.3, 1.7],
+                "long_factor": [1.0, 2.0, 4.5, 9.0],
+            },
+        },
+    ),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo2-bias": ("Olmo2Config", {"attention_bias": True, "tie_word_embeddings": True}),
+    "glm": ("GlmConfig", {"head_dim": 16}),
+    "glm4": ("Glm4Config", {"head_dim": 24, "attention_bias": False, "tie_word_embeddings": True}),
+    "glm4-bias": ("Glm4Config", {"head_dim": 32, "num_key_value_heads": 1}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3-window": (
+        "SmolLM3Config",
+        {
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "granite-biases": (
+        "GraniteConfig",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "cohere2": (
+        "Cohere2Config",
+        {
+            "sliding_window": 17,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "cohere2-bias": ("Cohere2Config", {"attention_bias": True, "tie_word_embeddings": False}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 17}),
+    "starcoder2-plain": ("Starcoder2Config", {"use_bias": False, "tie_word_embeddings": False}),
 }
 
 
@@ -99,7 +188,7 @@ def make_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> nn.Mo
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
-            if "norm" in parameter_name:
+            if "norm" in parameter_name and parameter_name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * draw)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * draw)

@@ -13,10 +13,20 @@ ModelClass = TypeVar("ModelClass", bound=type[nn.Module])
 # The families that come with the library. A module is imported when its architecture is asked for,
 # so that importing the library stays quick.
 _BUILT_IN = {
+    "Cohere2ForCausalLM": "sglite.models.cohere2",
+    "Gemma2ForCausalLM": "sglite.models.gemma2",
+    "Gemma3ForCausalLM": "sglite.models.gemma3",
+    "GlmForCausalLM": "sglite.models.glm",
+    "Glm4ForCausalLM": "sglite.models.glm4",
+    "GraniteForCausalLM": "sglite.models.granite",
     "LlamaForCausalLM": "sglite.models.llama",
     "MistralForCausalLM": "sglite.models.mistral",
+    "Olmo2ForCausalLM": "sglite.models.olmo2",
+    "Phi3ForCausalLM": "sglite.models.phi3",
     "Qwen2ForCausalLM": "sglite.models.qwen2",
     "Qwen3ForCausalLM": "sglite.models.qwen3",
+    "SmolLM3ForCausalLM": "sglite.models.smollm3",
+    "Starcoder2ForCausalLM": "sglite.models.starcoder2",
 }
 
 
