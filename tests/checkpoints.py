@@ -55,7 +55,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-bias": ("Qwen3Config", {"head_dim": 40, "attention_bias": True}),
     "gemma2": (
         "Gemma2Config",
-        {"head_dim": 24, "sliding_window": 17, "query_pre_attn_scalar": 40},
+        {
+            "head_dim": 24,
+            "sliding_window": 17,
+            "query_pre_attn_scalar": 40,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 10.0,
+        },
     ),
     "gemma2-plain": (
         "Gemma2Config",
@@ -92,7 +98,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-long": (
         "Phi3Config",
         {
-            "original_max_position_embeddings": 128,
+            "original_max_position_embeddings": 160,
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 10000.0,

@@ -24,6 +24,18 @@ def folder(tmp_path_factory):
 
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen2-window", "qwen3"]
+# Those whose layers are not `DecoderLayer`s alone, or have parts of their own.
+FURTHER_FAMILIES = [
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "olmo2",
+    "glm4",
+    "smollm3",
+    "granite",
+    "cohere2",
+    "starcoder2",
+]
 
 
 @pytest.mark.parametrize(("dtype", "quantization"), STORAGE)
@@ -46,6 +58,15 @@ def test_every_native_family(name, dtype, quantization, num_threads, tmp_path):
         assert condition.is_met, condition
         assert condition.rows >= 8, condition
         assert condition.logits == condition.rows * 384
+
+
+@pytest.mark.parametrize("name", FURTHER_FAMILIES)
+def test_further_families(name, tmp_path):
+    folder = make_checkpoint(tmp_path, name, cancels=True, max_position_embeddings=1024)
+    with LLM(folder, dtype="bfloat16", num_threads=1, kv_cache_tokens=2048) as llm:
+        report = llm.check_invariance(new_tokens=4, **QUICK)
+    assert report, str(report)
+    assert all(condition.is_met for condition in report.conditions[1:])
 
 
 def test_nothing_is_left_behind():

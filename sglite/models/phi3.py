@@ -2,7 +2,7 @@
 
 (Abdin et al., 2024.) Never a bias; a sliding window in every layer if `sliding_window` is set; a
 share of each head rotates if `partial_rotary_factor` says so (Phi-4-mini). Checkpoints for long
-contexts scale RoPE by "longrope" (once called "su"), whose context is the original one unless
+contexts scale RoPE by "longrope", whose context is the original one unless
 `context_length` asks for more: see `sglite.layers.rope_frequencies`.
 """
 

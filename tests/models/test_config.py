@@ -13,7 +13,7 @@ _PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 
 _SHORT_LIST = {
     **_PARTIAL,
     "rope_type": "longrope",
-    "original_max_position_embeddings": 128,
+    "original_max_position_embeddings": 160,
     "short_factor": [1.0],
     "long_factor": [1.0] * 4,
 }
@@ -137,7 +137,7 @@ class TestContextLength:
 
     def test_longrope_is_extended_when_asked(self, tmp_path):
         make_checkpoint(tmp_path, "phi3-long")
-        assert load(tmp_path).max_positions == 128
+        assert load(tmp_path).max_positions == 160
         assert load(tmp_path, context_length=512).max_positions == 512
         with pytest.raises(ConfigError, match="at most 512"):
             load(tmp_path, context_length=513)

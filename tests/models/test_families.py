@@ -1,29 +1,46 @@
 """Every native family against Hugging Face, in float32 with eager attention."""
 
+import json
 import random
 
 import pytest
 import torch
 
+from sglite import LLM
 from sglite.models.checkpoint import resolve_checkpoint
 from sglite.models.loader import load_model
 from tests.checkpoints import (
     CONFIGS,
     VOCAB_SIZE,
+    edit_json,
     hugging_face,
     hugging_face_logits,
     make_checkpoint,
 )
 from tests.forward import Runner, assert_near
+from tests.models.loading import load, logits_of
 
 LENGTHS = [1, 15, 16, 17, 33, 100]
+# One configuration of each family.
+FAMILIES = {CONFIGS[name][0]: name for name in reversed(CONFIGS)}.values()
+FURTHER = [name for name in CONFIGS if not name.startswith(("llama", "mistral", "qwen2", "qwen3"))]
+NEW_TOKENS = 32
+# Where the oracle's two best logits are nearer than this (relative to its largest), either token is
+# right.
+NEAR_TIE = 1e-4
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def checkpoint(request, tmp_path_factory):
-    """A loaded model, and the oracle's logits of the prompts."""
+def model(request, tmp_path_factory):
+    """A checkpoint's folder, and the oracle."""
     folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), request.param)
-    oracle = hugging_face(folder)
+    return folder, hugging_face(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model):
+    """A loaded model, and the oracle's logits of the prompts."""
+    folder, oracle = model
     expected = [hugging_face_logits(oracle, token_ids) for token_ids in prompts()]
     return load_model(resolve_checkpoint(folder)), expected
 
@@ -74,7 +91,24 @@ def test_a_prompt_alone_or_in_a_batch_is_the_same_bits(checkpoint):
         assert torch.equal(run.run([token_ids])[0], together[index])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model", FURTHER, indirect=True)
+def test_greedy_tokens_of_a_batch(model):
+    """All at once, then again out of the prefix cache; the other families: test_generation.py."""
+    folder, oracle = model
+    with LLM(folder, kv_cache_tokens=4096, num_threads=1) as llm:
+        outputs, again = (
+            llm.generate(prompts(), temperature=0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+            for _ in range(2)
+        )
+    assert [output.usage.cached_tokens for output in again] == [n - 1 for n in LENGTHS]
+    assert [output.token_ids for output in again] == [output.token_ids for output in outputs]
+    for prompt, output in zip(prompts(), outputs, strict=True):
+        logits = hugging_face_logits(oracle, prompt + output.token_ids)[len(prompt) - 1 : -1]
+        lead = logits.amax(-1) - logits.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        assert (lead <= NEAR_TIE * logits.abs().amax(-1)).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_as_near_as_hugging_face(name, tmp_path):
     """Twice the error that Hugging Face's own bfloat16 has against its float32 at most."""
     folder = make_checkpoint(tmp_path, name, dtype=torch.bfloat16)
@@ -85,3 +119,47 @@ def test_bfloat16_is_as_near_as_hugging_face(name, tmp_path):
         expected = hugging_face_logits(exact, token_ids)
         allowed = (hugging_face_logits(low, token_ids) - expected).abs().max()
         assert (logits - expected).abs().max() <= 2 * allowed
+
+
+def test_longrope_with_a_long_context(tmp_path):
+    """A text longer than the original length, as Hugging Face runs it."""
+    folder = make_checkpoint(tmp_path, "phi3-long")
+    draw = random.Random(1)
+    token_ids = [draw.randrange(VOCAB_SIZE) for _ in range(200)]
+    expected = hugging_face_logits(hugging_face(folder), token_ids)
+    assert_near(logits_of(load(folder, context_length=201), token_ids), expected)
+
+
+# What `config.json` had before transformers 5, and still has on the Hub.
+OLDER = {
+    "gemma2": {"layer_types": None},
+    "gemma3": {
+        "layer_types": None,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "phi3-long": {
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.7],
+            "long_factor": [1.0, 2.0, 4.5, 9.0],
+        },
+    },
+    "glm": {"partial_rotary_factor": 0.5},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "smollm3": {"layer_types": None, "no_rope_layers": [1, 0, 1]},
+    "cohere2": {"layer_types": None, "sliding_window_pattern": 2, "head_dim": None},
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_spellings_of_the_config(name, tmp_path):
+    folder = make_checkpoint(tmp_path, name)
+    expected = logits_of(load(folder), range(40))
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    edit_json(folder / "config.json", {"rope_parameters": None, **theta, **OLDER[name]})
+    assert torch.equal(logits_of(load(folder), range(40)), expected)
