@@ -41,7 +41,7 @@ class Gemma2DecoderLayer(nn.Module):
             output_bias=config.attention_bias,
             scaling=config.query_pre_attn_scalar**-0.5,
             sliding_window=sliding_window_of(config, layer_id),
-            **self.attention_options(config),
+            **self.score_options(config),
         )
         self.mlp = make_mlp(config, quant_config, prefix, hidden_act=config.hidden_activation)
         self.input_layernorm = gemma_norm(config)
@@ -50,8 +50,8 @@ class Gemma2DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = gemma_norm(config)
 
     @staticmethod
-    def attention_options(config: Any) -> dict[str, Any]:
-        """Further arguments of `SelfAttention`."""
+    def score_options(config: Any) -> dict[str, Any]:
+        """Arguments of `SelfAttention` for the scores, beside their scale."""
         return {"logit_cap": config.attn_logit_softcapping}
 
     def forward(

@@ -17,8 +17,8 @@ class Gemma3DecoderLayer(Gemma2DecoderLayer):
     """One layer."""
 
     @staticmethod
-    def attention_options(config: Any) -> dict[str, Any]:
-        """Further arguments of `SelfAttention`."""
+    def score_options(config: Any) -> dict[str, Any]:
+        """Arguments of `SelfAttention` for the scores, beside their scale."""
         return {"qk_norm_eps": config.rms_norm_eps, "qk_norm_offset": 1.0}
 
 
