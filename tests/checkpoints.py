@@ -37,6 +37,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _NARROW = {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 16}
+_EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 
 #: Per name the config class and what is special about it, against `_SMALL`.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -146,6 +147,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere2-bias": ("Cohere2Config", {"attention_bias": True, "tie_word_embeddings": False}),
     "starcoder2": ("Starcoder2Config", {"sliding_window": 17}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "sliding_window": 17}),
+    "mixtral-one": ("MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 1}),
+    "qwen2-moe": ("Qwen2MoeConfig", {**_EXPERTS, "shared_expert_intermediate_size": 56}),
+    "qwen2-moe-some": (
+        "Qwen2MoeConfig",
+        {
+            **_EXPERTS,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", {**_EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
+    "qwen3-moe-some": (
+        "Qwen3MoeConfig",
+        {
+            **_EXPERTS,
+            "head_dim": 24,
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
     "starcoder2-plain": ("Starcoder2Config", {"use_bias": False, "tie_word_embeddings": False}),
 }
 

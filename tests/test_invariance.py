@@ -34,6 +34,9 @@ FURTHER_FAMILIES = [
     "smollm3",
     "granite",
     "cohere2",
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
     "starcoder2",
 ]
 

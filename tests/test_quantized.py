@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +44,8 @@ def test_logits_are_those_of_the_rounded_weights(tmp_path, family, method):
         is_vocabulary = path in ("model.embed_tokens", "lm_head")
         assert module.matrix.layout.bits == (4 if method == "int4" and not is_vocabulary else 8)
         other.weight = weight
-    last = "c_proj" if family.startswith("starcoder2") else "down_proj"
-    assert {"model.embed_tokens", "lm_head", f"model.layers.2.mlp.{last}"} <= matrices.keys()
+    assert {"model.embed_tokens", "lm_head"} <= matrices.keys()
+    assert any(re.match(r"model\.layers\.2\..*(down|c)_proj", path) for path in matrices)
     actual, expected = logits_of(quantized, range(5, 60)), logits_of(plain, range(5, 60))
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 

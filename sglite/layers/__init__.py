@@ -3,6 +3,7 @@
 from sglite.layers.attention import RadixAttention, SelfAttention
 from sglite.layers.decoder import DecoderLayer, DecoderModel
 from sglite.layers.embedding import Embedding, LMHead
+from sglite.layers.experts import Router, SparseMLP
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.linear import GateUpLinear, Linear, QKVLinear, StackedLinear
 from sglite.layers.logits import LogitsProcessor, LogitsProcessorOutput
@@ -31,8 +32,10 @@ __all__ = [
     "RMSNorm",
     "RadixAttention",
     "RotaryEmbedding",
+    "Router",
     "SelfAttention",
     "SiluAndMul",
+    "SparseMLP",
     "StackedLinear",
     "add_prefix",
     "get_rope",

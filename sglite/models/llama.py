@@ -50,7 +50,7 @@ class LlamaDecoderLayer(DecoderLayer):
                 prefix,
                 **self.attention_options(config, layer_id),
             ),
-            mlp=make_mlp(config, quant_config, prefix, **self.mlp_options(config)),
+            mlp=self.build_mlp(config, layer_id, quant_config, prefix),
             input_layernorm=RMSNorm(config.hidden_size, config.rms_norm_eps),
             post_attention_layernorm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         )
@@ -64,6 +64,13 @@ class LlamaDecoderLayer(DecoderLayer):
     def mlp_options(config: Any) -> dict[str, Any]:
         """Further arguments of `GatedMLP`."""
         return {"bias": config.mlp_bias}
+
+    @classmethod
+    def build_mlp(
+        cls, config: Any, layer_id: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> nn.Module:
+        """The `mlp` of a layer; a family overrides it whose layers have no `GatedMLP`."""
+        return make_mlp(config, quant_config, prefix, **cls.mlp_options(config))
 
 
 class LlamaModel(DecoderModel):

@@ -21,10 +21,13 @@ _BUILT_IN = {
     "GraniteForCausalLM": "sglite.models.granite",
     "LlamaForCausalLM": "sglite.models.llama",
     "MistralForCausalLM": "sglite.models.mistral",
+    "MixtralForCausalLM": "sglite.models.mixtral",
     "Olmo2ForCausalLM": "sglite.models.olmo2",
     "Phi3ForCausalLM": "sglite.models.phi3",
     "Qwen2ForCausalLM": "sglite.models.qwen2",
+    "Qwen2MoeForCausalLM": "sglite.models.qwen2_moe",
     "Qwen3ForCausalLM": "sglite.models.qwen3",
+    "Qwen3MoeForCausalLM": "sglite.models.qwen3_moe",
     "SmolLM3ForCausalLM": "sglite.models.smollm3",
     "Starcoder2ForCausalLM": "sglite.models.starcoder2",
 }

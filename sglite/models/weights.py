@@ -6,7 +6,8 @@ from several tensors, as the model class says in `stacked_params`:
 
     stacked_params = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
-reads `....q_proj.weight` into the first part of `....qkv_proj`, and so on.
+reads `....q_proj.weight` into the first part of `....qkv_proj`, and so on. One name alone is what a
+checkpoint calls an ordinary linear layer.
 """
 
 import re
@@ -150,13 +151,16 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
         if not isinstance(module, WeightModule):
             continue
         parent, _, own_name = path.rpartition(".")
-        if own_name in stacked and isinstance(module, StackedLinear):
-            names = [f"{parent}.{part}" if parent else part for part in stacked[own_name]]
-            ranges = list(module.segments.values())
+        is_stacked = isinstance(module, StackedLinear)
+        own_parts = stacked.get(own_name, ())
+        if own_parts and (is_stacked or len(own_parts) == 1):
+            names = [f"{parent}.{part}" if parent else part for part in own_parts]
+            whole = [(0, module.matrix.shape[0])]
+            ranges = list(module.segments.values()) if is_stacked else whole
             if len(names) != len(ranges):
                 raise ValueError(
                     f"stacked_params[{own_name!r}] names {len(names)} parts; {path} has "
-                    f"{list(module.segments)}"
+                    f"{list(module.segments) if is_stacked else [own_name]}"
                 )
             bias = plain.pop(f"{path}.bias", None)
         else:

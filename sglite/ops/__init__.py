@@ -24,6 +24,7 @@ from sglite.ops.decoder_layers import (
     decoder_layers,
 )
 from sglite.ops.embedding import embedding
+from sglite.ops.experts import mix_experts, route, rows_of_experts
 from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm_linear
 from sglite.ops.kv_cache import copy_kv_slots, write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
@@ -67,6 +68,7 @@ __all__ = [
     "gelu_and_mul",
     "linear",
     "log_probs",
+    "mix_experts",
     "norm_gated_linear",
     "norm_linear",
     "pack_weight",
@@ -75,6 +77,8 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "rope_and_write_kv",
+    "route",
+    "rows_of_experts",
     "sample",
     "sampling_workspace",
     "silu_and_mul",

@@ -115,6 +115,31 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
 
 
+def mix_experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    *,
+    activation: str,
+) -> Tensor:
+    """See `sglite.ops.mix_experts`. Row by row, with plain weights."""
+    functions = {
+        "silu": silu_and_mul,
+        "gelu": gelu_and_mul,
+        "gelu_tanh": lambda hidden: gelu_and_mul(hidden, "tanh"),
+    }
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for row, (own_weights, own_experts) in enumerate(zip(weights, experts.tolist(), strict=True)):
+        for weight, expert in sorted(
+            zip(own_weights, own_experts, strict=True), key=lambda p: p[1]
+        ):
+            hidden = functions[activation](linear(x[row : row + 1], gate_up[expert]))
+            out[row] += weight * linear(hidden, down[expert])[0].float()
+    return out.to(x.dtype)
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """See `sglite.ops.write_kv`."""
     k_cache.flatten(0, 1)[slots] = k
