@@ -101,13 +101,15 @@ class Linear {
         const int64_t panel_words = steps_ * kPanelColumns;
         const int64_t pass_steps =
             blocks.end - blocks.begin < kLongPassBlocks ? kPassSteps : kLongPassSteps;
+        const int64_t passes = (steps_ + pass_steps - 1) / pass_steps;
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
             const uint32_t* weights =
                 static_cast<const uint32_t*>(args_.packed) + panel * panel_words;
             for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
                 const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
-                for (int64_t step = 0; step < steps_; step += pass_steps) {
-                    const int64_t count = smaller(pass_steps, steps_ - step);
+                for (int64_t pass = 0; pass < passes; ++pass) {
+                    const auto [step, stop] = part_of(steps_, pass, passes);
+                    const int64_t count = stop - step;
                     const uint32_t* piece = weights + step * kPanelColumns;
                     for (int64_t block = first; block < end; ++block) {
                         const int64_t height = blocks_.height(block);

@@ -69,7 +69,7 @@ class LinearPlan {
             static_cast<int>(larger(1, smaller(num_threads(), args.m * args.n * args.k / kGrain)));
         least_ = panels < 8 * threads ? 1 : at_once;
         // Several, since the next one is fetched ahead, but many chunks for each thread.
-        most_ = larger(panels / (threads * 32) * 2, 4);
+        most_ = larger(panels / (threads * 32) * 2, 8);
         groups_ = larger(1 + args.m * row_bytes / kGroupBytes, 8 * threads / panels);
         groups_ = smaller(groups_, (blocks + kGroupBlocks - 1) / kGroupBlocks);
     }
