@@ -42,6 +42,17 @@ class SharedCounter {
   public:
     int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
 
+    // Takes size(begin) items from `begin` on, which it gives; none if that is `end`.
+    template <typename Size>
+    int64_t take_some(int64_t end, const Size& size) {
+        int64_t begin = __atomic_load_n(&next_, __ATOMIC_RELAXED);
+        while (begin < end &&
+               !__atomic_compare_exchange_n(&next_, &begin, begin + size(begin), true,
+                                            __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        }
+        return begin;
+    }
+
   private:
     int64_t next_ = 0;
 };
