@@ -38,12 +38,9 @@ class Linear {
         const LinearPlan plan(args_, panels_, blocks_.count,
                               steps_ * RowLayout<T>::kPerStep * sizeof(RowElement<T>),
                               args_.m <= kMaxPairRows ? 2 : 1);
+        if (!in_place_) plan.for_each_block([&](int64_t block) { lay_out(block); });
         SharedCounter next;
-        run_together(plan.threads, [&](const Member& member) {
-            if (!in_place_) {
-                lay_out(share_of(blocks_.count, member));
-                member.barrier();
-            }
+        run_together(plan.threads, [&](int) {
             plan.take_units(next, [&](Range panels, Range blocks) {
                 if (args_.packed) {
                     multiply_packed(panels, blocks);
@@ -59,13 +56,10 @@ class Linear {
         return x_ + blocks_.begin(block) * steps_ * RowLayout<T>::kPerStep;
     }
 
-    void lay_out(Range blocks) const {
-        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-            const int64_t row = blocks_.begin(block);
-            lay_out_rows(const_cast<RowElement<T>*>(x_of(block)),
-                         static_cast<const T*>(args_.x) + row * args_.x_stride, args_.x_stride,
-                         blocks_.height(block), args_.k);
-        }
+    void lay_out(int64_t block) const {
+        lay_out_rows(const_cast<RowElement<T>*>(x_of(block)),
+                     static_cast<const T*>(args_.x) + blocks_.begin(block) * args_.x_stride,
+                     args_.x_stride, blocks_.height(block), args_.k);
     }
 
     void multiply_packed(Range panels, Range blocks) const {

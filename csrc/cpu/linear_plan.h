@@ -21,11 +21,6 @@ static inline Range part_of(int64_t size, int64_t index, int64_t count) {
     return {size * index / count, size * (index + 1) / count};
 }
 
-// What of 0 to `size` falls to a thread of a job.
-static inline Range share_of(int64_t size, const Member& member) {
-    return part_of(size, member.rank, member.size);
-}
-
 // The rows of x, cut into blocks: of nearly equal height, or, where `low` is given, of the greatest
 // one but for the last two, which share the rest: the last is `low` rows, or they are as equal as
 // can be.
@@ -72,6 +67,15 @@ class LinearPlan {
         most_ = larger(panels / (threads * 32) * 2, 8);
         groups_ = larger(1 + args.m * row_bytes / kGroupBytes, 8 * threads / panels);
         groups_ = smaller(groups_, (blocks + kGroupBlocks - 1) / kGroupBlocks);
+    }
+
+    // Calls run(block) for each block of rows.
+    template <typename Run>
+    void for_each_block(const Run& run) const {
+        SharedCounter next;
+        run_together(static_cast<int>(smaller(threads, blocks_)), [&](int) {
+            for (int64_t block; (block = next.take()) < blocks_;) run(block);
+        });
     }
 
     // Calls `run(panels, blocks)` for units until none is left. Chunks become smaller towards the
