@@ -40,7 +40,8 @@ def test_logits_are_those_of_the_rounded_weights(tmp_path, family, method):
         matrices[path] = module.matrix
         weight = module.weight
         step = other.weight.abs().amax() / (127 if method == "int8" else 8)
-        assert (weight - other.weight).abs().max() <= 1.01 * step
+        # A step, and with int4 eight times the rounding of its scale to bfloat16.
+        assert (weight - other.weight).abs().max() <= (1.01 if method == "int8" else 1.04) * step
         is_vocabulary = path in ("model.embed_tokens", "lm_head")
         assert module.matrix.layout.bits == (4 if method == "int4" and not is_vocabulary else 8)
         other.weight = weight
