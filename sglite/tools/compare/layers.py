@@ -20,6 +20,7 @@ class LayerResult:
     """One decoder layer's output, over all positions of all texts.
 
     Attributes:
+        dtype: that sglite ran in.
         path: of the layer in our model.
         relative_error: the largest `|a - b| / |b|` of a position.
         mean_error: the mean over positions.
@@ -30,6 +31,7 @@ class LayerResult:
         own_error: mean error of Hugging Face in the run's dtype; None for float32.
     """
 
+    dtype: str
     path: str
     relative_error: float
     mean_error: float
@@ -82,20 +84,31 @@ def record_theirs(reference: Reference, text: Text, paths: Sequence[str]) -> Rec
     return recorder
 
 
-def layer_outputs(
-    reference: Reference, layout: Layout, texts: Sequence[Text]
-) -> list[list[Tensor]]:
-    """Per text and layer what the reference gives, [positions, width]."""
-    paths = [f"{layout.theirs}.{i}" for i in range(layout.count)]
-    found = []
-    for text in texts:
-        records = record_theirs(reference, text, paths).records
-        found.append([value_out(records[path]) for path in paths])
-    return found
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a reference gives for one text.
+
+    Attributes:
+        logits: of the positions that are compared, [positions, vocabulary] float32.
+        layers: of each layer the output, [all positions, width]; empty where it is not known where
+            the layers lie.
+    """
+
+    logits: Tensor
+    layers: list[Tensor]
+
+    @classmethod
+    def of(cls, reference: Reference, layout: Layout | None, text: Text) -> "Expectation":
+        """Runs the reference once."""
+        paths = [f"{layout.theirs}.{i}" for i in range(layout.count)] if layout else []
+        recorder = Recorder(reference.model, paths)
+        with recorder.attached():
+            logits = reference.logits(text.computed)
+        return cls(logits[text.first_row :], [value_out(recorder.records[path]) for path in paths])
 
 
 def layer_errors(
-    llm: LLM, layout: Layout, texts: Sequence[Text], expected: Sequence[Sequence[Tensor]]
+    llm: LLM, layout: Layout, texts: Sequence[Text], expected: Sequence[Expectation]
 ) -> LayerErrors:
     """How far each layer of ours is from what was expected of it."""
     paths = [f"{layout.ours}.{i}" for i in range(layout.count)]
@@ -103,7 +116,7 @@ def layer_errors(
     for text in texts:
         records = record_ours(llm, text, paths).records
         found.append([layer_value(records[path]) for path in paths])
-    return errors_between(layout, found, expected)
+    return errors_between(layout, found, [each.layers for each in expected])
 
 
 def errors_between(
@@ -128,6 +141,7 @@ def layer_results(found: LayerErrors, own: LayerErrors | None, limits: Limits) -
         allowed = limits.for_modules(own_error)
         results.append(
             LayerResult(
+                limits.dtype,
                 path,
                 relative_error=largest,
                 mean_error=mean,

@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from sglite.models.checkpoint import Checkpoint
@@ -26,16 +28,19 @@ class Reference:
         self.model = model
         self.device = torch.device(device)
 
-    @property
+        # A module of the caller's own need not know what a cache is.
+        self._options = {"use_cache": False} if isinstance(model, PreTrainedModel) else {}
+
+    @cached_property
     def vocab_size(self) -> int:
-        """Ids are below it."""
-        return self.model.config.get_text_config().vocab_size
+        """The width of the logits."""
+        return self.logits([0]).shape[-1]
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """Next-token logits of every position, [n, vocabulary] float32 on the CPU."""
         ids = torch.tensor([token_ids], device=self.device)
         with torch.inference_mode(), eager_attention(self.model):
-            return self.model(ids, use_cache=False).logits[0].float().cpu()
+            return self.model(ids, **self._options).logits[0].float().cpu()
 
     def continue_greedily(self, token_ids: list[int], count: int) -> list[int]:
         """The most probable tokens that follow, one after the other, end of text or not."""

@@ -10,7 +10,7 @@ from sglite.tools.compare.divergence import Divergence, PartResult
 from sglite.tools.compare.itself import SelfResult
 from sglite.tools.compare.layers import LayerResult
 from sglite.tools.compare.limits import Limits
-from sglite.tools.compare.metrics import Closeness
+from sglite.tools.compare.measuring import LogitsResult
 from sglite.tools.compare.texts import TextResult
 from sglite.tools.quantization_loss import QuantizationLoss
 
@@ -22,33 +22,13 @@ _WIDTH = 132  # of the text; a terminal has its own
 
 
 @dataclass(frozen=True, slots=True)
-class LogitsResult:
-    """Logits of one phase against Hugging Face's in float32.
-
-    Attributes:
-        phase: "prefill" or "decode".
-        prompt_tokens: of the one prompt; None: over all prompts.
-        found: how near they are.
-        own: how near Hugging Face in the run's dtype is; None for float32.
-        failure: what is too large, in words; "" where nothing is. Limits are for all prompts
-            together.
-    """
-
-    phase: str
-    prompt_tokens: int | None
-    found: Closeness
-    own: Closeness | None
-    failure: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class ComparisonReport:
     """What `sglite.compare` gives: true if the model is right. Prints as tables.
 
     Attributes:
         model: how it is called, with its class, dtype and device.
         reference: the class that it was compared with.
-        limits: that were kept to, with their reason.
+        limits: that were kept to, with their reason, for each dtype that it was run in.
         logits: teacher-forced, per phase and prompt, and per phase over all.
         texts: generated greedily.
         layers: outputs of all decoder layers, in order.
@@ -60,7 +40,7 @@ class ComparisonReport:
 
     model: str
     reference: str
-    limits: Limits
+    limits: list[Limits]
     logits: list[LogitsResult]
     texts: list[TextResult]
     layers: list[LayerResult]
@@ -100,16 +80,19 @@ class ComparisonReport:
         from rich.text import Text
 
         yield Text(f"{self.model} against {self.reference}", style="bold")
-        yield self._logits_table()
+        for limits in self.limits:
+            yield self._logits_table(limits.dtype)
         yield self._texts_table()
-        yield self._layers_table()
+        for limits in self.limits:
+            yield self._layers_table(limits.dtype)
         if self.parts:
             yield self._parts_table()
         if self.itself:
             yield self._self_table()
         if self.quantization is not None:
             yield Text(str(self.quantization))
-        yield Text(f"Limits for {self.limits.dtype}: {_limits_text(self.limits)}")
+        for limits in self.limits:
+            yield Text(f"Limits for {limits.dtype}: {_limits_text(limits)}")
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -120,12 +103,14 @@ class ComparisonReport:
 
     __repr__ = __str__
 
-    def _logits_table(self) -> "Table":
+    def _logits_table(self, dtype: str) -> "Table":
         table = _table(
-            "Logits, teacher-forced",
+            f"Logits in {dtype}, teacher-forced",
             ["", "prompt", "rows", "top-5 off", "rms", "KL", "KL back", "top-5", "greedy", "rel."],
         )
         for row in self.logits:
+            if row.dtype != dtype:
+                continue
             found = row.found
             table.add_row(
                 row.phase,
@@ -141,7 +126,7 @@ class ComparisonReport:
                 own = row.own
                 table.add_row(
                     "",
-                    f"Hugging Face {self.limits.dtype}",
+                    f"Hugging Face {dtype}",
                     str(own.positions),
                     *_numbers(own.largest, own.rms, own.kl, own.reverse_kl),
                     f"{own.top:.1%}",
@@ -163,11 +148,14 @@ class ComparisonReport:
             )
         return table
 
-    def _layers_table(self) -> "Table":
+    def _layers_table(self, dtype: str) -> "Table":
         table = _table(
-            "Layers", ["", "rel. error", "mean", "cosine", "allowed", "Hugging Face's own"]
+            f"Layers in {dtype}",
+            ["", "rel. error", "mean", "cosine", "allowed", "Hugging Face's own"],
         )
         for row in self.layers:
+            if row.dtype != dtype:
+                continue
             table.add_row(
                 row.path,
                 *_numbers(row.relative_error, row.mean_error),

@@ -6,26 +6,18 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sglite.interface import checks
 from sglite.interface.errors import ConfigError, UnsupportedModelError
 from sglite.llm import LLM
 from sglite.models.checkpoint import Checkpoint, has_tokenizer, resolve_checkpoint
 from sglite.tools.compare.divergence import Divergence, PartResult, find_first
-from sglite.tools.compare.itself import compare_with_itself
-from sglite.tools.compare.layers import (
-    LayerErrors,
-    LayerResult,
-    errors_between,
-    layer_errors,
-    layer_outputs,
-    layer_results,
-)
-from sglite.tools.compare.limits import LIMITS, Limits
+from sglite.tools.compare.itself import SelfResult, compare_with_itself
+from sglite.tools.compare.layers import Expectation
 from sglite.tools.compare.matching import Layout
-from sglite.tools.compare.metrics import Closeness
-from sglite.tools.compare.ours import Text, forced_logits, generate
+from sglite.tools.compare.measuring import Measurement, measure
+from sglite.tools.compare.ours import Text, generate
 from sglite.tools.compare.prompts import (
     NoTokenizer,
     builtin_lengths,
@@ -34,7 +26,7 @@ from sglite.tools.compare.prompts import (
     windows_of,
 )
 from sglite.tools.compare.reference import Reference, load_reference, reference_of
-from sglite.tools.compare.report import ComparisonReport, LogitsResult
+from sglite.tools.compare.report import ComparisonReport
 from sglite.tools.compare.texts import TextResult, compare_texts
 from sglite.tools.quantization_loss import QuantizationLoss, quantization_loss
 
@@ -58,10 +50,13 @@ def compare(
 
     Runs it in sglite and in Hugging Face transformers (float32, eager attention), teacher-forced
     over prompts of several lengths: logits of prefill and decode apart, greedy texts, and the
-    output of every decoder layer. Where these differ by more than `LIMITS` allows for the dtype,
-    the parts of the first such layer are run one by one until the first one is found whose output
-    diverges while what it was given agrees. The limits for bfloat16 and float16 take Hugging Face's
-    own error in the same dtype into account, so it is run in that as well.
+    output of every decoder layer. Where these differ by more than `sglite.tools.compare.limits`
+    allows for the dtype, the parts of the first such layer are run one by one until the first one
+    is found whose output diverges while what it was given agrees.
+
+    A model that runs in bfloat16 or float16 is run in float32 as well, where the least error of a
+    formula shows; and Hugging Face in the model's dtype, whose own error the limits for that take
+    into account.
 
     Args:
         model: a folder, a hub id, "demo", or a live Hugging Face module.
@@ -120,56 +115,65 @@ class _Comparison(ExitStack):
     def run(self, prompts: Any, itself: bool, quantization: str | None) -> ComparisonReport:
         """Loads both models, runs them, and looks for the first divergence where they differ."""
         llm = self._llm()
-        limits = LIMITS[llm.config.dtype]
+        config, tokenizer = llm.config, llm.tokenizer
         exact = self._reference("float32")
-        ids = self._prompts(llm, exact, prompts)
-        following, error = generate(llm, ids, self._new_tokens)
-        texts = [
-            # A text that ended early, with an error, is filled up with what there is.
-            Text(prompt, (found + [prompt[-1]] * self._new_tokens)[: self._new_tokens])
-            for prompt, found in zip(ids, following, strict=True)
-        ]
+        texts, error = self._texts(llm, exact, prompts)
         layout = _layout(llm.model, exact.model)
-        expected = [_rows(exact, text) for text in texts]
-        outputs = layer_outputs(exact, layout, texts) if layout else []
-        own_logits, own_errors = self._own(llm.config.dtype, layout, texts, outputs)
-
-        logits = _logits_results(forced_logits(llm, texts), expected, own_logits, texts, limits)
-        errors = layer_errors(llm, layout, texts, outputs) if layout else None
-        layers = layer_results(errors, own_errors, limits) if errors else []
-        tokenizer = None if isinstance(llm.tokenizer, NoTokenizer) else llm.tokenizer
-        written = compare_texts(texts, expected, exact, _tie(limits, logits, expected), tokenizer)
-        failure = _failure(error, logits, layers, written)
+        expected = [Expectation.of(exact, layout, text) for text in texts]
+        own = None
+        if config.dtype != "float32":
+            low = self._reference(config.dtype)
+            own = [Expectation.of(low, layout, text) for text in texts]
+            del low
+        measured = [measure(llm, layout, texts, expected, own)]
+        written = compare_texts(
+            texts,
+            expected,
+            exact,
+            measured[0].tie,
+            None if isinstance(tokenizer, NoTokenizer) else tokenizer,
+        )
+        found = self._itself(llm, texts, quantization) if itself else []
+        if config.dtype != "float32":
+            llm.close()
+            llm = self._llm(dtype="float32", batch_invariant=None)
+            measured.append(measure(llm, layout, texts, expected, None))
+        failure = _failure(error, measured, written, found)
         first, parts = None, []
         if failure:
-            first, parts = self._search(llm, exact, layout, texts, limits, errors, own_errors)
-            first = first or Divergence("", note=failure)
-        loss, found = None, []
-        if quantization is not None:
-            loss = self._loss(quantization)
-        if itself:
-            checked = llm if quantization is None else self._llm(quantization=quantization)
-            found = compare_with_itself(checked, texts)
-            broken = next((row for row in found if not row.passed), None)
-            if broken and first is None:
-                first = Divergence(
-                    "",
-                    note=f"sglite differs from itself under {broken.condition!r}: "
-                    f"{broken.differing_rows} of {broken.rows} rows of logits have other bits",
-                )
+            first, parts = self._search(llm, exact, layout, texts, measured)
         return ComparisonReport(
-            model=f"{llm.config.model} ({llm.config.architecture}, {llm.config.dtype}, "
-            f"{llm.config.device})",
+            model=f"{config.model} ({config.architecture}, {config.dtype}, {config.device})",
             reference=f"Hugging Face ({type(exact.model).__name__}, float32, eager)",
-            limits=limits,
-            logits=logits,
+            limits=[each.limits for each in measured],
+            logits=[row for each in measured for row in each.logits],
             texts=written,
-            layers=layers,
+            layers=[row for each in measured for row in each.layers],
             parts=parts,
             itself=found,
-            quantization=loss,
-            first_divergence=first,
+            quantization=None if quantization is None else self._loss(quantization),
+            first_divergence=first or (Divergence("", note=failure) if failure else None),
         )
+
+    def _texts(self, llm: LLM, reference: Reference, prompts: Any) -> tuple[list[Text], str]:
+        """Prompts with what follows them greedily in sglite, and the error that ended it."""
+        count = self._new_tokens
+        ids = self._prompts(llm, reference, prompts)
+        following, error = generate(llm, ids, count)
+        texts = [
+            # A text that ended early, with an error, is filled up with what there is.
+            Text(prompt, (found + prompt[-1:] * count)[:count])
+            for prompt, found in zip(ids, following, strict=True)
+        ]
+        return texts, error
+
+    def _itself(
+        self, llm: LLM, texts: Sequence[Text], quantization: str | None
+    ) -> list[SelfResult]:
+        if quantization is None:
+            return compare_with_itself(llm, texts)
+        with self._llm(quantization=quantization) as quantized:
+            return compare_with_itself(quantized, texts)
 
     def _llm(self, **changes: Any) -> LLM:
         return self.enter_context(LLM(self._model, **{**self._options, **changes}))
@@ -208,45 +212,24 @@ class _Comparison(ExitStack):
         )
         return builtin_prompts(lengths, reference.vocab_size, llm.tokenizer)
 
-    def _own(
-        self,
-        dtype: str,
-        layout: Layout | None,
-        texts: Sequence[Text],
-        outputs: Sequence[Sequence[Tensor]],
-    ) -> tuple[list[Tensor] | None, LayerErrors | None]:
-        """Hugging Face in the run's dtype: its logits, and how far its layers are off float32."""
-        if dtype == "float32":
-            return None, None
-        low = self._reference(dtype)
-        logits = [_rows(low, text) for text in texts]
-        if layout is None:
-            return logits, None
-        return logits, errors_between(layout, layer_outputs(low, layout, texts), outputs)
-
     def _search(
         self,
         llm: LLM,
-        exact: Reference,
+        reference: Reference,
         layout: Layout | None,
         texts: Sequence[Text],
-        limits: Limits,
-        errors: LayerErrors | None,
-        own_errors: LayerErrors | None,
+        measured: Sequence[Measurement],
     ) -> tuple[Divergence | None, list[PartResult]]:
         """The first divergence: in float32, where the least errors show, whatever the dtype."""
         if layout is None:
             return None, []
-        strict = LIMITS["float32"].prefill
-        if limits.is_relative:
-            return find_first(llm, exact, layout, texts, strict, errors)
-        exact_llm = self._llm(dtype="float32")
-        exact_errors = layer_errors(exact_llm, layout, texts, layer_outputs(exact, layout, texts))
-        found, parts = find_first(exact_llm, exact, layout, texts, strict, exact_errors)
-        if found is not None:
+        exact = measured[-1]
+        found, parts = find_first(llm, reference, layout, texts, exact.module_limit, exact.errors)
+        if found is not None or len(measured) == 1 or not measured[0].failure:
             return found, parts
-        loose = limits.for_modules(own_errors.largest)
-        return find_first(llm, exact, layout, texts, loose, errors)
+        llm.close()
+        low = measured[0]
+        return find_first(self._llm(), reference, layout, texts, low.module_limit, low.errors)
 
     def _loss(self, quantization: str) -> QuantizationLoss:
         if self._checkpoint is None:
@@ -270,73 +253,29 @@ def _layout(ours: nn.Module, theirs: nn.Module) -> Layout | None:
         return None
 
 
-def _rows(reference: Reference, text: Text) -> Tensor:
-    """The reference's logits that are compared, as `forced_logits` gives ours."""
-    return reference.logits(text.computed)[text.first_row :]
-
-
-def _logits_results(
-    ours: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    own: Sequence[Tensor] | None,
-    texts: Sequence[Text],
-    limits: Limits,
-) -> list[LogitsResult]:
-    """Per phase a row for each prompt, and one over all, which the limits are for."""
-    results = []
-    for phase in ("prefill", "decode"):
-
-        def part(rows: Tensor, text: Text, phase: str = phase) -> Tensor:
-            split = len(text.prompt) - text.first_row
-            return rows[:split] if phase == "prefill" else rows[split:]
-
-        def closeness(found: Sequence[Tensor], part=part) -> list[Closeness]:
-            triples = zip(found, expected, texts, strict=True)
-            return [Closeness.of(part(a, text), part(b, text)) for a, b, text in triples]
-
-        found = closeness(ours)
-        theirs = closeness(own) if own is not None else [None] * len(found)
-        results += [
-            LogitsResult(phase, len(text.prompt), a, b)
-            for text, a, b in zip(texts, found, theirs, strict=True)
-        ]
-        over = Closeness.over(found)
-        own_over = Closeness.over(theirs) if own is not None else None
-        results.append(
-            LogitsResult(phase, None, over, own_over, limits.broken_by(phase, over, own_over))
-        )
-    return results
-
-
-def _tie(limits: Limits, logits: Sequence[LogitsResult], expected: Sequence[Tensor]) -> float:
-    """Two logits of the reference that are no further apart may change places."""
-    if limits.is_relative:
-        spread = max((rows - rows.mean(-1, keepdim=True)).abs().max().item() for rows in expected)
-        return 2 * limits.decode * spread
-    own = max(row.own.largest for row in logits)
-    return 2 * max(limits.decode, limits.times_own * own)
-
-
 def _failure(
     error: str,
-    logits: Sequence[LogitsResult],
-    layers: Sequence[LayerResult],
+    measured: Sequence[Measurement],
     texts: Sequence[TextResult],
+    itself: Sequence[SelfResult],
 ) -> str:
     """What is wrong, in words; "" where nothing is."""
     if error:
         return error
-    for row in logits:
-        if row.failure:
-            return row.failure
-    for layer in layers:
-        if not layer.passed:
-            return f"{layer.path}: relative error {layer.relative_error:.2g}"
+    for found in reversed(measured):
+        if found.failure:
+            return f"{found.failure} in {found.limits.dtype}"
     for text in texts:
         if not text.passed:
             return (
                 f"the greedy text after {text.prompt_tokens} tokens differs at its token "
                 f"{text.same_tokens}, where Hugging Face's logits are {text.gap:.2g} apart, "
                 f"although the logits agree"
+            )
+    for row in itself:
+        if not row.passed:
+            return (
+                f"sglite differs from itself under {row.condition!r}: {row.differing_rows} of "
+                f"{row.rows} rows of logits have other bits"
             )
     return ""

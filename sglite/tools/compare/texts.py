@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sglite.tools.compare.layers import Expectation
 from sglite.tools.compare.metrics import rouge_l
 from sglite.tools.compare.ours import Text
 from sglite.tools.compare.reference import Reference
@@ -38,7 +39,7 @@ class TextResult:
 
 def compare_texts(
     texts: Sequence[Text],
-    logits: Sequence[Tensor],
+    expected: Sequence[Expectation],
     reference: Reference,
     tie: float,
     tokenizer,
@@ -50,14 +51,20 @@ def compare_texts(
 
     Args:
         texts: prompts and what sglite generated.
-        logits: the reference's along each text, from its `first_row` on.
+        expected: the reference's along each text.
         reference: the model.
         tie: two logits that are no further apart are as good as the same.
         tokenizer: a Hugging Face tokenizer; None: there is none.
     """
     return [
-        _compare(text, rows[len(text.prompt) - 1 - text.first_row :], reference, tie, tokenizer)
-        for text, rows in zip(texts, logits, strict=True)
+        _compare(
+            text,
+            found.logits[len(text.prompt) - 1 - text.first_row :],
+            reference,
+            tie,
+            tokenizer,
+        )
+        for text, found in zip(texts, expected, strict=True)
     ]
 
 
