@@ -11,6 +11,7 @@ from torch import nn
 import sglite
 from sglite import CheckpointError, InvalidRequestError, UnsupportedModelError, register
 from sglite.models.llama import LlamaForCausalLM
+from sglite.tools.compare.matching import Layout
 from sglite.tools.compare.metrics import Closeness, cosines, rouge_l, row_errors
 from tests.checkpoints import CONFIGS, edit_json, hugging_face, make_checkpoint
 from tests.tools import ported  # noqa: F401  (registers its models)
@@ -284,6 +285,25 @@ def test_the_command_fails_a_wrong_model_in_one_line(tmp_path):
     assert last.startswith("failed: model.layers.0.self_attn.attn: relative error"), done.stdout
     assert "first at position 17" in last
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "path", "other"),
+    [
+        ("model.layers", "model.layers", "model.layers.0.mlp", "model.layers.0.mlp"),
+        ("model.layers", "model.language_model.layers", "model.norm", "model.language_model.norm"),
+        ("model.layers", "model.language_model.layers", "lm_head", "lm_head"),
+        ("inner.model.layers", "model.layers", "inner.model.layers.1", "model.layers.1"),
+        ("inner.model.layers", "model.layers", "inner.lm_head", "lm_head"),
+        ("model.blocks", "transformer.h", "model.blocks.2.mlp", "transformer.h.2.mlp"),
+        ("model.blocks", "transformer.h", "model.norm", "transformer.norm"),
+        ("model.layers", "model.layers", "", ""),
+    ],
+)
+def test_paths_are_translated(ours, theirs, path, other):
+    layout = Layout(ours, theirs, 3)
+    assert layout.translate(path) == other
+    assert layout.translate_back(other) == path
 
 
 def test_measures_of_closeness():

@@ -57,19 +57,27 @@ class Layout:
 
     def translate(self, path: str) -> str:
         """The path that a module of ours has in the other model, if it has the same name."""
-        return _moved(path, self.ours, self.theirs)
+        return self._moved(path, self.ours, self.theirs)
 
     def translate_back(self, path: str) -> str:
         """The path that a module of the other model has in ours."""
-        return _moved(path, self.theirs, self.ours)
+        return self._moved(path, self.theirs, self.ours)
 
-
-def _moved(path: str, old: str, new: str) -> str:
-    """A path within the layers, or within what they lie in, moved from one place to another."""
-    for before, after in ((old, new), (old.rpartition(".")[0], new.rpartition(".")[0])):
-        if before and (path == before or path.startswith(f"{before}.")):
-            return after + path[len(before) :]
-    return path
+    @staticmethod
+    def _moved(path: str, old: str, new: str) -> str:
+        """A path within the layers, what they lie in, or what all of the model lies in, moved."""
+        if not path:
+            return path
+        common = _alike(old, new)
+        for names in (0, 1, common):
+            before, after = (
+                ".".join(p.split(".")[: len(p.split(".")) - names]) for p in (old, new)
+            )
+            if not before:
+                return f"{after}.{path}" if after else path
+            if f"{path}.".startswith(f"{before}."):
+                return (after + path[len(before) :]).strip(".")
+        return path
 
 
 def _layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -86,6 +94,12 @@ def _layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
         if all(any(isinstance(m, RadixAttention) for m in layer.modules()) for layer in found)
     ]
     yield from with_attention or lists
+
+
+def _shortened(path: str, names: int) -> str:
+    """A path without its last names."""
+    parts = path.split(".")
+    return ".".join(parts[: len(parts) - names])
 
 
 def _alike(a: str, b: str) -> int:
@@ -135,6 +149,8 @@ class Matcher:
 
     def _expected(self, record: Record) -> Expected | None:
         path = self._layout.translate(record.path)
+        if record.is_repeated:
+            return None
         if isinstance(record.module, LogitsProcessor):
             return Expected(None, value_out(self._theirs[""]), "") if "" in self._theirs else None
         if isinstance(record.module, RadixAttention):
@@ -161,7 +177,8 @@ class Matcher:
             if path in self._attentions:
                 return self._attentions[path]
             path = path.rpartition(".")[0]
-        return None
+        # A layer has one attention, whatever it is called.
+        return next(iter(self._attentions.values())) if len(self._attentions) == 1 else None
 
     def _last_of(self, attention: str, part: str) -> Record | None:
         """What gives queries or keys before they are rotated: a norm, or the projection."""
@@ -271,7 +288,7 @@ def _same_shape(tensors: list[Tensor]) -> bool:
 
 def _fits(ours: Record, theirs: Record) -> bool:
     """Whether two modules of one name can be the same function, by the widths."""
-    if not ours.outputs or not theirs.outputs:
+    if theirs.is_repeated or not ours.outputs or not theirs.outputs:
         return False
     if ours.outputs[0].shape != theirs.outputs[0].shape:
         return False

@@ -21,12 +21,15 @@ class Record:
         module: itself.
         inputs: those that have a row for each token, [T, width] float32 on the CPU.
         outputs: likewise.
+        is_repeated: whether it was called more than once for the same tokens, so that there is no
+            saying which row is whose.
     """
 
     path: str
     module: nn.Module
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    is_repeated: bool = False
 
     @property
     def has_weights(self) -> bool:
@@ -65,6 +68,7 @@ class Recorder:
             if path in self._wanted:
                 self._paths[module] = everywhere[module]
         self._active: list[tuple[str | None, list[Tensor]]] = []
+        self._called: set[str] = set()
         self._num_tokens = 0
 
     @contextmanager
@@ -87,6 +91,7 @@ class Recorder:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._num_tokens = ids.numel()
         self._active.clear()
+        self._called.clear()
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         # Copies, since residuals and rotations change what they were given.
@@ -97,6 +102,8 @@ class Recorder:
         path, inputs = self._active.pop()
         if path is not None:
             record = self.records.setdefault(path, Record(path, module))
+            record.is_repeated |= path in self._called
+            self._called.add(path)
             record.add(inputs, self._rows(_output_tensors(output)))
 
     def _path_of(self, module: nn.Module) -> str | None:

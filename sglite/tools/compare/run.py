@@ -109,7 +109,8 @@ class _Comparison(ExitStack):
         self._options = {"chunked_prefill_size": _CHUNK, **options}
         if "mem_fraction" not in options:
             self._options.setdefault("kv_cache_tokens", _KV_TOKENS)
-        if "tokenizer" not in options and self._checkpoint and not has_tokenizer(self._checkpoint):
+        has_one = self._checkpoint is not None and has_tokenizer(self._checkpoint)
+        if options.get("tokenizer") is None and not has_one:
             self._options["tokenizer"] = NoTokenizer()
 
     def run(self, prompts: Any, itself: bool, quantization: str | None) -> ComparisonReport:
@@ -136,7 +137,7 @@ class _Comparison(ExitStack):
         found = self._itself(llm, texts, quantization) if itself else []
         if config.dtype != "float32":
             llm.close()
-            llm = self._llm(dtype="float32", batch_invariant=None)
+            llm = self._exact_llm(exact)
             measured.append(measure(llm, layout, texts, expected, None))
         failure = _failure(error, measured, written, found)
         first, parts = None, []
@@ -177,6 +178,12 @@ class _Comparison(ExitStack):
 
     def _llm(self, **changes: Any) -> LLM:
         return self.enter_context(LLM(self._model, **{**self._options, **changes}))
+
+    def _exact_llm(self, reference: Reference) -> LLM:
+        changes = {"dtype": "float32", "batch_invariant": None}
+        if self._checkpoint is None:  # a live module shares its parameters, dtype and all
+            return self.enter_context(LLM(reference.model, **{**self._options, **changes}))
+        return self._llm(**changes)
 
     def _reference(self, dtype: str) -> Reference:
         device = self._device
