@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sglite.interface.sampling_params import SamplingParams
     from sglite.llm import LLM
     from sglite.models.registry import ModelRegistry, register
+    from sglite.tools.compare import ComparisonReport, compare
     from sglite.tools.show_config import show_config
 
 __version__ = "0.1.0"
@@ -42,6 +43,8 @@ _HOMES = {
     "Logprob": "sglite.interface.outputs",
     "ModelRegistry": "sglite.models.registry",
     "register": "sglite.models.registry",
+    "compare": "sglite.tools.compare",
+    "ComparisonReport": "sglite.tools.compare",
     "show_config": "sglite.tools.show_config",
     "SGLiteError": "sglite.interface.errors",
     "ConfigError": "sglite.interface.errors",
@@ -57,6 +60,7 @@ _HOMES = {
 __all__ = [
     "LLM",
     "CheckpointError",
+    "ComparisonReport",
     "CompletionOutput",
     "ConfigError",
     "EngineClosedError",
@@ -72,6 +76,7 @@ __all__ = [
     "SamplingParams",
     "StreamChunk",
     "UnsupportedModelError",
+    "compare",
     "register",
     "show_config",
 ]

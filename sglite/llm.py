@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,8 +28,10 @@ from sglite.engine.invariance import (
     Settings,
     builtin_prompts,
     check_invariance,
+    compute,
 )
 from sglite.engine.kv_tokens import kv_tokens
+from sglite.engine.request import Request
 from sglite.engine.results import RequestGroup
 from sglite.engine.tokenizer import Tokenizer
 from sglite.interface.config import EngineConfig, LLMOptions
@@ -422,7 +425,32 @@ class LLM:
         progress = _someone_is_watching() if progress is None else progress
         return check_invariance(make_engine, self.config, token_ids, settings, progress=progress)
 
+    def record_logits(self, batches: Sequence[Sequence[Request]], **changes: Any) -> None:
+        """Computes requests whose logits processor is a `Recorder`, on an engine of their own.
+
+        For checks: the engine runs the same model, with a KV cache of its own.
+
+        Args:
+            batches: of requests, one batch after the other.
+            **changes: of fields of `config`.
+
+        Raises:
+            RequestError: the model fails on a request.
+        """
+        self._open_driver()
+        compute(self._make_engine, replace(self.config, **changes), batches)
+
     # -- life -------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model itself. Hooks on its modules are called; training it is not supported.
+
+        Raises EngineClosedError after `close()`.
+        """
+        engine = self._engine  # before the check, as another thread may close at any moment
+        self._open_driver()
+        return engine.runner.model
 
     def stats(self) -> dict[str, int | float]:
         """Counts since the model was loaded, and what the KV cache holds now.

@@ -78,6 +78,11 @@ def resolve_checkpoint(
     )
 
 
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a tokenizer lies beside the weights."""
+    return any((checkpoint.folder / name).exists() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(
     checkpoint: Checkpoint,
     tokenizer: Any = None,
@@ -99,7 +104,7 @@ def load_tokenizer(
     """
     if tokenizer is None:
         folder = checkpoint.folder
-        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(checkpoint):
             raise CheckpointError(
                 f"no tokenizer in {folder} (looked for {', '.join(_TOKENIZER_FILES)}); pass "
                 f"tokenizer= with a folder, a hub id or a tokenizer"

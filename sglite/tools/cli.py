@@ -1,7 +1,8 @@
-"""The command line, for a first try and for bug reports: generate, chat, config."""
+"""The command line, for a first try and for bug reports: generate, chat, compare, config."""
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +15,18 @@ from sglite.tools.show_config import show_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 for an error of sglite, 130 for Ctrl-C."""
+    """Runs one command; returns the exit status.
+
+    0; 1 for an error of sglite, or a model that `compare` finds wrong; 130 for Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except SGLiteError as error:
         print(f"sglite: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,9 +65,45 @@ def _parser() -> argparse.ArgumentParser:
             help="a sampling parameter, such as --set temperature=0; may be repeated",
         )
 
+    _add_compare(commands)
+
     config = commands.add_parser("config", help="print versions and what was built in")
     config.set_defaults(run=lambda options: show_config())
     return parser
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="check a model against Hugging Face, and find where it first goes wrong"
+    )
+    compare.add_argument("model", help='a folder, a hub id or "demo"')
+    compare.add_argument(
+        "--prompt",
+        action="append",
+        dest="prompts",
+        metavar="TEXT",
+        help="a prompt instead of the built-in ones; may be repeated",
+    )
+    compare.add_argument(
+        "--new-tokens", type=int, default=16, help="decoded after each prompt (16)"
+    )
+    compare.add_argument("--architecture", help="a registered class, instead of config.json's")
+    compare.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
+    compare.add_argument(
+        "--quantization", help="int8 or int4: measure what quantising loses as well"
+    )
+    compare.add_argument(
+        "--no-self", action="store_true", help="do not compare sglite with itself as well"
+    )
+    compare.add_argument("--json", action="store_true", help="print the report as JSON")
+    compare.add_argument(
+        "--llm",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of LLM(...), such as --llm device=cpu; may be repeated",
+    )
+    compare.set_defaults(run=_compare)
 
 
 def _settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
@@ -96,6 +135,27 @@ def _generate(options: argparse.Namespace) -> None:
             outputs = llm.generate(prompts, **parameters)
     for output in outputs:
         print(output.text)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from sglite.tools.compare import compare
+
+    arguments = {"architecture": options.architecture, "dtype": options.dtype}
+    report = compare(
+        options.model,
+        prompts=options.prompts,
+        new_tokens=options.new_tokens,
+        itself=not options.no_self,
+        quantization=options.quantization,
+        **{**arguments, **_settings(options.llm, "--llm")},
+    )
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=1, allow_nan=False))
+    else:
+        Console().print(report)
+    # One line of its own, which stays whole however narrow the terminal is.
+    print(report.verdict, file=sys.stderr if options.json else sys.stdout)
+    return 0 if report.passed else 1
 
 
 def _chat(options: argparse.Namespace) -> None:

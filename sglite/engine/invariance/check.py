@@ -93,21 +93,8 @@ class _Check:
         return comparison.result(*_evidence(plan, engine, batches))
 
     def _compute(self, plan: Plan, comparison: Comparison) -> tuple[Engine, list[list[Request]]]:
-        config = self._engine_config(plan)
-        engine = self._make_engine(config, runner=RecordingRunner)
-        thread = EngineThread(torch.device(config.device), config.num_threads)
-        driver = Driver(engine, thread)
-        try:
-            batches = []
-            for spans in plan.batches:
-                requests = [self._request(span, comparison) for span in spans]
-                _wait_for(driver, Call(requests))
-                batches.append(requests)
-        finally:
-            driver.close()
-            engine.close()
-            thread.close()
-        return engine, batches
+        batches = [[self._request(span, comparison) for span in spans] for spans in plan.batches]
+        return compute(self._make_engine, self._engine_config(plan), batches), batches
 
     def _engine_config(self, plan: Plan) -> EngineConfig:
         page_size = self._config.page_size
@@ -143,6 +130,32 @@ class _Check:
             logits_processors=[recorder],
         )
         return Request(text[: span.num_prompt], params.resolve())
+
+
+def compute(
+    make_engine: Callable[..., Engine], config: EngineConfig, batches: Sequence[Sequence[Request]]
+) -> Engine:
+    """Computes batches one after the other on an engine of their own; gives it, closed.
+
+    Args:
+        make_engine: as in `check_invariance`.
+        config: of the engine.
+        batches: of requests whose one logits processor is a `Recorder`.
+
+    Raises:
+        RequestError: a request failed.
+    """
+    engine = make_engine(config, runner=RecordingRunner)
+    thread = EngineThread(torch.device(config.device), config.num_threads)
+    driver = Driver(engine, thread)
+    try:
+        for requests in batches:
+            _wait_for(driver, Call(requests))
+    finally:
+        driver.close()
+        engine.close()
+        thread.close()
+    return engine
 
 
 def _wait_for(driver: Driver, call: Call) -> None:
