@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from sglite.cache.kv_pool import LayerSpec
+from sglite.interface.errors import OutOfMemoryError
 from sglite.interface.generation_defaults import GenerationDefaults
+
+_GB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,21 @@ class LoadedModel:
     kv_layers: tuple[LayerSpec, ...]
     generation_defaults: GenerationDefaults
     end_token_ids: tuple[int, ...]
+
+
+def check_room(needed: int, device: torch.device, room: int) -> None:
+    """Refuses weights that there is no room for, before any of them is read.
+
+    Args:
+        needed: bytes of the weights.
+        device: where they go.
+        room: bytes that are free there.
+
+    Raises:
+        OutOfMemoryError: they do not fit.
+    """
+    if needed > room:
+        raise OutOfMemoryError(
+            f"the weights need {needed / _GB:.2f} GB on {device}, where {room / _GB:.2f} GB are "
+            f"free: free memory there, or pass another device"
+        )

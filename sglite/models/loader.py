@@ -12,7 +12,6 @@ from sglite.interface import checks
 from sglite.interface.errors import (
     CheckpointError,
     ConfigError,
-    OutOfMemoryError,
     SGLiteError,
     UnsupportedModelError,
 )
@@ -27,14 +26,16 @@ from sglite.models.config import (
     read_config,
     resolve_dtype,
 )
-from sglite.models.loaded_model import LoadedModel
+from sglite.models.loaded_model import LoadedModel, check_room
 from sglite.models.quantization import AT_LOAD, quantize_at_load, resolve_quantization
 from sglite.models.registry import ModelRegistry
 from sglite.models.safetensors_file import SafetensorsFile
 from sglite.models.weights import load_weights
 
+#: As `architecture`: the Hugging Face class, also where a class is registered.
+BY_HUGGING_FACE = "transformers"
+
 _CPU = torch.device("cpu")
-_GB = 1 << 30
 
 
 def load_model(
@@ -57,7 +58,8 @@ def load_model(
 
     Args:
         checkpoint: what `resolve_checkpoint` found.
-        architecture: a registered name to use instead of what `config.json` says.
+        architecture: a registered name to use instead of what `config.json` says, or
+            "transformers" for Hugging Face's own class.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: where the weights go.
         room: bytes that they may take there; None: it is not known.
@@ -81,8 +83,12 @@ def load_model(
         raise UnsupportedModelError(
             f"quantised weights ({quantization}) run on the CPU alone so far: pass device='cpu'"
         )
-    names = architectures_of(checkpoint, architecture)
-    if not any(name in ModelRegistry.models for name in names):
+    by_hugging_face = architecture == BY_HUGGING_FACE
+    names = architectures_of(checkpoint, None if by_hugging_face else architecture)
+    registered = next(
+        (ModelRegistry.models[name] for name in names if name in ModelRegistry.models), None
+    )
+    if by_hugging_face or registered is None or _is_hugging_face(registered):
         # Imported here, since few need it: it imports Hugging Face's modelling code.
         from sglite.models.transformers import load_unregistered
 
@@ -96,6 +102,7 @@ def load_model(
             context_length=context_length,
             trust_remote_code=trust_remote_code,
             before_reading=before_reading,
+            model_class=None if by_hugging_face else registered,
         )
         if found is not None:
             return found
@@ -141,6 +148,11 @@ def load_model(
         generation_defaults=generation_defaults,
         end_token_ids=generation_defaults.eos_token_ids or end_token_ids_of(config),
     )
+
+
+def _is_hugging_face(model_class: type[nn.Module]) -> bool:
+    """Whether a class is one for transformers; told by name, as the import takes a second."""
+    return any(base.__name__ == "PreTrainedModel" for base in model_class.__mro__)
 
 
 def kv_layers_of(model: nn.Module) -> tuple[LayerSpec, ...]:
@@ -221,11 +233,7 @@ def _check_room(model: nn.Module, device: torch.device, room: int) -> None:
         if isinstance(module, WeightModule)
     }
     needed = sum(sizes.values()) + sum(parameter.nbytes for parameter in model.parameters())
-    if needed > room:
-        raise OutOfMemoryError(
-            f"the weights need {needed / _GB:.2f} GB on {device}, where {room / _GB:.2f} GB are "
-            f"free: free memory there, or pass another device"
-        )
+    check_room(needed, device, room)
 
 
 def _max_positions(model: nn.Module, config: Any, asked: int | None) -> int | None:

@@ -6,6 +6,7 @@ library's. What its layers need is learned by `transformers_probe`; what cannot 
 by name at load.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from sglite.layers.logits import LogitsProcessorOutput
 from sglite.layers.porting import PPProxyTensors, refuse_pipeline_and_embedding
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.config import end_token_ids_of, resolve_dtype
-from sglite.models.loaded_model import LoadedModel
+from sglite.models.loaded_model import LoadedModel, check_room
 from sglite.models.quantization import AT_LOAD
 from sglite.models.safetensors_file import SafetensorsFile
 from sglite.models.transformers_attention import (
@@ -45,7 +46,12 @@ from sglite.models.transformers_probe import (
     probe,
 )
 from sglite.models.transformers_refusals import refuse_config, refuse_modules, refuse_rope
-from sglite.models.transformers_weights import find_class, find_config, read_model
+from sglite.models.transformers_weights import (
+    build_empty,
+    find_class,
+    find_config,
+    read_model,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,35 @@ class TransformersInfo:
     shared: bool
 
 
+class Origin:
+    """The live module whose parameters a model shares.
+
+    Args:
+        module: it is not kept alive.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._module = weakref.ref(module)
+        self._ids = {name: id(parameter) for name, parameter in module.named_parameters()}
+
+    def check(self) -> None:
+        """Refuses parameters that were replaced by others: those are not shared.
+
+        Raises:
+            ConfigError: naming one.
+        """
+        module = self._module()
+        if module is None:
+            return
+        ids = {name: id(parameter) for name, parameter in module.named_parameters()}
+        for name in self._ids.keys() | ids.keys():
+            if self._ids.get(name) != ids.get(name):
+                raise ConfigError(
+                    f"the live module's parameter {name} is another object than when the LLM was "
+                    f"made: change parameters in place, or make a new LLM"
+                )
+
+
 class TransformersModel(nn.Module):
     """A Hugging Face model as the engine runs it.
 
@@ -77,6 +112,7 @@ class TransformersModel(nn.Module):
         info: what was found and done.
         kv_layers: what each attention layer stores per token.
         vocab_size: width of the logits.
+        origin: the live module whose parameters these are; None: they are the model's own.
         cuda_graphs: False: Hugging Face's code may look at the values of its tensors.
     """
 
@@ -92,6 +128,7 @@ class TransformersModel(nn.Module):
         quantization: str | None = None,
     ):
         super().__init__()
+        self.origin: Origin | None = None
         self._running = RunningBatch()
         inner.config.get_text_config()._experts_implementation_internal = EXPERTS_IMPLEMENTATION
         found = probe(inner, num_positions)
@@ -186,17 +223,21 @@ def load_unregistered(
     context_length: int | None,
     trust_remote_code: bool,
     before_reading: Callable[[], Any] | None,
+    model_class: type[nn.Module] | None = None,
 ) -> LoadedModel | None:
     """Loads a checkpoint by its Hugging Face class; None if there is none.
 
-    Args: as those of `sglite.models.loader.load_model`; `names` are its architectures.
+    Args: as those of `sglite.models.loader.load_model`; `names` are its architectures, and
+        `model_class` is one of the caller's own.
 
     Raises: as `load_model`; also UnsupportedModelError for all that could not be right.
     """
-    config = find_config(checkpoint, trust_remote_code=trust_remote_code)
+    config = find_config(checkpoint, model_class, trust_remote_code=trust_remote_code)
     if config is None:
         return None
-    model_class = find_class(checkpoint, names, config, trust_remote_code=trust_remote_code)
+    model_class = model_class or find_class(
+        checkpoint, names, config, trust_remote_code=trust_remote_code
+    )
     if model_class is None:
         return None
     name = model_class.__name__
@@ -207,15 +248,19 @@ def load_unregistered(
             f"float32"
         )
     limit = _limit(name, config, context_length)
+    empty = build_empty(model_class, config)
+    refuse_modules(name, empty)
     entries = {}
     for path in checkpoint.weight_files:
         with SafetensorsFile(path) as file:
             entries |= file.entries
     run_dtype = resolve_dtype(dtype, checkpoint, entries)
+    if room is not None:
+        needed = sum(parameter.numel() for parameter in empty.parameters()) * run_dtype.itemsize
+        check_room(needed, device, room)
     if before_reading is not None:
         before_reading()
     inner = read_model(model_class, checkpoint, config, run_dtype)
-    refuse_modules(name, inner)
     model = TransformersModel(
         inner, limit, shared=False, device=device, quantization=quantization
     ).to(device)
@@ -229,7 +274,6 @@ def load_module(
     module: nn.Module,
     *,
     dtype: str | torch.dtype = "auto",
-    device: torch.device | None = None,
     quantization: str | None = None,
     context_length: int | None = None,
 ) -> LoadedModel:
@@ -238,7 +282,6 @@ def load_module(
     Args:
         module: a causal language model with a config; it is left exactly as it is.
         dtype: "auto", or what the module's weights are.
-        device: None, or where the module is.
         quantization: must be None.
         context_length: positions that may come up; None: what the config speaks of.
 
@@ -262,13 +305,10 @@ def load_module(
     asked = str(dtype).removeprefix("torch.")
     if asked not in ("auto", str(own_dtype).removeprefix("torch.")):
         checks.refuse("dtype", asked, f"{own_dtype}, the live module's own", ConfigError)
-    if device is not None and device.type != weights.device.type:
-        checks.refuse(
-            "device", str(device), f"{weights.device}, the live module's own", ConfigError
-        )
     if quantization is not None:
         checks.refuse("quantization", quantization, "None for a live module", ConfigError)
     model = TransformersModel(share_module(module), limit, shared=True, device=weights.device)
+    model.origin = Origin(module)
     generation_config = getattr(module, "generation_config", None)
     values = generation_config.to_diff_dict() if generation_config is not None else None
     defaults = GenerationDefaults.from_generation_config(values)

@@ -116,7 +116,7 @@ class Fuser:
     # -- linear layers ----------------------------------------------------------------------
 
     def _groups(self, head: str | None) -> list[list[str]]:
-        """Linear layers of one parent that got the very same tensor, in the order of their calls."""
+        """Linear layers of one parent that got the very same tensor, in the order of the calls."""
         groups: dict[tuple, list[str]] = {}
         for path, record in sorted(self._calls.items(), key=lambda item: item[1].order):
             module = self._modules[path]

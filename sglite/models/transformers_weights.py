@@ -4,6 +4,7 @@ The names of weights in transformers 5 differ from those in checkpoints (experts
 prefixes moved), and only `from_pretrained` knows how.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,28 +26,41 @@ _REPORTED = {
 }
 
 
-def find_config(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any | None:
-    """The Hugging Face config object; None for a `model_type` that transformers does not know.
+def find_config(
+    checkpoint: Checkpoint, model_class: type[nn.Module] | None, *, trust_remote_code: bool
+) -> Any | None:
+    """The Hugging Face config object; None for a `model_type` that nobody knows.
+
+    Args:
+        checkpoint: whose config it is.
+        model_class: a class of the caller's own, which knows its config's class.
+        trust_remote_code: whether the config's own Python code may run.
 
     Raises:
         CheckpointError: the values are not what the config class allows.
     """
+    own_class = getattr(model_class, "config_class", None)
     has_own_code = "AutoConfig" in (checkpoint.config.get("auto_map") or {})
     known = checkpoint.config.get("model_type") in transformers.CONFIG_MAPPING
-    if not known and not (has_own_code and trust_remote_code):
-        return None
     try:
-        return AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        if own_class is not None:
+            return own_class.from_pretrained(checkpoint.folder, local_files_only=True)
+        if known or (has_own_code and trust_remote_code):
+            return AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
     except Exception as error:  # validation differs from class to class, and by version
         raise CheckpointError(f"{checkpoint.folder / 'config.json'}: {error}") from error
+    return None
 
 
 def find_class(
     checkpoint: Checkpoint, names: Sequence[str], config: Any, *, trust_remote_code: bool
 ) -> type[PreTrainedModel] | None:
-    """The Hugging Face class of a checkpoint; None if there is none.
+    """The Hugging Face class of a checkpoint, which has one of its architectures' names.
+
+    None if there is none. A class of another name is none, though the config is its own: that
+    would be another model.
 
     Args:
         checkpoint: whose `auto_map` may name a class of its own.
@@ -59,15 +73,30 @@ def find_class(
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return get_class_from_dynamic_module(own, checkpoint.folder)
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    mapped = mapping[type(config)] if type(config) in mapping else None
-    if mapped is not None and mapped.__name__ in names:
-        return mapped
+    mapped = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     for name in names:
+        if getattr(mapped, "__name__", None) == name:
+            return mapped
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
-    return mapped if isinstance(mapped, type) else None
+    return None
+
+
+def build_empty(model_class: type[PreTrainedModel], config: Any) -> nn.Module:
+    """The model on the meta device: its structure and shapes, no memory.
+
+    Raises:
+        CheckpointError: the class cannot be built from the config.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class(copy.deepcopy(config))
+    except Exception as error:  # a value of the config that the class cannot work with
+        raise CheckpointError(
+            f"{model_class.__name__} cannot be built from its config: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def read_model(

@@ -4,11 +4,13 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from sglite import LLM, SamplingParams
+from sglite import LLM, ModelRegistry, SamplingParams
+from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoints import VOCAB_SIZE, hugging_face_logits
 from tests.forward import Runner, assert_near
-from tests.models.unregistered import RUN, make_config, make_model, save
+from tests.models.unregistered import REFUSED, RUN, make_config, make_model, save
 
 LENGTHS = [1, 7, 16, 17, 40]
 NEW_TOKENS = 32
@@ -53,10 +55,55 @@ def check_greedy(llm, oracle):
         assert (behind <= TOLERANCE * logits.abs().amax(-1)).all()
 
 
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch):
+    """So that architectures take this path, whatever has a file of its own."""
+    monkeypatch.setattr(ModelRegistry.models, "_classes", {})
+
+
 @pytest.mark.parametrize("name", RUN)
 def test_against_hugging_face(name, tmp_path):
     oracle = make_model(make_config(name))
     folder = save(oracle, tmp_path)
     with LLM(folder, kv_cache_tokens=2048, chunked_prefill_size=24) as llm:
         check_logits(model_of(llm), torch.float32, oracle)
+        check_greedy(llm, oracle)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name, tmp_path):
+    config_name, overrides, message = REFUSED[name]
+    save(make_model(make_config(config_name, **overrides)), tmp_path)
+    with pytest.raises(UnsupportedModelError, match=message):
+        LLM(tmp_path, kv_cache_tokens=512)
+
+
+def test_the_same_bits_whatever_shares_the_batch(tmp_path):
+    """Alone, in a batch, in chunks and out of the cache; experts, soft caps and windows."""
+    for name in ("Qwen3MoeConfig", "Gemma2Config", "PhiConfig"):
+        folder = save(make_model(make_config(name)), tmp_path / name)
+        with LLM(folder, kv_cache_tokens=4096) as llm:
+            report = llm.check_invariance(
+                prompts()[1:], new_tokens=4, batch_sizes=(2, 5), chunk_sizes=(5, 16)
+            )
+            assert report, f"{name}\n{report}"
+
+
+def test_a_broken_checkpoint_is_refused_by_the_names_of_its_tensors(tmp_path):
+    folder = save(make_model(make_config("HeliumConfig")), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.other.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing: .*up_proj") as caught:
+        LLM(folder, kv_cache_tokens=512)
+    assert "not used by the model: model.layers.0.mlp.other.weight" in str(caught.value)
+
+
+def test_rope_by_the_longest_sequence_runs_below_its_original_length(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    oracle = make_model(make_config("HeliumConfig", rope_parameters=rope))
+    folder = save(oracle, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"'dynamic' RoPE.* context_length=256"):
+        LLM(folder, kv_cache_tokens=512)
+    with LLM(folder, kv_cache_tokens=1024, context_length=256) as llm:
         check_greedy(llm, oracle)

@@ -95,11 +95,36 @@ RUN: dict[str, dict[str, Any]] = {
 }
 
 
+#: What cannot be right: config class, what is special about it, and what the message says.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Mamba": ("MambaConfig", {}, "state-space"),
+    "Jamba": ("JambaConfig", {"num_experts": 2, "use_mamba_kernels": False}, "state"),
+    "Bamba": ("BambaConfig", {"mamba_n_heads": 8, "mamba_d_head": 12}, "state"),
+    "FalconH1": ("FalconH1Config", {"mamba_d_ssm": 96, "mamba_n_heads": 8}, "state"),
+    "Qwen3Next": ("Qwen3NextConfig", {**_MOE, "moe_intermediate_size": 32}, "state"),
+    "RecurrentGemma": ("RecurrentGemmaConfig", {"lru_width": 48}, "state"),
+    "Lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "'conv'"),
+    "MiniMax": ("MiniMaxConfig", _MOE, "state"),
+    "Bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, "computes attention itself"),
+    "Falcon": ("FalconConfig", {}, "computes attention itself"),
+    "GPTNeo": (
+        "GPTNeoConfig",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+        "computes attention itself",
+    ),
+    "GptOss": ("GptOssConfig", {**_MOE, "head_dim": 12}, "sinks"),
+    "Llama4": ("Llama4TextConfig", {**_MOE, "head_dim": 12}, "chunk"),
+    "T5": ("T5Config", {"d_model": 48, "num_layers": 2}, "encoder-decoder"),
+}
+
+
 def make_model(config: Any, model_class: type[nn.Module] | None = None) -> nn.Module:
     """A model with weights drawn so that logits differ, with eager attention."""
     config._attn_implementation = "eager"
     model = (
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        if model_class is None and not config.is_encoder_decoder
+        else transformers.AutoModelForSeq2SeqLM.from_config(config)
         if model_class is None
         else model_class(config)
     )
