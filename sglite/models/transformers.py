@@ -37,6 +37,7 @@ from sglite.models.transformers_attention import (
 )
 from sglite.models.transformers_experts import EXPERTS_IMPLEMENTATION
 from sglite.models.transformers_fusion import Fuser, Fusions
+from sglite.models.transformers_layers import replace_layers
 from sglite.models.transformers_live import share_module
 from sglite.models.transformers_parts import InvariantLinears
 from sglite.models.transformers_probe import (
@@ -135,6 +136,11 @@ class TransformersModel(nn.Module):
         use_implementation(inner, IMPLEMENTATION)
         self.kv_layers = self._place_slots(inner, found.layers)
         self.vocab_size = found.vocab_size
+        whole_layers = 0
+        if not shared:
+            whole_layers = replace_layers(
+                inner, found, self.kv_layers, self._running, device, quantization
+            )
         fuser = Fuser(
             inner,
             found.calls,
@@ -143,7 +149,9 @@ class TransformersModel(nn.Module):
             device=device,
             quantization=quantization,
         )
-        self.info = TransformersInfo(found.layers, fuser.run(), shared)
+        fusions = fuser.run()
+        fusions.whole_layers = whole_layers
+        self.info = TransformersInfo(found.layers, fusions, shared)
         self.inner = inner
         self._arguments = forward_arguments(inner)
         self._has_head = inner.get_output_embeddings() is not None
@@ -204,7 +212,7 @@ class TransformersModel(nn.Module):
         tokens = {"input_ids": input_ids[None]}
         if input_embeds is not None:
             tokens = {"inputs_embeds": input_embeds[None]}
-        with self._running.of(forward_batch), self._context():
+        with self._running.of(forward_batch, positions), self._context():
             output = self.inner(**tokens, position_ids=positions[None], **self._arguments)
         logits = logits_of(output)[0]
         if not self._has_head:

@@ -7,6 +7,7 @@ under `IMPLEMENTATION`, so that Hugging Face makes no mask: what a token sees is
 """
 
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,14 +42,24 @@ class RunningBatch:
         """The batch of this thread's forward."""
         return self._threads.batch
 
+    @property
+    def positions(self) -> Tensor:
+        """Its tokens' positions, [T] int64."""
+        return self._threads.positions
+
     @contextmanager
-    def of(self, batch: ForwardBatch):
-        """Sets the batch for a `with` block."""
-        self._threads.batch = batch
+    def of(self, batch: ForwardBatch, positions: Tensor) -> Iterator[None]:
+        """Sets the batch for a `with` block.
+
+        Args:
+            batch: whose tokens are computed.
+            positions: [T] int64, of each token in its own sequence.
+        """
+        self._threads.batch, self._threads.positions = batch, positions
         try:
             yield
         finally:
-            self._threads.batch = None
+            self._threads.batch = self._threads.positions = None
 
 
 class AttentionSlot(nn.Module):

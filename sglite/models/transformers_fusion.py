@@ -5,7 +5,6 @@ results are seen to be the same; for layers computed together, that they were se
 same tensor, unchanged.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from torch import nn
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
-from sglite import ops
 from sglite.layers.composite import is_plain
 from sglite.layers.embedding import Embedding, LMHead
 from sglite.layers.linear import Linear
@@ -33,10 +31,10 @@ from sglite.models.transformers_parts import (
     TokenTable,
     WantedRows,
     packed_linear,
+    rms_norm_like,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _TORCH_ACTIVATIONS = (nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Mish)
 
 
@@ -45,11 +43,13 @@ class Fusions:
     """What was put in place, for people to read.
 
     Attributes:
+        whole_layers: decoder layers that run as one op each.
         stacked: per kind of group ("q_proj + k_proj + v_proj"), how many.
         counts: per kind of stand-in, how many.
         kept: parts with weights that still run as Hugging Face wrote them, by class.
     """
 
+    whole_layers: int = 0
     stacked: Counter = field(default_factory=Counter)
     counts: Counter = field(default_factory=Counter)
     kept: Counter = field(default_factory=Counter)
@@ -119,8 +119,14 @@ class Fuser:
         """Linear layers of one parent that got the very same tensor, in the order of the calls."""
         groups: dict[tuple, list[str]] = {}
         for path, record in sorted(self._calls.items(), key=lambda item: item[1].order):
-            module = self._modules[path]
-            if not _is_linear(module) or record.count != 1 or not record.is_simple or path == head:
+            module = self._modules.get(path)  # it may be gone, with its whole layer
+            if (
+                module is None
+                or not _is_linear(module)
+                or record.count != 1
+                or not record.is_simple
+                or path == head
+            ):
                 continue
             parent = path.rpartition(".")[0]
             kind = (module.weight.dtype, module.bias is not None, module.in_features)
@@ -142,6 +148,8 @@ class Fuser:
             stack = SharedStack(weights, biases)
         else:
             stack = self._new(parts[0].in_features, sum(widths), weights, biases, paths[0])
+            del weights
+            _drop(parts)
         leader = StackLeader(stack, widths)
         self._replace(paths[0], leader)
         for index, path in enumerate(paths[1:], 1):
@@ -152,15 +160,18 @@ class Fuser:
     def _linear(self, path: str, module: nn.Linear) -> nn.Module:
         if self._shared:
             return SharedLinear(module.weight, module.bias)
-        return self._new(
+        layer = self._new(
             module.in_features, module.out_features, [module.weight], [module.bias], path
         )
+        _drop([module])
+        return layer
 
     def _conv1d(self, path: str, module: Conv1D) -> Linear:
         """GPT-2's linear layer, whose weight is the other way round."""
         inputs, outputs = module.weight.shape
         layer = self._new(inputs, outputs, [module.weight.T], [module.bias], path)
         layer.nf = module.nf
+        _drop([module])
         return layer
 
     def _new(self, inputs: int, outputs: int, weights, biases, path: str) -> Linear:
@@ -210,6 +221,7 @@ class Fuser:
         if module.bias is not None:
             layer.bias.data = module.bias.detach()
         self._replace(head, layer)
+        _drop([module])
         return users[0]
 
     def _put_head(self, path: str) -> None:
@@ -226,7 +238,9 @@ class Fuser:
                     module.out_features, module.in_features, module.bias is not None, prefix=path
                 )
                 self._prepare(layer, module.weight.dtype)
-                module = packed_linear(layer, [module.weight], [module.bias])
+                packed_linear(layer, [module.weight], [module.bias])
+                _drop([module])
+                module = layer
         self._replace(path, WantedRows(module, self._running))
 
     # -- norms ------------------------------------------------------------------------------
@@ -234,24 +248,10 @@ class Fuser:
     def _norm(self, path: str, module: nn.Module) -> RootMeanSquareNorm | None:
         """The stand-in of an RMSNorm; None for what is none, or not seen to be the same."""
         record = self._calls.get(path)
-        weight = module._parameters.get("weight")
-        if (
-            record is None
-            or not record.is_simple
-            or not _is_quiet(module)
-            or list(module._modules)
-            or list(module._parameters) != ["weight"]
-            or weight is None
-            or weight.ndim != 1
-            or weight.dtype not in _DTYPES
-            or isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm)
-        ):
+        if record is None or not record.is_simple:
             return None
-        for eps in (getattr(module, name, None) for name in _EPSILONS):
-            for offset in (0.0, 1.0) if isinstance(eps, float) else ():
-                if _norms_alike(module, eps, offset):
-                    return RootMeanSquareNorm(weight, eps, offset)
-        return None
+        found = rms_norm_like(module)
+        return None if found is None else RootMeanSquareNorm(module.weight, *found)
 
     # -- the tree ---------------------------------------------------------------------------
 
@@ -271,8 +271,16 @@ class Fuser:
     def _count_what_is_kept(self) -> None:
         for module in self._model.modules():
             own = [p for p in module._parameters.values() if p is not None and p.ndim > 1]
+            if isinstance(module, nn.Embedding):  # a lookup is exact
+                continue
             if own and not type(module).__module__.startswith("sglite."):
                 self.fusions.kept[type(module).__name__] += 1
+
+
+def _drop(parts: Sequence[nn.Module]) -> None:
+    """Lets go of plain weights, at once: those of all layers together would be a second model."""
+    for part in parts:
+        part._parameters["weight"] = None
 
 
 def _is_quiet(module: nn.Module) -> bool:
@@ -294,20 +302,3 @@ def _is_activation(module: nn.Module) -> bool:
         activations.__name__
     )
     return is_one and _is_quiet(module) and not list(module.parameters())
-
-
-def _norms_alike(module: nn.Module, eps: float, offset: float) -> bool:
-    """Whether a module computes an RMSNorm, tried in float32 on rows large and small."""
-    twin = copy.deepcopy(module).float().cpu()
-    generator = torch.Generator().manual_seed(0)
-    width = twin.weight.shape[0]
-    weight = torch.randn(width, generator=generator)
-    with torch.inference_mode():
-        twin.weight.data = weight
-        rows = torch.randn(4, width, generator=generator)
-        rows *= torch.tensor([1e-3, 0.1, 1.0, 30.0])[:, None]
-        expected = twin(rows[None])
-        actual = ops.rms_norm(rows, weight, eps, weight_offset=offset)
-    return expected.shape == rows[None].shape and torch.allclose(
-        expected[0], actual, rtol=1e-5, atol=1e-6
-    )

@@ -4,6 +4,7 @@ Every stand-in takes what the part took, of any number of dimensions, and its ro
 nothing but the row.
 """
 
+import copy
 import threading
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sglite import ops
+from sglite.layers.composite import is_plain
 from sglite.layers.embedding import Embedding
 from sglite.layers.linear import Linear
 from sglite.models.transformers_attention import RunningBatch
@@ -19,6 +21,7 @@ from sglite.models.transformers_attention import RunningBatch
 # Elements that torch hands to one thread without sharing them out; a multiple of any vector.
 _BLOCK = 1 << 14
 _VECTOR = 64
+_EPSILONS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -254,3 +257,42 @@ def packed_linear(
     if layer.bias is not None:
         layer.bias.data = torch.cat([bias.detach() for bias in biases]).to(layer.matrix.device)
     return layer
+
+
+def rms_norm_like(module: nn.Module) -> tuple[float, float] | None:
+    """Epsilon and weight offset of the RMSNorm that a module computes; None: it computes none.
+
+    Its results are compared, in float32 on rows large and small; nothing is read from its source.
+    """
+    weight = module._parameters.get("weight")
+    if (
+        weight is None
+        or weight.ndim != 1
+        or weight.dtype not in _DTYPES
+        or list(module._parameters) != ["weight"]
+        or list(module._modules)
+        or isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm)
+        or not is_plain(module, type(module))
+    ):
+        return None
+    for eps in (getattr(module, name, None) for name in _EPSILONS):
+        for offset in (0.0, 1.0) if isinstance(eps, float) else ():
+            if _norms_alike(module, eps, offset):
+                return eps, offset
+    return None
+
+
+def _norms_alike(module: nn.Module, eps: float, offset: float) -> bool:
+    twin = copy.deepcopy(module).float().cpu()
+    generator = torch.Generator().manual_seed(0)
+    width = twin.weight.shape[0]
+    weight = torch.randn(width, generator=generator)
+    with torch.inference_mode():
+        twin.weight.data = weight
+        rows = torch.randn(4, width, generator=generator)
+        rows *= torch.tensor([1e-3, 0.1, 1.0, 30.0])[:, None]
+        expected = twin(rows[None])
+        actual = ops.rms_norm(rows, weight, eps, weight_offset=offset)
+    return expected.shape == rows[None].shape and torch.allclose(
+        expected[0], actual, rtol=1e-5, atol=1e-6
+    )
