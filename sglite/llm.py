@@ -42,6 +42,7 @@ from sglite.interface.outputs import RequestOutput, StreamChunk
 from sglite.interface.prompts import Prompt, normalize_prompts
 from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_params
 from sglite.models.checkpoint import Checkpoint, load_tokenizer, resolve_checkpoint
+from sglite.models.description import ModelDescription, describe
 from sglite.models.live import device_of, take_module
 from sglite.models.loader import load_model
 
@@ -181,6 +182,7 @@ class LLM:
             loaded.end_token_ids,
             config.seed,
         )
+        self._loaded = loaded
         self._make_engine = partial(
             make_engine,
             model=loaded.model,
@@ -412,6 +414,15 @@ class LLM:
         progress = _someone_is_watching() if progress is None else progress
         return check_invariance(make_engine, self.config, token_ids, settings, progress=progress)
 
+    def describe(self) -> ModelDescription:
+        """What the model is made of: its layers, what of it runs as one op, how weights are stored.
+
+        Of a model that Hugging Face's class runs, also what stands in for that class's parts.
+        """
+        loaded = self._loaded  # before the check, as another thread may close at any moment
+        self._open_driver()
+        return describe(loaded)
+
     def weights_changed(self) -> None:
         """Says that the weights are not what they were, after an optimizer's step, say.
 
@@ -421,8 +432,9 @@ class LLM:
         Raises:
             ConfigError: a live module's parameter was replaced instead of changed.
         """
+        loaded = self._loaded  # before the check, as another thread may close at any moment
         self._open_driver()
-        origin = getattr(self._engine.runner.model, "origin", None)
+        origin = getattr(loaded.model, "origin", None)
         if origin is not None:
             origin.check()
         self._intake.start_namespace()
@@ -447,7 +459,7 @@ class LLM:
             self._driver.close()
             self._engine.close()
             self._thread.close()
-        self._driver = self._engine = self._make_engine = self._intake = None
+        self._driver = self._engine = self._make_engine = self._intake = self._loaded = None
 
     def __del__(self):
         if getattr(self, "_driver", None) is not None and not sys.is_finalizing():

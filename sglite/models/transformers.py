@@ -152,6 +152,8 @@ class TransformersModel(nn.Module):
         fusions = fuser.run()
         fusions.whole_layers = whole_layers
         self.info = TransformersInfo(found.layers, fusions, shared)
+        if not shared:
+            _leave_files(inner)
         self.inner = inner
         self._arguments = forward_arguments(inner)
         self._has_head = inner.get_output_embeddings() is not None
@@ -218,6 +220,12 @@ class TransformersModel(nn.Module):
         if not self._has_head:
             logits = logits.index_select(0, forward_batch.logits_rows)
         return LogitsProcessorOutput(next_token_logits=logits.float())
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copies what is left in the mapped weight files, so that they are closed."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def load_unregistered(

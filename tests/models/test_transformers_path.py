@@ -89,6 +89,62 @@ def test_the_same_bits_whatever_shares_the_batch(tmp_path):
             assert report, f"{name}\n{report}"
 
 
+def test_what_was_fused_is_told(tmp_path):
+    folder = save(make_model(make_config("Gemma2Config")), tmp_path / "gemma2")
+    with LLM(folder, kv_cache_tokens=512) as llm:
+        text = repr(llm.describe())
+    for line in (
+        "Gemma2ForCausalLM",
+        "Hugging Face's class",
+        "layer 0: 4 heads, 2 kv heads of 16, scale 0.2041, window 9, soft cap 50",
+        "layer 1: 4 heads, 2 kv heads of 16, scale 0.2041, soft cap 50",
+        "2 x q_proj + k_proj + v_proj as one product",
+        "2 x gate_proj + up_proj as one product",
+        "9 RMSNorm by sglite's ops",
+        "8 matrices packed for the CPU's kernels in float32",
+        "1 matrices plain, as Hugging Face has them",
+    ):
+        assert line in text, f"{line!r} is not in\n{text}"
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3Config", "SeedOssConfig"])
+def test_layers_of_llamas_kind_run_as_one_op(name, tmp_path):
+    oracle = make_model(make_config(name))
+    folder = save(oracle, tmp_path)
+    with LLM(folder, kv_cache_tokens=2048, chunked_prefill_size=24) as llm:
+        assert "2 decoder layers, each one op" in repr(llm.describe())
+        check_logits(model_of(llm), torch.float32, oracle)
+        check_greedy(llm, oracle)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("GraniteConfig", {"residual_multiplier": 0.4}),
+        ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+        ("HeliumConfig", {}),  # its rotation pairs neighbours
+    ],
+)
+def test_layers_that_differ_in_one_thing_are_left_as_they_are(name, values, tmp_path):
+    oracle = make_model(make_config(name, **values))
+    folder = save(oracle, tmp_path)
+    with LLM(folder, kv_cache_tokens=2048, chunked_prefill_size=24) as llm:
+        assert "one op" not in repr(llm.describe())
+        check_logits(model_of(llm), torch.float32, oracle)
+
+
+def test_int8_at_load_is_near(tmp_path):
+    oracle = make_model(make_config("Glm4Config"))
+    folder = save(oracle, tmp_path)
+    with LLM(folder, kv_cache_tokens=2048, quantization="int8") as llm:
+        assert "quantised to int8" in repr(llm.describe())
+        runner = Runner(
+            model_of(llm), model_of(llm).kv_layers, torch.float32, num_sequences=1, max_length=64
+        )
+        (logits,) = runner.run([prompts()[4]])
+        assert_near(logits, hugging_face_logits(oracle, prompts()[4]), 0.05)
+
+
 def test_a_broken_checkpoint_is_refused_by_the_names_of_its_tensors(tmp_path):
     folder = save(make_model(make_config("HeliumConfig")), tmp_path)
     tensors = load_file(folder / "model.safetensors")
