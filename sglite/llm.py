@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from sglite.engine.assembly import make_engine
@@ -44,6 +45,8 @@ from sglite.interface.outputs import RequestOutput, StreamChunk
 from sglite.interface.prompts import Prompt, normalize_prompts
 from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_params
 from sglite.models.checkpoint import Checkpoint, load_tokenizer, resolve_checkpoint
+from sglite.models.description import ModelDescription, describe
+from sglite.models.live import device_of, take_module
 from sglite.models.loader import load_model
 
 
@@ -51,9 +54,12 @@ class LLM:
     """A model, ready to generate in this process.
 
     Args:
-        model: a folder, a hub id, or "demo" (a small model that ships with the library).
+        model: a folder, a hub id, "demo" (a small model that ships with the library), or a live
+            Hugging Face module, whose parameters are shared where they lie; call
+            `weights_changed` once they have been trained.
         tokenizer: a folder, a hub id or a tokenizer; the one beside the weights when absent.
-        architecture: a registered model class to use instead of what `config.json` names.
+        architecture: a registered model class to use instead of what `config.json` names, or
+            "transformers" for Hugging Face's own class.
         dtype: "auto" (the checkpoint's), "bfloat16", "float16" or "float32".
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
         quantization: "int8" or "int4" quantises the weights while they are read (on the CPU); None:
@@ -116,14 +122,19 @@ class LLM:
             del given["model"]
         options = LLMOptions.from_keywords({**given, **others})
         num_threads = resolve_num_threads(options.num_threads)
-        device = resolve_device(options.device)
-        options = options.with_defaults_of(device.type)
-        checkpoint = resolve_checkpoint(
-            options.model,
-            revision=options.revision,
-            cache_dir=options.cache_dir,
-            token=options.token,
+        is_live = isinstance(options.model, nn.Module)
+        device = resolve_device(
+            device_of(options.model, options.device) if is_live else options.device
         )
+        options = options.with_defaults_of(device.type)
+        checkpoint = None
+        if not is_live:
+            checkpoint = resolve_checkpoint(
+                options.model,
+                revision=options.revision,
+                cache_dir=options.cache_dir,
+                token=options.token,
+            )
         try:
             self._start(options, checkpoint, device, num_threads)
         except BaseException as error:
@@ -134,34 +145,15 @@ class LLM:
     def _start(
         self,
         options: LLMOptions,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | None,
         device: torch.device,
         num_threads: int,
     ) -> None:
-        """Loads the weights and the tokenizer, and makes the engine."""
-        tokenizers: list[Future] = []
-        with ThreadPoolExecutor(1, "sglite-tokenizer") as pool:
-            begin_tokenizer = partial(
-                pool.submit,
-                load_tokenizer,
-                checkpoint,
-                options.tokenizer,
-                trust_remote_code=options.trust_remote_code,
-                cache_dir=options.cache_dir,
-                token=options.token,
-            )
-            loaded = load_model(
-                checkpoint,
-                architecture=options.architecture,
-                dtype=options.dtype,
-                device=device,
-                room=free_memory(device) if device.type == "cuda" else None,
-                quantization=options.quantization,
-                context_length=options.context_length,
-                batch_invariant=bool(options.batch_invariant),
-                trust_remote_code=options.trust_remote_code,
-                before_reading=lambda: tokenizers.append(begin_tokenizer()),
-            )
+        """Loads the weights and the tokenizer, and makes the engine; no checkpoint: a module."""
+        if checkpoint is None:
+            loaded, self.tokenizer = take_module(options)
+        else:
+            loaded, self.tokenizer = _load(options, checkpoint, device)
         thread = EngineThread(device, num_threads)
         with thread():
             fitting = kv_tokens(
@@ -174,7 +166,7 @@ class LLM:
             )
         self.config = EngineConfig.resolve(
             options,
-            model=str(options.model),
+            model=str(options.model) if checkpoint else type(options.model).__name__,
             architecture=loaded.architecture,
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(device),
@@ -185,7 +177,6 @@ class LLM:
             batch_invariant=bool(options.batch_invariant) or device.type == "cpu",
         )
         config = self.config
-        self.tokenizer = tokenizers[0].result()
         self._tokenizer = Tokenizer(self.tokenizer)
         self._intake = Intake(
             self._tokenizer,
@@ -194,6 +185,7 @@ class LLM:
             loaded.end_token_ids,
             config.seed,
         )
+        self._loaded = loaded
         self._make_engine = partial(
             make_engine,
             model=loaded.model,
@@ -440,6 +432,31 @@ class LLM:
         self._open_driver()
         compute(self._make_engine, replace(self.config, **changes), batches)
 
+    def describe(self) -> ModelDescription:
+        """What the model is made of: its layers, what of it runs as one op, how weights are stored.
+
+        Of a model that Hugging Face's class runs, also what stands in for that class's parts.
+        """
+        loaded = self._loaded  # before the check, as another thread may close at any moment
+        self._open_driver()
+        return describe(loaded)
+
+    def weights_changed(self) -> None:
+        """Says that the weights are not what they were, after an optimizer's step, say.
+
+        Requests made from now on read nothing that older weights wrote into the prefix cache; those
+        that are running go on with what they have.
+
+        Raises:
+            ConfigError: a live module's parameter was replaced instead of changed.
+        """
+        loaded = self._loaded  # before the check, as another thread may close at any moment
+        self._open_driver()
+        origin = getattr(loaded.model, "origin", None)
+        if origin is not None:
+            origin.check()
+        self._intake.start_namespace()
+
     # -- life -------------------------------------------------------------------------------
 
     @property
@@ -470,7 +487,7 @@ class LLM:
             self._driver.close()
             self._engine.close()
             self._thread.close()
-        self._driver = self._engine = self._make_engine = self._intake = None
+        self._driver = self._engine = self._make_engine = self._intake = self._loaded = None
 
     def __del__(self):
         if getattr(self, "_driver", None) is not None and not sys.is_finalizing():
@@ -485,6 +502,34 @@ class LLM:
     def __repr__(self) -> str:
         config = self.config
         return f"LLM({config.model!r}, {config.architecture}, {config.dtype}, {config.device})"
+
+
+def _load(options: LLMOptions, checkpoint: Checkpoint, device: torch.device) -> tuple:
+    """A checkpoint's model and tokenizer, which is read while weights are packed."""
+    tokenizers: list[Future] = []
+    with ThreadPoolExecutor(1, "sglite-tokenizer") as pool:
+        begin_tokenizer = partial(
+            pool.submit,
+            load_tokenizer,
+            checkpoint,
+            options.tokenizer,
+            trust_remote_code=options.trust_remote_code,
+            cache_dir=options.cache_dir,
+            token=options.token,
+        )
+        loaded = load_model(
+            checkpoint,
+            architecture=options.architecture,
+            dtype=options.dtype,
+            device=device,
+            room=free_memory(device) if device.type == "cuda" else None,
+            quantization=options.quantization,
+            context_length=options.context_length,
+            batch_invariant=bool(options.batch_invariant),
+            trust_remote_code=options.trust_remote_code,
+            before_reading=lambda: tokenizers.append(begin_tokenizer()),
+        )
+    return loaded, tokenizers[0].result()
 
 
 def _check_complete(outputs: list[RequestOutput]) -> None:

@@ -55,7 +55,13 @@ class Intake:
         self.limits = limits
         self._defaults = defaults
         self._end_token_ids = tuple(end_token_ids)
+        self._num_namespaces, self._namespace = 0, ""
         self._random = random.SystemRandom() if seed is None else random.Random(seed)
+
+    def start_namespace(self) -> None:
+        """Requests made from now on share no cached prefix with those made before."""
+        self._num_namespaces += 1
+        self._namespace = f"weights {self._num_namespaces}"
 
     def make_group(
         self, index: int, prompt: Prompt, params: SamplingParams, *, name: str, streams: bool
@@ -95,6 +101,7 @@ class Intake:
                 params,
                 seed=seed,
                 sample_index=sample_index,
+                namespace=self._namespace,
                 banned_sequences=self._banned_sequences(params),
                 stop_checker=self._stop_checker(token_ids, params, streams),
             )

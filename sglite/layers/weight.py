@@ -6,7 +6,7 @@ the whole model before any memory is taken for it, and that a model is built wit
 dtype it will run in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Weight:
         self.layout: QuantizedLayout | None = None
         self.memory: WeightMemory | None = None
         self._order: Tensor | None = None
-        self._stored: PackedWeight | QuantizedWeight | Tensor | None = None
+        self._stored: PackedWeight | QuantizedWeight | Tensor | tuple[Tensor, ...] | None = None
 
     @property
     def is_written(self) -> bool:
@@ -86,8 +86,20 @@ class Weight:
             raise ValueError(f"{self.name or 'a weight'} {list(self.shape)}: {problem}")
         self.layout, self._order = layout, order
 
+    def borrow(self, segments: Sequence[Tensor]) -> None:
+        """Has the ops read plain tensors where they lie, one behind the other.
+
+        Args:
+            segments: up to 16, each [its rows, columns], a row's elements side by side.
+        """
+        self._stored = tuple(segments)
+
+    def give_back(self) -> None:
+        """Forgets what it has borrowed; it is to be written now."""
+        self._stored = None
+
     @property
-    def stored(self) -> PackedWeight | QuantizedWeight | Tensor:
+    def stored(self) -> PackedWeight | QuantizedWeight | Tensor | tuple[Tensor, ...]:
         """What the ops take."""
         if self._stored is None:
             raise RuntimeError(
@@ -143,6 +155,8 @@ class Weight:
         stored = self.stored
         if isinstance(stored, PackedWeight | QuantizedWeight):
             return stored.read_rows(start, stop)
+        if isinstance(stored, tuple):
+            return torch.cat(stored)[start:stop]
         return stored[start:stop].clone()
 
     def convert(self, function: Callable[[Tensor], Tensor]) -> None:

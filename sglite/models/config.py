@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from sglite.interface import checks
 from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.safetensors_file import TensorEntry
@@ -154,6 +155,17 @@ def resolve_dtype(
             f"dtype {name!r} is not implemented; pass dtype= with one of {', '.join(RUN_DTYPES)}"
         )
     return RUN_DTYPES[name]
+
+
+def end_token_ids_of(config: Any) -> tuple[int, ...]:
+    """Ids that end a text, as a config object says."""
+    ids = getattr(config, "eos_token_id", None)
+    if ids is None:
+        return ()
+    ids = ids if isinstance(ids, list | tuple) else [ids]
+    return checks.token_ids(
+        "eos_token_id", ids, error=lambda message: CheckpointError(f"config.json: {message}")
+    )
 
 
 def _nested(values: Mapping[str, Any], key: str) -> Any:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from sglite.interface import checks
 from sglite.interface.errors import (
     CheckpointError,
     ConfigError,
-    OutOfMemoryError,
     SGLiteError,
     UnsupportedModelError,
 )
@@ -22,43 +20,22 @@ from sglite.layers.attention import RadixAttention
 from sglite.layers.rotary import RotaryEmbedding, set_context_length
 from sglite.layers.weight import WeightModule
 from sglite.models.checkpoint import Checkpoint
-from sglite.models.config import architectures_of, read_config, resolve_dtype
+from sglite.models.config import (
+    architectures_of,
+    end_token_ids_of,
+    read_config,
+    resolve_dtype,
+)
+from sglite.models.loaded_model import LoadedModel, check_room
 from sglite.models.quantization import AT_LOAD, quantize_at_load, resolve_quantization
 from sglite.models.registry import ModelRegistry
 from sglite.models.safetensors_file import SafetensorsFile
 from sglite.models.weights import load_weights
 
+#: As `architecture`: the Hugging Face class, also where a class is registered.
+BY_HUGGING_FACE = "transformers"
+
 _CPU = torch.device("cpu")
-_GB = 1 << 30
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with its weights, and what an engine has to know about it.
-
-    Attributes:
-        model: in evaluation mode, without gradients.
-        config: the Hugging Face config of the text model.
-        architecture: the registered name of the model's class.
-        dtype: of weights, hidden states and KV cache.
-        quantization: how weights are stored instead, by the name of the method; None: plainly.
-        vocab_size: width of the logits.
-        max_positions: the longest context; None if the model sets no limit.
-        kv_layers: what each attention layer stores per token, by its `layer_id`.
-        generation_defaults: of `generation_config.json`.
-        end_token_ids: ids that end a text.
-    """
-
-    model: nn.Module
-    config: Any
-    architecture: str
-    dtype: torch.dtype
-    quantization: str | None
-    vocab_size: int
-    max_positions: int | None
-    kv_layers: tuple[LayerSpec, ...]
-    generation_defaults: GenerationDefaults
-    end_token_ids: tuple[int, ...]
 
 
 def load_model(
@@ -81,7 +58,8 @@ def load_model(
 
     Args:
         checkpoint: what `resolve_checkpoint` found.
-        architecture: a registered name to use instead of what `config.json` says.
+        architecture: a registered name to use instead of what `config.json` says, or
+            "transformers" for Hugging Face's own class.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: where the weights go.
         room: bytes that they may take there; None: it is not known.
@@ -105,7 +83,30 @@ def load_model(
         raise UnsupportedModelError(
             f"quantised weights ({quantization}) run on the CPU alone so far: pass device='cpu'"
         )
-    name, model_class = ModelRegistry.resolve(architectures_of(checkpoint, architecture))
+    by_hugging_face = architecture == BY_HUGGING_FACE
+    names = architectures_of(checkpoint, None if by_hugging_face else architecture)
+    registered = next(
+        (ModelRegistry.models[name] for name in names if name in ModelRegistry.models), None
+    )
+    if by_hugging_face or registered is None or _is_hugging_face(registered):
+        # Imported here, since few need it: it imports Hugging Face's modelling code.
+        from sglite.models.transformers import load_unregistered
+
+        found = load_unregistered(
+            checkpoint,
+            names,
+            dtype=dtype,
+            device=device,
+            room=room,
+            quantization=quantization,
+            context_length=context_length,
+            trust_remote_code=trust_remote_code,
+            before_reading=before_reading,
+            model_class=None if by_hugging_face else registered,
+        )
+        if found is not None:
+            return found
+    name, model_class = ModelRegistry.resolve(names)
     config = read_config(checkpoint, model_class, trust_remote_code=trust_remote_code)
     generation_defaults = GenerationDefaults.from_generation_config(checkpoint.generation_config)
     with ExitStack() as stack:
@@ -145,8 +146,13 @@ def load_model(
         max_positions=max_positions,
         kv_layers=kv_layers,
         generation_defaults=generation_defaults,
-        end_token_ids=generation_defaults.eos_token_ids or _end_token_ids(config),
+        end_token_ids=generation_defaults.eos_token_ids or end_token_ids_of(config),
     )
+
+
+def _is_hugging_face(model_class: type[nn.Module]) -> bool:
+    """Whether a class is one for transformers; told by name, as the import takes a second."""
+    return any(base.__name__ == "PreTrainedModel" for base in model_class.__mro__)
 
 
 def kv_layers_of(model: nn.Module) -> tuple[LayerSpec, ...]:
@@ -227,11 +233,7 @@ def _check_room(model: nn.Module, device: torch.device, room: int) -> None:
         if isinstance(module, WeightModule)
     }
     needed = sum(sizes.values()) + sum(parameter.nbytes for parameter in model.parameters())
-    if needed > room:
-        raise OutOfMemoryError(
-            f"the weights need {needed / _GB:.2f} GB on {device}, where {room / _GB:.2f} GB are "
-            f"free: free memory there, or pass another device"
-        )
+    check_room(needed, device, room)
 
 
 def _max_positions(model: nn.Module, config: Any, asked: int | None) -> int | None:
@@ -247,13 +249,3 @@ def _max_positions(model: nn.Module, config: Any, asked: int | None) -> int | No
     if asked > largest:
         checks.refuse("context_length", asked, f"at most {largest}, the model's limit", ConfigError)
     return max(default, asked)
-
-
-def _end_token_ids(config: Any) -> tuple[int, ...]:
-    ids = getattr(config, "eos_token_id", None)
-    if ids is None:
-        return ()
-    ids = ids if isinstance(ids, list | tuple) else [ids]
-    return checks.token_ids(
-        "eos_token_id", ids, error=lambda message: CheckpointError(f"config.json: {message}")
-    )
