@@ -19,6 +19,7 @@ __all__ = [
     "EngineClosedError",
     "GenerationError",
     "InvalidRequestError",
+    "MissingPackageError",
     "OutOfMemoryError",
     "RequestError",
     "SGLiteError",
@@ -41,6 +42,10 @@ class CheckpointError(SGLiteError):
 
 class UnsupportedModelError(SGLiteError):
     """A checkpoint is sound, but something in it (an architecture, a kind) is not implemented."""
+
+
+class MissingPackageError(SGLiteError, ImportError):
+    """A tool needs a package that is not installed: the message says how to install it."""
 
 
 class InvalidRequestError(SGLiteError, ValueError):

@@ -1,4 +1,4 @@
-"""The command line, for a first try and for bug reports: generate, chat, compare, config."""
+"""The command line, for a first try and for bug reports: generate, chat, compare, eval, config."""
 
 import argparse
 import ast
@@ -19,7 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 1 for an error of sglite, or a model that `compare` finds wrong; 130 for Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    if others and options.run is not _evaluate:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.others = others
     try:
         return options.run(options) or 0
     except SGLiteError as error:
@@ -66,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     _add_compare(commands)
+    _add_eval(commands)
 
     config = commands.add_parser("config", help="print versions and what was built in")
     config.set_defaults(run=lambda options: show_config())
@@ -104,6 +109,28 @@ def _add_compare(commands: Any) -> None:
         help="an argument of LLM(...), such as --llm device=cpu; may be repeated",
     )
     compare.set_defaults(run=_compare)
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a model on GSM8K, MMLU, ... through lm-evaluation-harness",
+        usage="python -m sglite eval --tasks TASK [--model MODEL] [--llm NAME=VALUE] [...]",
+        epilog="All other arguments go to `lm-eval run`, which lists them under --help: "
+        "--num_fewshot, --limit, --apply_chat_template, --output_path, --include_path, ...",
+        allow_abbrev=False,  # --mode is the harness's to judge
+    )
+    evaluate.add_argument(
+        "--model", default="demo", help='a folder, a hub id or "demo" (the default)'
+    )
+    evaluate.add_argument(
+        "--llm",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of LLM(...), such as --llm dtype=float32; may be repeated",
+    )
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
@@ -156,6 +183,12 @@ def _compare(options: argparse.Namespace) -> int:
     # One line of its own, which stays whole however narrow the terminal is.
     print(report.verdict, file=sys.stderr if options.json else sys.stdout)
     return 0 if report.passed else 1
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from sglite.tools.evaluations.command import run_harness
+
+    run_harness(options.model, _settings(options.llm, "--llm"), options.others)
 
 
 def _chat(options: argparse.Namespace) -> None:
