@@ -37,6 +37,12 @@ def test_generate_through_the_chat_template():
     assert "42" in done.stdout
 
 
+def test_an_unknown_argument_is_refused():
+    done = run("generate", "Hi", "--taks")  # only eval hands on what it does not know
+    assert done.returncode == 2
+    assert "unrecognized arguments: --taks" in done.stderr
+
+
 def test_chat_holds_a_conversation():
     done = run("chat", "--set", "temperature=0", input="What is 30 + 12?\nPlus 5?\n\n")
     assert done.returncode == 0, done.stderr
