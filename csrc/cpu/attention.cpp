@@ -295,14 +295,15 @@ template <typename T>
 static void attend(const AttentionArgs& args) {
     const int64_t merge_items = args.merge_count * args.kv_heads;
     SharedCounter next_unit, next_merge;
-    run_together(args.threads, [&](const Member& member) {
-        float* scratch = args.scratch + member.rank * args.scratch_size;
+    const auto scratch = [&](int rank) { return args.scratch + rank * args.scratch_size; };
+    run_together(args.threads, [&](int rank) {
         for (int64_t unit; (unit = next_unit.take()) < args.unit_count;)
-            UnitRunner<T>(args, args.units[unit], scratch).run();
-        if (!merge_items) return;
-        member.barrier();
+            UnitRunner<T>(args, args.units[unit], scratch(rank)).run();
+    });
+    run_together(merge_items > 1 ? args.threads : 1, [&](int rank) {
         for (int64_t item; (item = next_merge.take()) < merge_items;)
-            merge_splits<T>(args, args.merges[item / args.kv_heads], item % args.kv_heads, scratch);
+            merge_splits<T>(args, args.merges[item / args.kv_heads], item % args.kv_heads,
+                            scratch(rank));
     });
 }
 

@@ -13,6 +13,9 @@ namespace sglite::cpu::SGLITE_CPU_PATH {
 constexpr int64_t kPieceSteps = 256;
 constexpr int64_t kPieceRows = 192;
 
+// So many blocks of rows at most share the fetching of the next steps.
+constexpr int64_t kFetchingBlocks = 8;
+
 // A single row of the right type can be read where it lies.
 template <typename T>
 static bool reads_x_in_place(int64_t m, int64_t k) {
@@ -25,24 +28,19 @@ class Linear {
   public:
     Linear(const LinearArgs& args, void* laid_out)
         : args_(args),
-          blocks_(args.m, kMaxRows),
+          blocks_(args.m, kMaxRows, kKeptRows),
           steps_(steps_of<T>(args.k)),
           panels_(panels_of(args.n)),
           in_place_(reads_x_in_place<T>(args.m, args.k)),
           x_(static_cast<const RowElement<T>*>(in_place_ ? args.x : laid_out)) {}
 
     void run() {
-        // No panel alone where two are taken at once, and several where the next one is fetched
-        // ahead.
         const LinearPlan plan(args_, panels_, blocks_.count,
                               steps_ * RowLayout<T>::kPerStep * sizeof(RowElement<T>),
-                              blocks_.count == 1 ? 2 : 4);
+                              args_.m <= kMaxPairRows ? 2 : 1);
+        if (!in_place_) plan.for_each_block([&](int64_t block) { lay_out(block); });
         SharedCounter next;
-        run_together(plan.threads, [&](const Member& member) {
-            if (!in_place_) {
-                lay_out(share_of(blocks_.count, member));
-                member.barrier();
-            }
+        run_together(plan.threads, [&](int) {
             plan.take_units(next, [&](Range panels, Range blocks) {
                 if (args_.packed) {
                     multiply_packed(panels, blocks);
@@ -58,13 +56,10 @@ class Linear {
         return x_ + blocks_.begin(block) * steps_ * RowLayout<T>::kPerStep;
     }
 
-    void lay_out(Range blocks) const {
-        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-            const int64_t row = blocks_.begin(block);
-            lay_out_rows(const_cast<RowElement<T>*>(x_of(block)),
-                         static_cast<const T*>(args_.x) + row * args_.x_stride, args_.x_stride,
-                         blocks_.height(block), args_.k);
-        }
+    void lay_out(int64_t block) const {
+        lay_out_rows(const_cast<RowElement<T>*>(x_of(block)),
+                     static_cast<const T*>(args_.x) + blocks_.begin(block) * args_.x_stride,
+                     args_.x_stride, blocks_.height(block), args_.k);
     }
 
     void multiply_packed(Range panels, Range blocks) const {
@@ -90,30 +85,32 @@ class Linear {
         }
     }
 
-    // The same, kPassSteps of a panel at a time. While the first block of rows is at work on them,
-    // the next ones are fetched; panels lie one behind the other, so that they follow the last.
+    // The same, some steps of a panel at a time. While the first blocks of rows are at work on
+    // them, the next ones are fetched; panels lie one behind the other, so that they follow the
+    // last.
     void multiply_in_passes(Range panels, Range blocks) const {
         constexpr int64_t kBlocksAtOnce = kPieceRows / kMaxRows;
         alignas(64) float tiles[kPieceRows * kPanelColumns];
         const int64_t panel_words = steps_ * kPanelColumns;
+        const int64_t pass_steps =
+            blocks.end - blocks.begin < kLongPassBlocks ? kPassSteps : kLongPassSteps;
+        const int64_t passes = (steps_ + pass_steps - 1) / pass_steps;
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
             const uint32_t* weights =
                 static_cast<const uint32_t*>(args_.packed) + panel * panel_words;
             for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
                 const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
-                for (int64_t step = 0; step < steps_; step += kPassSteps) {
-                    const int64_t count = smaller(kPassSteps, steps_ - step);
+                for (int64_t pass = 0; pass < passes; ++pass) {
+                    const auto [step, stop] = part_of(steps_, pass, passes);
+                    const int64_t count = stop - step;
                     const uint32_t* piece = weights + step * kPanelColumns;
                     for (int64_t block = first; block < end; ++block) {
-                        Prefetch ahead;
-                        if (block == blocks.begin) {
-                            ahead = {reinterpret_cast<const char*>(piece + count * kPanelColumns),
-                                     kPanelColumns * sizeof(uint32_t)};
-                        }
                         const int64_t height = blocks_.height(block);
                         multiply_for<T, 1, kMaxRows>(height)(
                             x_of(block) + step * RowLayout<T>::kPerStep * height, piece, 0, count,
-                            tile_of(tiles, block, first), step > 0, ahead);
+                            tile_of(tiles, block, first), step > 0,
+                            prefetch_behind(piece, count, block - blocks.begin,
+                                            blocks.end - blocks.begin, height));
                     }
                 }
                 for (int64_t block = first; block < end; ++block) {
@@ -121,6 +118,19 @@ class Linear {
                 }
             }
         }
+    }
+
+    // What a block of rows fetches while it is at work on `count` steps from `piece` on: its share
+    // of as many steps behind them. A few blocks share, so that memory is busy all the time.
+    static Prefetch prefetch_behind(const uint32_t* piece, int64_t count, int64_t order,
+                                    int64_t blocks, int64_t height) {
+        const int64_t sharing = smaller(blocks, kFetchingBlocks);
+        if (order >= sharing) return {};
+        constexpr int64_t kStepBytes = kPanelColumns * sizeof(uint32_t);
+        const int64_t passes = kPanelColumns / Vec::kSize / vectors_at_once(height, 1);
+        return {reinterpret_cast<const char*>(piece + count * kPanelColumns) +
+                    count * kStepBytes * order / sharing,
+                kStepBytes / (passes * sharing)};
     }
 
     // What to fetch ahead while a block of rows is at work on a panel. Where there is one block, it

@@ -21,17 +21,22 @@ static inline Range part_of(int64_t size, int64_t index, int64_t count) {
     return {size * index / count, size * (index + 1) / count};
 }
 
-// What of 0 to `size` falls to a thread of a job.
-static inline Range share_of(int64_t size, const Member& member) {
-    return part_of(size, member.rank, member.size);
-}
-
-// The rows of x, cut into blocks of nearly equal height.
+// The rows of x, cut into blocks: of nearly equal height, or, where `low` is given, of the greatest
+// one but for the last two, which share the rest: the last is `low` rows, or they are as equal as
+// can be.
 struct RowBlocks {
-    int64_t rows, count;
+    int64_t rows, max, low, count;
 
-    RowBlocks(int64_t m, int64_t max_height) : rows(m), count((m + max_height - 1) / max_height) {}
-    int64_t begin(int64_t block) const { return rows * block / count; }
+    RowBlocks(int64_t m, int64_t max_height, int64_t low_height = 0)
+        : rows(m), max(max_height), low(low_height), count((m + max_height - 1) / max_height) {}
+
+    int64_t begin(int64_t block) const {
+        if (!low) return rows * block / count;
+        if (block == count) return rows;
+        if (block == 0 || block + 1 < count) return block * max;
+        const int64_t rest = rows - (count - 2) * max;
+        return rows - (rest <= max + low ? low : rest / 2);
+    }
     int64_t height(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
@@ -40,38 +45,62 @@ class LinearPlan {
   public:
     int threads;
 
-    // row_bytes: of a row of x as it is laid out. least_panels: of a chunk, where there are many.
+    // row_bytes: of a row of x as it is laid out. at_once: panels that are best taken together.
     LinearPlan(const LinearArgs& args, int64_t panels, int64_t blocks, int64_t row_bytes,
-               int64_t least_panels)
+               int64_t at_once)
         : panels_(panels), blocks_(blocks) {
         // So much arithmetic makes up for starting another thread.
         const int64_t grain = holds_team() ? 1 << 15 : 1 << 18;
-        // Row blocks of a group are read once for each panel and should stay in the cache.
+        // Row blocks of a group are read once for each panel and should stay in the second cache,
+        // which processors with AVX-512 have more of.
+#if defined(__AVX512F__)
         constexpr int64_t kGroupBytes = 1 << 20;
+#else
+        constexpr int64_t kGroupBytes = 1 << 18;
+#endif
         // Enough to make the work for rows outweigh the reading of a panel.
         constexpr int64_t kGroupBlocks = 8;
         threads =
             static_cast<int>(larger(1, smaller(num_threads(), args.m * args.n * args.k / grain)));
-        // Many chunks for each thread, since threads are not equally fast.
-        const int64_t least = panels < 8 * threads ? 1 : least_panels;
-        chunk_panels_ = larger(panels / (threads * 32) * 2, least);
-        chunks_ = (panels + chunk_panels_ - 1) / chunk_panels_;
-        groups_ = larger(1 + args.m * row_bytes / kGroupBytes, 4 * threads / chunks_);
+        least_ = panels < 8 * threads ? 1 : at_once;
+        // Several, since the next one is fetched ahead, but many chunks for each thread.
+        most_ = larger(panels / (threads * 32) * 2, 8);
+        groups_ = larger(1 + args.m * row_bytes / kGroupBytes, 8 * threads / panels);
         groups_ = smaller(groups_, (blocks + kGroupBlocks - 1) / kGroupBlocks);
     }
 
-    // Calls `run(panels, blocks)` for units until none is left. next: one for all threads.
+    // Calls run(block) for each block of rows.
+    template <typename Run>
+    void for_each_block(const Run& run) const {
+        SharedCounter next;
+        run_together(static_cast<int>(smaller(threads, blocks_)), [&](int) {
+            for (int64_t block; (block = next.take()) < blocks_;) run(block);
+        });
+    }
+
+    // Calls `run(panels, blocks)` for units until none is left. Chunks become smaller towards the
+    // end, since threads are not equally fast. next: one for all threads.
     template <typename Run>
     void take_units(SharedCounter& next, const Run& run) const {
-        for (int64_t unit; (unit = next.take()) < chunks_ * groups_;) {
-            const int64_t first = unit % chunks_ * chunk_panels_;
-            run(Range{first, smaller(first + chunk_panels_, panels_)},
-                part_of(blocks_, unit / chunks_, groups_));
+        const int64_t end = panels_ * groups_;
+        const auto chunk = [&](int64_t begin) { return chunk_from(begin); };
+        for (int64_t begin; (begin = next.take_some(end, chunk)) < end;) {
+            const int64_t first = begin % panels_;
+            run(Range{first, first + chunk_from(begin)},
+                part_of(blocks_, begin / panels_, groups_));
         }
     }
 
   private:
-    int64_t panels_, blocks_, chunk_panels_, chunks_, groups_;
+    // Panels of the unit that starts at `begin`, in all groups' panels: half of this thread's share
+    // of what is left, within limits and the group.
+    int64_t chunk_from(int64_t begin) const {
+        const int64_t share = (panels_ * groups_ - begin) / (2 * threads);
+        const int64_t count = larger(least_, smaller(share / least_ * least_, most_));
+        return smaller(count, panels_ - begin % panels_);
+    }
+
+    int64_t panels_, blocks_, least_, most_, groups_;
 };
 
 }  // namespace sglite::cpu::SGLITE_CPU_PATH

@@ -63,11 +63,9 @@ class QuantizedLinear {
     void run() {
         // No panel alone where two are taken at once.
         const LinearPlan plan(args_, panels_, blocks_.count, row_bytes<T>(args_.k), 2);
+        plan.for_each_block([&](int64_t block) { lay_out(block); });
         SharedCounter next;
-        run_together(plan.threads, [&](const Member& member) {
-            const Range own = share_of(blocks_.count, member);
-            for (int64_t block = own.begin; block < own.end; ++block) lay_out(block);
-            member.barrier();
+        run_together(plan.threads, [&](int) {
             plan.take_units(next, [&](Range panels, Range blocks) {
                 if (blocks_.count <= kFewBlocks) {
                     multiply_few(panels);

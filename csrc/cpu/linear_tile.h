@@ -19,14 +19,24 @@ constexpr int kRegisters = 16, kMaxRows = 6, kMaxPairRows = 0, kMinPrefetchRows 
 constexpr int kRegisters = 8, kMaxRows = 4, kMaxPairRows = 0, kMinPrefetchRows = 3;
 #endif
 
-// Steps of a panel that all rows are multiplied by before the next ones are read, where rows take
-// more than one pass over them: so they come from memory once and then from the nearest cache. 0:
-// the whole panel, which the next cache has room for.
-#if defined(__AVX512F__)
-constexpr int64_t kPassSteps = 0;
+// Rows that fill the registers best, after kMaxRows: fewer than vectors, so that their values are
+// kept while weights come one after the other. 0: none.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kKeptRows = 3;
 #else
-constexpr int64_t kPassSteps = 64;
+constexpr int kKeptRows = 0;
 #endif
+
+// Steps of a panel that all rows are multiplied by before the next ones are read, where rows take
+// more than one pass over them: so they come from memory once and then from the nearest cache. Sums
+// are fetched and stored each time, hence the longer passes of many blocks of rows, whose weights
+// need not come fast. 0: the whole panel, which the next cache has room for.
+#if defined(__AVX512F__)
+constexpr int64_t kPassSteps = 0, kLongPassSteps = 0;
+#else
+constexpr int64_t kPassSteps = 64, kLongPassSteps = 128;
+#endif
+constexpr int64_t kLongPassBlocks = 6;
 
 // How x is laid out for the inner loops: a block of R rows is [steps][kPerStep][R] elements. With
 // bfloat16 dot products an element is a word of two neighbouring k, otherwise a float32.
@@ -87,9 +97,8 @@ static inline Vec load_step(const T* p) {
 }
 #endif
 
-// Weights to fetch into the cache along the way: at each step the 128 bytes at `address`, or only
-// 64 of them where `advance` is 64, in each of the panels being read. A null address fetches
-// nothing.
+// Weights to fetch into the cache along the way: at each step the next `advance` bytes, at most
+// 128, in each of the panels being read. A null address fetches nothing.
 struct Prefetch {
     const char* address = nullptr;
     int64_t advance = 0;
@@ -107,10 +116,14 @@ struct Prefetch {
     }
 };
 
-// The most vectors of columns, a power of two, whose sums and weights fit the registers.
+// The most vectors of columns, a power of two, whose sums and weights (or values) fit the
+// registers.
 constexpr int vectors_at_once(int rows, int panels) {
     int vectors = panels * kPanelColumns / Vec::kSize;
-    while (vectors > 1 && (rows + 1) * vectors + 1 > kRegisters) vectors /= 2;
+    const auto registers = [&] {
+        return rows * vectors + (rows == kKeptRows ? rows : vectors) + 1;
+    };
+    while (vectors > 1 && registers() > kRegisters) vectors /= 2;
     return vectors;
 }
 
@@ -136,6 +149,49 @@ static inline void add_products(Vec (&sums)[kVectors], const float* value,
     for (int v = 0; v < kVectors; ++v) sums[v] = fma(factor, weights[v], sums[v]);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// sums[row][v] += values[row] * the weights of vector v, which start at weights[v] + offset.
+// Written out for the same reason, a vector's weights never being known before the last one's are
+// used up.
+template <typename T, int kPart, int kVectors>
+static inline void add_kept_products(Vec (&sums)[kKeptRows][kVectors], const float* values,
+                                     const uint32_t* const (&weights)[kVectors], int64_t offset) {
+    using Words = const uint32_t[Vec::kSize];
+    alignas(32) static constexpr Words kMask = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+    const __m256 x0 = splat(values[0]).v, x1 = splat(values[1]).v, x2 = splat(values[2]).v;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+        Words& words = *reinterpret_cast<Words*>(weights[v] + offset);
+        __m256 sum0 = sums[0][v].v, sum1 = sums[1][v].v, sum2 = sums[2][v].v, weight;
+#define SGLITE_ADD_PRODUCTS \
+    "\n\tvfmadd231ps %3, %4, %0\n\tvfmadd231ps %3, %5, %1\n\tvfmadd231ps %3, %6, %2"
+        if constexpr (std::is_same_v<T, Float16>) {
+            weight = load_step<kPart>(reinterpret_cast<const T*>(words)).v;
+            asm(SGLITE_ADD_PRODUCTS
+                : "+x"(sum0), "+x"(sum1), "+x"(sum2)
+                : "x"(weight), "x"(x0), "x"(x1), "x"(x2));
+        } else if constexpr (std::is_same_v<T, float>) {
+            asm("vmovups %7, %3" SGLITE_ADD_PRODUCTS
+                : "+x"(sum0), "+x"(sum1), "+x"(sum2), "=&x"(weight)
+                : "x"(x0), "x"(x1), "x"(x2), "m"(words));
+        } else if constexpr (kPart == 0) {
+            asm("vmovups %7, %3\n\tvpslld $16, %3, %3" SGLITE_ADD_PRODUCTS
+                : "+x"(sum0), "+x"(sum1), "+x"(sum2), "=&x"(weight)
+                : "x"(x0), "x"(x1), "x"(x2), "m"(words));
+        } else {
+            asm("vmovaps %8, %3\n\tvandps %7, %3, %3" SGLITE_ADD_PRODUCTS
+                : "+x"(sum0), "+x"(sum1), "+x"(sum2), "=&x"(weight)
+                : "x"(x0), "x"(x1), "x"(x2), "m"(words), "m"(kMask));
+        }
+#undef SGLITE_ADD_PRODUCTS
+        sums[0][v].v = sum0;
+        sums[1][v].v = sum1;
+        sums[2][v].v = sum2;
+    }
+}
+#endif
+
 // tile[r][c] = sum over k of x[r][k] * weight[c][k], added to what tile holds where `resume`.
 // x: one block in RowLayout. panel: kPanels panels, panel_words apart. tile: [kRows][32 * kPanels].
 template <typename T, int kRows, int kPanels>
@@ -157,6 +213,13 @@ static void multiply(const RowElement<T>* x, const uint32_t* panel, int64_t pane
         }
         const RowElement<T>* values = x;
         const auto add_part = [&]<int kPart>(int64_t step) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+            if constexpr (kRows == kKeptRows) {
+                add_kept_products<T, kPart>(sums, values, weights, step * kPanelColumns);
+                values += kRows;
+                return;
+            }
+#endif
             Vec loaded[kVectors];
 #pragma GCC unroll 16
             for (int v = 0; v < kVectors; ++v) {

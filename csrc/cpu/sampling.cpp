@@ -257,17 +257,14 @@ static void log_probs_row(const LogProbsArgs& args, int64_t r, char* workspace) 
     }
 }
 
-// Gives rows out one by one, since their costs differ; worker w uses the w-th workspace.
+// Gives rows out one by one, since their costs differ; each thread has a workspace.
 template <typename Args, typename Body>
 static void for_each_row(const Args& args, const Body& body) {
     const int64_t stride = sampling_workspace_bytes(args.vocab);
-    int64_t next = 0;
-    parallel_for(args.workers, 1, [&](int64_t first, int64_t last) {
-        for (int64_t worker = first; worker < last; ++worker) {
-            int64_t r;
-            while ((r = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < args.count) {
-                body(args, r, args.workspace + worker * stride);
-            }
+    SharedCounter next;
+    run_together(static_cast<int>(args.workers), [&](int rank) {
+        for (int64_t r; (r = next.take()) < args.count;) {
+            body(args, r, args.workspace + rank * stride);
         }
     });
 }

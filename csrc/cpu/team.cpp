@@ -3,6 +3,8 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <atomic>
+#include <cstdint>
 #include <exception>
 
 namespace sglite::cpu {
@@ -19,7 +21,7 @@ inline void pause() {
 // get this one.
 template <typename Condition>
 void wait_until(const Condition& condition) {
-    constexpr int kSpins = 4096;
+    constexpr int kSpins = 1 << 12;
     for (int spins = 0; !condition(); ++spins) {
         if (spins < kSpins) {
             pause();
@@ -29,65 +31,67 @@ void wait_until(const Condition& condition) {
     }
 }
 
+// A job is open to threads from its start until the first one finds nothing left to take.
 class HeldTeam {
   public:
     void open(int size) { size_ = size; }
     int size() const { return size_; }
 
     void start(int threads, Job job, const void* context) {
-        threads_ = threads < size_ ? threads : size_;
+        threads_ = threads;
         job_ = job;
         context_ = context;
-        busy_.store(size_ - 1, std::memory_order_relaxed);
-        round_.fetch_add(1, std::memory_order_release);
-        job(context, {0, threads_, &rendezvous_});
-        wait_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
+        begin_round(kOpen);
+        job(context, 0);
+        state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+        wait_until([&] { return !(state_.load(std::memory_order_acquire) & kAtWork); });
     }
 
-    void end() {
-        job_ = nullptr;
-        round_.fetch_add(1, std::memory_order_release);
-    }
+    void end() { begin_round(kEnded); }
 
     // What all threads but the first do, until the end.
     void serve(int rank) {
-        for (uint32_t seen = 0;; ++seen) {
-            wait_until([&] { return round_.load(std::memory_order_acquire) != seen; });
-            if (!job_) return;
-            if (rank < threads_) job_(context_, {rank, threads_, &rendezvous_});
-            busy_.fetch_sub(1, std::memory_order_release);
+        for (uint64_t round = 0;;) {
+            wait_until([&] { return state_.load(std::memory_order_acquire) / kRound != round; });
+            uint64_t state = state_.load(std::memory_order_acquire);
+            round = state / kRound;
+            if (state & kEnded) return;
+            while ((state & kOpen) && state / kRound == round) {
+                if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+                    continue;
+                }
+                if (rank < threads_) job_(context_, rank);
+                state_.fetch_sub(1, std::memory_order_release);
+                break;
+            }
         }
     }
 
   private:
+    // Of the state: how many threads beside the first are at work, flags, and the round's number.
+    static constexpr uint64_t kAtWork = 0xffff, kOpen = 1 << 12, kEnded = 1 << 17;
+    static constexpr uint64_t kRound = 1 << 18;
+
+    void begin_round(uint64_t flag) {
+        const uint64_t round = state_.load(std::memory_order_relaxed) / kRound + 1;
+        state_.store(round * kRound + flag, std::memory_order_release);
+    }
+
     int size_ = 1, threads_ = 0;
     Job job_ = nullptr;
     const void* context_ = nullptr;
-    Rendezvous rendezvous_;
-    alignas(64) std::atomic<uint32_t> round_{0};
-    alignas(64) std::atomic<int> busy_{0};
+    alignas(64) std::atomic<uint64_t> state_{0};
 };
 
 thread_local HeldTeam* held_team = nullptr;
 
 }  // namespace
 
-void Member::barrier() const {
-    const uint32_t round = rendezvous->round.load(std::memory_order_relaxed);
-    if (rendezvous->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-        rendezvous->arrived.store(0, std::memory_order_relaxed);
-        rendezvous->round.store(round + 1, std::memory_order_release);
-    } else {
-        wait_until([&] { return rendezvous->round.load(std::memory_order_acquire) != round; });
-    }
-}
-
 void run_job(int threads, Job job, const void* context) {
-    Rendezvous rendezvous;
-    if (threads <= 1) return job(context, {0, 1, &rendezvous});
+    if (threads <= 1) return job(context, 0);
     if (held_team) return held_team->start(threads, job, context);
 #pragma omp parallel num_threads(threads)
-    job(context, {omp_get_thread_num(), omp_get_num_threads(), &rendezvous});
+    job(context, omp_get_thread_num());
 }
 
 void hold_team(int threads, void (*body)(const void* context), const void* context) {

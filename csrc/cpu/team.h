@@ -6,30 +6,15 @@
 // them, whose threads wait for jobs without sleeping.
 #pragma once
 
-#include <atomic>
-#include <cstdint>
-
 namespace sglite::cpu {
 
-// Where the threads of a job wait for each other.
-struct Rendezvous {
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<uint32_t> round{0};
-};
+// Takes pieces of a piece of work, whichever nobody has taken yet, until there are none. `rank`
+// tells the threads at work apart.
+using Job = void (*)(const void* context, int rank);
 
-// A thread's place among those of a job.
-struct Member {
-    int rank, size;
-    Rendezvous* rendezvous;
-
-    // Returns once all threads of the job have called it.
-    void barrier() const;
-};
-
-using Job = void (*)(const void* context, const Member& member);
-
-// Calls `job` in at most `threads` threads, this one being the first, and returns when all are
-// done. The job must not throw, nor start another.
+// Calls `job` in at most `threads` threads, this one with rank 0, and returns when all that were
+// called are done. Nobody waits for a thread that has not begun: another process may have its
+// processor, and this one may take all pieces. The job must not throw, nor start another.
 void run_job(int threads, Job job, const void* context);
 
 // Calls `body`, and holds a team of at most `threads` threads meanwhile: they do what jobs this

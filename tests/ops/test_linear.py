@@ -104,6 +104,18 @@ def test_a_row_keeps_its_bits_whatever_surrounds_it(cpu_path, num_threads, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(5, 1), (33, 300), (700, 130)])
+def test_every_number_of_rows_gives_the_bits_of_one(cpu_path, num_threads, dtype, n, k):
+    """Every cut of the rows into blocks and of the panels among threads, passes of any length."""
+    generator = torch.Generator().manual_seed(n)
+    x, weight = draw(generator, 301, k, dtype=dtype), draw(generator, n, k, dtype=dtype)
+    packed = ops.pack_weight(weight)
+    alone = torch.cat([ops.linear(row, packed) for row in x.split(1)])
+    for count in (*range(2, 41), 77, 152, 193, 301):
+        assert torch.equal(ops.linear(x[:count], packed), alone[:count]), count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 7, 12, 50])
 def test_threads_do_not_change_bits(cpu_path, dtype, rows):
     x, weight = cancelling(torch.Generator().manual_seed(rows), rows, 800, 700, dtype)
