@@ -9,7 +9,6 @@ decode step, and the throughput.
 import argparse
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -97,13 +96,11 @@ def timings(
 
 
 def _timed(llm: LLM, prompts: list[list[int]], output_len: int) -> Timing:
-    first: dict[int, float] = {}
-    start = time.perf_counter()
-    chunks = llm.stream(prompts, temperature=0, max_new_tokens=output_len, ignore_eos=True)
-    for chunk in chunks:
-        first.setdefault(chunk.index, time.perf_counter() - start)
-    total = time.perf_counter() - start
-    prefill = max(first.values())
+    outputs = llm.generate(
+        prompts, temperature=0, max_new_tokens=output_len, ignore_eos=True, progress=False
+    )
+    prefill = max(output.usage.time_to_first_token for output in outputs)
+    total = max(output.usage.latency for output in outputs)
     tokens = len(prompts) * (len(prompts[0]) + output_len)
     return Timing(prefill, (total - prefill) / max(1, output_len - 1), tokens / total)
 
