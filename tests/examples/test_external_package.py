@@ -12,6 +12,7 @@ import pytest
 import sglite
 from tests.checkpoints import DEMO_FOLDER
 
+GENERATE = ["-m", "sglite", "generate", "--set", "temperature=0"]
 QUESTION = "What is 17 + 25?"
 
 
@@ -37,8 +38,7 @@ def generate(python, checkpoint, *, cwd, **variables):
         name: value for name, value in os.environ.items() if not name.startswith("SGLITE_")
     }
     return subprocess.run(
-        [str(python), "-m", "sglite", "generate", "--model", str(checkpoint)]
-        + [QUESTION, "--set", "temperature=0"],
+        [str(python), *GENERATE, "--model", str(checkpoint), QUESTION],
         capture_output=True,
         text=True,
         timeout=240,

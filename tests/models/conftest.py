@@ -26,11 +26,3 @@ def architecture():
     """A name to register a class under, for one test."""
     yield "Registered"
     ModelRegistry.models.pop("Registered", None)
-
-
-@pytest.fixture
-def registry_as_before(monkeypatch):
-    """Takes back what a test registers."""
-    models = ModelRegistry.models
-    monkeypatch.setattr(models, "_classes", dict(models._classes))
-    monkeypatch.setattr(models, "_set", set(models._set))

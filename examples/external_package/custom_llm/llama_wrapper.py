@@ -1,6 +1,8 @@
 """Llama, its positive logits replaced by their square roots."""
 
 import torch
+from transformers import LlamaConfig
+
 from sglite.layers import (
     ForwardBatch,
     LogitsProcessorOutput,
@@ -8,7 +10,6 @@ from sglite.layers import (
     QuantizationConfig,
 )
 from sglite.models.llama import LlamaForCausalLM
-from transformers import LlamaConfig
 
 
 class LlamaWrapper(LlamaForCausalLM):
