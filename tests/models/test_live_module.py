@@ -57,6 +57,16 @@ def test_a_live_module_against_itself(name):
         check_greedy(llm, module)
 
 
+def test_what_is_not_batch_invariant_says_so():
+    module = make_model(make_config("GPT2Config"))  # its Conv1D is a product of torch's
+    with live(module) as llm:
+        assert not llm.config.batch_invariant
+    with pytest.raises(ConfigError, match="batch_invariant=True: parts of GPT2LMHeadModel"):
+        live(module, batch_invariant=True)
+    with live(make_model(make_config("LlamaConfig")), batch_invariant=True) as llm:
+        assert llm.config.batch_invariant
+
+
 def test_parameters_are_shared_and_the_module_left_as_it_was():
     module = make_model(make_config("LlamaConfig", tie_word_embeddings=True)).train()
     ids = torch.tensor([prompts()[3]])
