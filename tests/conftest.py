@@ -14,7 +14,7 @@ if os.environ.get("SGLITE_EMULATED"):  # the build that runs CUDA kernels on the
     sys.modules["sglite._C"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["sglite._C"])
 
-from sglite import _C
+from sglite import _C, ModelRegistry
 
 
 @pytest.fixture(params=_C.available_cpu_paths())
@@ -32,3 +32,11 @@ def num_threads(request):
     _C.set_num_threads(request.param)
     yield request.param
     _C.set_num_threads(0)
+
+
+@pytest.fixture
+def registry_as_before(monkeypatch):
+    """Takes back what a test registers."""
+    models = ModelRegistry.models
+    monkeypatch.setattr(models, "_classes", dict(models._classes))
+    monkeypatch.setattr(models, "_set", set(models._set))

@@ -85,9 +85,7 @@ def load_model(
         )
     by_hugging_face = architecture == BY_HUGGING_FACE
     names = architectures_of(checkpoint, None if by_hugging_face else architecture)
-    registered = next(
-        (ModelRegistry.models[name] for name in names if name in ModelRegistry.models), None
-    )
+    registered = ModelRegistry.find(names)
     if by_hugging_face or registered is None or _is_hugging_face(registered):
         # Imported here, since few need it: it imports Hugging Face's modelling code.
         from sglite.models.transformers import load_unregistered
@@ -105,8 +103,10 @@ def load_model(
             model_class=None if by_hugging_face else registered,
         )
         if found is not None:
+            ModelRegistry.warn_of_broken_packages()
             return found
     name, model_class = ModelRegistry.resolve(names)
+    ModelRegistry.warn_of_broken_packages()
     config = read_config(checkpoint, model_class, trust_remote_code=trust_remote_code)
     generation_defaults = GenerationDefaults.from_generation_config(checkpoint.generation_config)
     with ExitStack() as stack:

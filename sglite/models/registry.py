@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from sglite.interface.errors import UnsupportedModelError, suggest
+from sglite.models.external import ExternalModels
 
 ModelClass = TypeVar("ModelClass", bound=type[nn.Module])
 
@@ -34,12 +35,23 @@ _BUILT_IN = {
 
 
 class _ModelTable(MutableMapping[str, type[nn.Module]]):
-    """Architecture name to class. Setting a name again replaces what it had."""
+    """Architecture name to class. Setting a name again replaces what it had.
 
-    def __init__(self):
+    What was set goes before the classes of other packages, and those before what the library has.
+
+    Args:
+        external: the classes of other packages.
+    """
+
+    def __init__(self, external: ExternalModels):
+        self._external = external
         self._classes: dict[str, type[nn.Module] | str] = dict(_BUILT_IN)
+        self._set: set[str] = set()
 
     def __getitem__(self, name: str) -> type[nn.Module]:
+        external = self._external.classes()  # first, since it may set some
+        if name in external and name not in self._set:
+            return external[name]
         found = self._classes[name]
         if isinstance(found, str):
             found = self._classes[name] = getattr(importlib.import_module(found), name)
@@ -54,21 +66,23 @@ class _ModelTable(MutableMapping[str, type[nn.Module]]):
                 f"{model_class!r}"
             )
         self._classes[name] = model_class
+        self._set.add(name)
 
     def __delitem__(self, name: str) -> None:
         del self._classes[name]
+        self._set.discard(name)
 
-    def __contains__(self, name: object) -> bool:  # without importing the module
-        return name in self._classes
+    def __contains__(self, name: object) -> bool:  # without importing one of the library's
+        return name in self._external.classes() or name in self._classes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._classes)
+        return iter({**self._external.classes(), **self._classes})
 
     def __len__(self) -> int:
-        return len(self._classes)
+        return len(self._external.classes().keys() | self._classes.keys())
 
     def __repr__(self) -> str:
-        return f"{{{', '.join(sorted(self._classes))}}}"
+        return f"{{{', '.join(sorted(self))}}}"
 
 
 class _ModelRegistry:
@@ -81,13 +95,27 @@ class _ModelRegistry:
     """
 
     def __init__(self):
-        self.models = _ModelTable()
+        self._external = ExternalModels()
+        self.models = _ModelTable(self._external)
+
+    def find(self, architectures: Sequence[str]) -> type[nn.Module] | None:
+        """The class of the first of the names that is known; None where none is.
+
+        Packages of others that were broken are looked at again: they may have been mended.
+        """
+        self._external.retry()
+        return next((self.models[name] for name in architectures if name in self.models), None)
+
+    def warn_of_broken_packages(self) -> None:
+        """Warns of what is broken in the packages of others, once of each problem."""
+        self._external.warn()
 
     def resolve(self, architectures: Sequence[str]) -> tuple[str, type[nn.Module]]:
         """The first of the names that is known, and its class.
 
         Raises:
-            UnsupportedModelError: none is known; the message lists what is.
+            UnsupportedModelError: none is known; the message lists what is, and the packages of
+                others that are broken.
         """
         for name in architectures:
             if name in self.models:
@@ -95,8 +123,10 @@ class _ModelRegistry:
         known = sorted(self.models)
         wanted = " or ".join(repr(name) for name in architectures)
         hint = suggest(architectures[0], known) if architectures else ""
+        problems = self._external.problems()
+        broken = f" Broken: {'; '.join(problems)}." if problems else ""
         raise UnsupportedModelError(
-            f"no model class is registered for the architecture {wanted}.{hint} Known: "
+            f"no model class is registered for the architecture {wanted}.{hint}{broken} Known: "
             f"{', '.join(known)}. Register your own with @sglite.register({architectures[0]!r})."
         )
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.checkpoints import DEMO_FOLDER
+
 
 def run(pytestconfig, name, *arguments):
     done = subprocess.run(
@@ -43,12 +45,14 @@ def test_json_output_is_json_of_the_schema(pytestconfig):
     assert [set(answer) for answer in answers] == [{"country", "capital"}] * 2
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("block", range(4))
 def test_the_readme_says_what_works(pytestconfig, block, tmp_path):
     text = (pytestconfig.rootpath / "README.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) == 3
-    code = blocks[block].replace('"Qwen/Qwen3-0.6B"', '"demo"')  # nothing is downloaded in tests
+    assert len(blocks) == 4
+    code = blocks[block].replace(
+        "Qwen/Qwen3-0.6B", str(DEMO_FOLDER)
+    )  # nothing is downloaded in tests
     script = tmp_path / "block.py"
     script.write_text(code)
     done = subprocess.run(

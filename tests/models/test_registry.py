@@ -13,13 +13,8 @@ from sglite.models.registry import _BUILT_IN
 
 
 @pytest.fixture(autouse=True)
-def _registry_as_before():
-    before = dict(ModelRegistry.models)
-    yield
-    for name in list(ModelRegistry.models):
-        if name not in before:
-            del ModelRegistry.models[name]
-    ModelRegistry.models.update(before)
+def _registry_as_before(registry_as_before):
+    pass
 
 
 def test_the_decorator_returns_the_class():

@@ -1,0 +1,1 @@
+"""Models for sglite. Each module that brings one names it in `EntryClass`."""
