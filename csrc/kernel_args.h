@@ -157,6 +157,32 @@ struct GatedActivationArgs {
     DType dtype;
 };
 
+struct RouteArgs {
+    float* weights;       // [rows, top_k]
+    int64_t* experts;     // [rows, top_k]
+    const float* logits;  // [rows, num_experts]
+    int64_t rows, num_experts, top_k;
+    int64_t logits_stride;
+    bool normalize;  // whether weights are divided by their sum
+};
+
+// total[rows[i]] += factors[i] * x[i]
+struct AddRowsArgs {
+    float* total;         // [any, width]
+    const void* x;        // [count, width]
+    const int64_t* rows;  // [count], all different
+    const float* factors;
+    int64_t count, width;
+    DType dtype;  // of x
+};
+
+struct RoundValuesArgs {
+    void* out;
+    const float* x;
+    int64_t count;
+    DType dtype;  // of out
+};
+
 struct WriteKvArgs {
     // Keys and values: [tokens, row_bytes] to [slots, row_bytes].
     struct Side {
