@@ -183,6 +183,24 @@ struct RoundValuesArgs {
     DType dtype;  // of out
 };
 
+// A mixture of experts on a GPU, whose weights are plain and dense, of the type of x.
+struct ExpertMixArgs {
+    void* out;                   // [rows, hidden]
+    const void* x;               // [rows, hidden]
+    const float* weights;        // [rows, top_k]
+    const int64_t* experts;      // [rows, top_k]
+    const void* const* gate_up;  // [num_experts], in the host's memory: each [2 * width, hidden]
+    const void* const* down;     // likewise: each [hidden, width]
+    void* workspace;             // expert_mix_workspace() bytes
+    int64_t rows, hidden, width, num_experts, top_k;
+    int64_t x_stride;
+    Activation activation;
+    DType dtype;  // of 16 bits
+};
+
+// So many experts at most: pointers to their weights are arguments of the kernel.
+constexpr int64_t kMostKernelExperts = 128;
+
 struct WriteKvArgs {
     // Keys and values: [tokens, row_bytes] to [slots, row_bytes].
     struct Side {

@@ -1,6 +1,7 @@
-// Mixture of experts on the CPU: which experts a row goes to, and what they give together.
+// Mixture of experts: which experts a row goes to, and what they give together.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,15 @@ void route(const Tensor& weights, const Tensor& experts, const Tensor& logits, b
 // The different numbers in `experts` [rows, top_k] int64, ascending, all below num_experts.
 std::vector<int64_t> used_experts(const Tensor& experts, int64_t num_experts);
 
+// On CUDA: what ExpertMix gives, for plain weights, without waiting for the device. `out` and the
+// rest as there; gate_up and down: [num_experts]. False, and nothing done, where the kernel does
+// not take them. `empty` makes a workspace: a uint8 tensor of so many bytes on the device.
+bool mix_experts_cuda(const Tensor& out, const Tensor& x, const Tensor& weights,
+                      const Tensor& experts, const std::vector<Tensor>& gate_up,
+                      const std::vector<Tensor>& down, const std::string& activation,
+                      const std::function<Tensor(int64_t)>& empty);
+
+// On the CPU: one expert that is used.
 struct Expert {
     int64_t number;
     LinearPart gate_up;  // [2 * width, hidden]: gate, then up

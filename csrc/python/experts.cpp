@@ -16,6 +16,24 @@ void bind_experts(py::module_& m) {
         },
         py::arg("weights"), py::arg("experts"), py::arg("logits"), py::arg("normalize"));
     m.def("used_experts", &ops::used_experts, py::arg("experts"), py::arg("num_experts"));
+    m.def(
+        "on_gpu", [](const Tensor& tensor) { return tensor.device == DeviceType::kCUDA; },
+        py::arg("tensor"));
+    // `empty` makes a workspace: a uint8 tensor of the given number of bytes, on the device.
+    m.def(
+        "mix_experts_cuda",
+        [](const Tensor& out, const Tensor& x, const Tensor& weights, const Tensor& experts,
+           const std::vector<Tensor>& gate_up, const std::vector<Tensor>& down,
+           const std::string& activation, const py::function& empty) {
+            py::object workspace;
+            return ops::mix_experts_cuda(out, x, weights, experts, gate_up, down, activation,
+                                         [&](int64_t size) {
+                                             workspace = empty(size);
+                                             return workspace.cast<Tensor>();
+                                         });
+        },
+        py::arg("out"), py::arg("x"), py::arg("weights"), py::arg("experts"), py::arg("gate_up"),
+        py::arg("down"), py::arg("activation"), py::arg("empty"));
     // `used` holds number, gate_up and down of each expert that is used; `empty` makes scratch
     // memory: a uint8 tensor of the given number of bytes.
     m.def(
