@@ -37,6 +37,7 @@ from sglite.engine.results import RequestGroup
 from sglite.engine.tokenizer import Tokenizer
 from sglite.interface.config import EngineConfig, LLMOptions
 from sglite.interface.errors import (
+    ConfigError,
     EngineClosedError,
     GenerationError,
     InvalidRequestError,
@@ -154,6 +155,11 @@ class LLM:
             loaded, self.tokenizer = take_module(options)
         else:
             loaded, self.tokenizer = _load(options, checkpoint, device)
+        if options.batch_invariant and not loaded.can_be_batch_invariant:
+            raise ConfigError(
+                f"batch_invariant=True: parts of {loaded.architecture} run as Hugging Face has "
+                f"them, with other bits in other batches: leave it out"
+            )
         thread = EngineThread(device, num_threads)
         with thread():
             fitting = kv_tokens(
@@ -174,7 +180,8 @@ class LLM:
             context_limit=loaded.max_positions,
             kv_cache_tokens=fitting,
             num_threads=num_threads,
-            batch_invariant=bool(options.batch_invariant) or device.type == "cpu",
+            batch_invariant=bool(options.batch_invariant)
+            or (device.type == "cpu" and loaded.can_be_batch_invariant),
         )
         config = self.config
         self._tokenizer = Tokenizer(self.tokenizer)

@@ -28,6 +28,8 @@ class LoadedModel:
         kv_layers: what each attention layer stores per token, by its `layer_id`.
         generation_defaults: of `generation_config.json`.
         end_token_ids: ids that end a text.
+        can_be_batch_invariant: whether a row's bits need not depend on what shares its batch, as
+            far as the model's parts are concerned.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class LoadedModel:
     kv_layers: tuple[LayerSpec, ...]
     generation_defaults: GenerationDefaults
     end_token_ids: tuple[int, ...]
+    can_be_batch_invariant: bool = True
 
 
 def check_room(needed: int, device: torch.device, room: int) -> None:

@@ -114,6 +114,8 @@ class TransformersModel(nn.Module):
         kv_layers: what each attention layer stores per token.
         vocab_size: width of the logits.
         origin: the live module whose parameters these are; None: they are the model's own.
+        can_be_batch_invariant: False on a GPU, whose products are torch's, and where GPT-2's
+            Conv1D, a product of torch's as well, runs over a live module's weights.
         cuda_graphs: False: Hugging Face's code may look at the values of its tensors.
     """
 
@@ -152,6 +154,7 @@ class TransformersModel(nn.Module):
         fusions = fuser.run()
         fusions.whole_layers = whole_layers
         self.info = TransformersInfo(found.layers, fusions, shared)
+        self.can_be_batch_invariant = device.type == "cpu" and "Conv1D" not in fusions.kept
         if not shared:
             _leave_files(inner)
         self.inner = inner
@@ -274,9 +277,10 @@ def load_unregistered(
     if room is not None:
         needed = sum(parameter.numel() for parameter in empty.parameters()) * run_dtype.itemsize
         check_room(needed, device, room)
+    inner = read_model(model_class, checkpoint, config, run_dtype)
+    # Not earlier: transformers' modules must not be imported on two threads at once.
     if before_reading is not None:
         before_reading()
-    inner = read_model(model_class, checkpoint, config, run_dtype)
     model = TransformersModel(
         inner, limit, shared=False, device=device, quantization=quantization
     ).to(device)
@@ -364,4 +368,5 @@ def _loaded(
         kv_layers=model.kv_layers,
         generation_defaults=defaults,
         end_token_ids=defaults.eos_token_ids or end_token_ids_of(text),
+        can_be_batch_invariant=model.can_be_batch_invariant,
     )

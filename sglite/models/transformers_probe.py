@@ -9,13 +9,14 @@ else in the model carries something from token to token, or counts positions by 
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sglite.interface.errors import UnsupportedModelError
+from sglite.interface.errors import SGLiteError, UnsupportedModelError
 from sglite.models.transformers_attention import (
     IMPLEMENTATION,
     PROBED_IMPLEMENTATION,
@@ -23,6 +24,7 @@ from sglite.models.transformers_attention import (
     use_implementation,
 )
 from sglite.models.transformers_calls import CallRecord, record_calls
+from sglite.models.transformers_parts import InvariantLinears
 
 _LENGTH = 5
 #: The token that both forwards hold, by its place in the first and in the second.
@@ -113,6 +115,7 @@ class Recorder:
         self.calls: dict[str, _Call] = {}
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._num_positions = num_positions
+        self._windows: list[tuple[Tensor, int | None]] = []  # of masks that were looked at
 
     def record(
         self,
@@ -136,7 +139,7 @@ class Recorder:
         _check_shapes(name, query, key, value)
         window = options.get("sliding_window")
         if mask is not None:
-            window = self._window(name, mask)
+            window = self._window_of(name, mask)
         elif options.get("is_causal", getattr(module, "is_causal", True)) is False:
             raise UnsupportedModelError(f"{name} lets tokens see what follows them (not causal)")
         facts = AttentionFacts(
@@ -163,6 +166,15 @@ class Recorder:
             if same and call.key.shape == key.shape and call.facts.shares is None:
                 return path
         return None
+
+    def _window_of(self, name: str, mask: Tensor) -> int | None:
+        """`_window`, once for each mask: layers mostly share theirs."""
+        for known, window in self._windows:
+            if known is mask:
+                return window
+        window = self._window(name, mask)
+        self._windows.append((mask, window))
+        return window
 
     def _window(self, name: str, mask: Tensor) -> int | None:
         """How far back a mask lets a token see; None: to the beginning."""
@@ -264,12 +276,21 @@ def _run(
     for module in model.modules():
         module.__dict__[RECORDER] = recorder
     try:
-        with torch.inference_mode():
+        # Its rows' bits do not depend on their places, so that no expert is chosen otherwise.
+        linears = InvariantLinears() if device.type == "cpu" else nullcontext()
+        with torch.inference_mode(), linears:
             output = model(
                 input_ids=token_ids[None].to(device),
                 position_ids=positions[None].to(device),
                 **arguments,
             )
+    except SGLiteError:
+        raise
+    except Exception as error:  # of whatever kind the class's own code raises
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fails on a few tokens with attention replaced: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     finally:
         for module in model.modules():
             del module.__dict__[RECORDER]

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from sglite.interface.errors import CheckpointError
 from sglite.models.checkpoint import Checkpoint
+from sglite.models.weights import HARMLESS
 
 _NAMES_SHOWN = 5
 _REPORTED = {
@@ -135,7 +136,7 @@ def read_model(
 def _check_report(report: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     problems = []
     for key, title in _REPORTED.items():
-        names = [str(name) for name in report.get(key) or ()]
+        names = [str(name) for name in report.get(key) or () if not HARMLESS.search(str(name))]
         if names:
             shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
             rest = len(names) - _NAMES_SHOWN

@@ -25,8 +25,8 @@ from sglite.models.quantized_weights import QuantizedPart, choose_layouts, take_
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
 from sglite.ops import WeightMemory, WeightWriter
 
-# Tensors that old checkpoints hold and that are computed from the config.
-_HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+#: Names of tensors that old checkpoints hold and that are computed from the config.
+HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NAMES_SHOWN = 5
 # Bytes of tensors that threads share out among them, between two looks for an interrupt.
 _WRITTEN_AT_ONCE = 1 << 30
@@ -197,7 +197,7 @@ def _check(
 ) -> None:
     filled = {targets[name].key for name in (*found, *parts) if name in targets}
     missing = [name for name, target in targets.items() if target.key not in filled]
-    unused = [name for name in found if name not in targets and not _HARMLESS.search(name)]
+    unused = [name for name in found if name not in targets and not HARMLESS.search(name)]
     misshapen = []
     for name, (file, entry) in found.items():
         target = targets.get(name)

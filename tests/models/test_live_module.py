@@ -9,7 +9,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sglite import LLM
+from sglite import LLM, ModelRegistry, register
 from sglite.interface.errors import ConfigError, UnsupportedModelError
 from tests.checkpoints import VOCAB_SIZE, make_tokenizer
 from tests.models.test_transformers_path import check_greedy, check_logits, model_of, prompts
@@ -57,6 +57,16 @@ def test_a_live_module_against_itself(name):
         check_greedy(llm, module)
 
 
+def test_what_is_not_batch_invariant_says_so():
+    module = make_model(make_config("GPT2Config"))  # its Conv1D is a product of torch's
+    with live(module) as llm:
+        assert not llm.config.batch_invariant
+    with pytest.raises(ConfigError, match="batch_invariant=True: parts of GPT2LMHeadModel"):
+        live(module, batch_invariant=True)
+    with live(make_model(make_config("LlamaConfig")), batch_invariant=True) as llm:
+        assert llm.config.batch_invariant
+
+
 def test_parameters_are_shared_and_the_module_left_as_it_was():
     module = make_model(make_config("LlamaConfig", tie_word_embeddings=True)).train()
     ids = torch.tensor([prompts()[3]])
@@ -89,7 +99,8 @@ def test_a_training_step_in_between():
 
 
 def test_the_same_bits_as_from_its_checkpoint(tmp_path):
-    module = make_model(make_config("LlamaConfig"))
+    """Of a model whose layers are not replaced whole, which round elsewhere."""
+    module = make_model(make_config("HeliumConfig"))
     module.save_pretrained(tmp_path)
     options = {**GREEDY, "logprobs": 1}
     with (
@@ -219,6 +230,16 @@ def test_a_class_from_a_notebook_and_its_checkpoint(notebook, tmp_path):
     with LLM(tmp_path, tokenizer=make_tokenizer(), kv_cache_tokens=2048) as llm:
         assert llm.config.architecture == "NotebookLM"
         check_logits(model_of(llm), torch.float32, notebook)
+
+
+def test_a_class_from_a_notebook_by_the_decorator(notebook, tmp_path):
+    notebook.save_pretrained(tmp_path)
+    register("NotebookLM")(NotebookLM)
+    try:
+        with LLM(tmp_path, tokenizer=make_tokenizer(), kv_cache_tokens=2048) as llm:
+            check_logits(model_of(llm), torch.float32, notebook)
+    finally:
+        del ModelRegistry.models["NotebookLM"]
 
 
 @pytest.mark.parametrize("extra", ["shift", "places"])

@@ -114,6 +114,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "GptOss": ("GptOssConfig", {**_MOE, "head_dim": 12}, "sinks"),
     "Llama4": ("Llama4TextConfig", {**_MOE, "head_dim": 12}, "chunk"),
+    "DiffLlama": ("DiffLlamaConfig", {}, "attends twice"),
+    "Doge": ("DogeConfig", {}, "mask of the model's own making"),
     "T5": ("T5Config", {"d_model": 48, "num_layers": 2}, "encoder-decoder"),
 }
 
