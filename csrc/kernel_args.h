@@ -157,6 +157,50 @@ struct GatedActivationArgs {
     DType dtype;
 };
 
+struct RouteArgs {
+    float* weights;       // [rows, top_k]
+    int64_t* experts;     // [rows, top_k]
+    const float* logits;  // [rows, num_experts]
+    int64_t rows, num_experts, top_k;
+    int64_t logits_stride;
+    bool normalize;  // whether weights are divided by their sum
+};
+
+// total[rows[i]] += factors[i] * x[i]
+struct AddRowsArgs {
+    float* total;         // [any, width]
+    const void* x;        // [count, width]
+    const int64_t* rows;  // [count], all different
+    const float* factors;
+    int64_t count, width;
+    DType dtype;  // of x
+};
+
+struct RoundValuesArgs {
+    void* out;
+    const float* x;
+    int64_t count;
+    DType dtype;  // of out
+};
+
+// A mixture of experts on a GPU, whose weights are plain and dense, of the type of x.
+struct ExpertMixArgs {
+    void* out;                   // [rows, hidden]
+    const void* x;               // [rows, hidden]
+    const float* weights;        // [rows, top_k]
+    const int64_t* experts;      // [rows, top_k]
+    const void* const* gate_up;  // [num_experts], in the host's memory: each [2 * width, hidden]
+    const void* const* down;     // likewise: each [hidden, width]
+    void* workspace;             // expert_mix_workspace() bytes
+    int64_t rows, hidden, width, num_experts, top_k;
+    int64_t x_stride;
+    Activation activation;
+    DType dtype;  // of 16 bits
+};
+
+// So many experts at most: pointers to their weights are arguments of the kernel.
+constexpr int64_t kMostKernelExperts = 128;
+
 struct WriteKvArgs {
     // Keys and values: [tokens, row_bytes] to [slots, row_bytes].
     struct Side {

@@ -69,6 +69,9 @@ struct Kernels {
     void (*paged_attention)(const AttentionArgs&);
     void (*sample)(const SampleArgs&);
     void (*log_probs)(const LogProbsArgs&);
+    void (*route)(const RouteArgs&);
+    void (*add_rows)(const AddRowsArgs&);
+    void (*round_values)(const RoundValuesArgs&);
 };
 
 const Kernels& kernels();

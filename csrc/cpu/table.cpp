@@ -22,6 +22,9 @@ void copy_kv_slots(const CopyKvSlotsArgs& args);
 void paged_attention(const AttentionArgs& args);
 void sample(const SampleArgs& args);
 void log_probs(const LogProbsArgs& args);
+void route(const RouteArgs& args);
+void add_rows(const AddRowsArgs& args);
+void round_values(const RoundValuesArgs& args);
 
 extern const Kernels table;
 const Kernels table = {
@@ -44,6 +47,9 @@ const Kernels table = {
     .paged_attention = paged_attention,
     .sample = sample,
     .log_probs = log_probs,
+    .route = route,
+    .add_rows = add_rows,
+    .round_values = round_values,
 };
 
 }  // namespace sglite::cpu::SGLITE_CPU_PATH

@@ -36,6 +36,8 @@ struct Kernels {
     bool (*planned_attention)(const AttentionArgs&);
     bool (*takes_prefills)(const AttentionShape&, int device);
     void (*paged_attention)(const AttentionArgs&, Stream);
+    int64_t (*expert_mix_workspace)(const ExpertMixArgs&);
+    void (*mix_experts)(const ExpertMixArgs&, Stream);
 };
 
 // The kernels; throws, naming the op and how to build them, where there are none.

@@ -22,6 +22,8 @@ void copy_kv_slots(const CopyKvSlotsArgs& args, Stream stream);
 bool rope_and_write_kv(const RopeAndWriteKvArgs& args, Stream stream);
 void plan_attention(const AttentionPlanArgs& args, Stream stream);
 void paged_attention(const AttentionArgs& args, Stream stream);
+int64_t expert_mix_workspace(const ExpertMixArgs& args);
+void mix_experts(const ExpertMixArgs& args, Stream stream);
 
 // The kernels of paged_attention.
 void attention_decode(const AttentionArgs& args, Stream stream);

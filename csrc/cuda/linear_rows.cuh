@@ -193,13 +193,11 @@ __device__ void copy_rows(const LinearRowsArgs& args, T* rows) {
     __syncthreads();
 }
 
-// kGroups: eights of weight rows of a tile. kOctets: eights of tokens, at least m / 8; 1 or 2.
-// kDepth: chunks of weights in flight. kHoldX: x lies in shared memory meanwhile. kBlocks: blocks
-// that a multiprocessor has room for. A grid of any size will do.
-template <typename T, int kGroups, int kOctets, int kDepth, bool kHoldX, int kMostWarps,
-          int kBlocks>
-__global__ void __launch_bounds__(kMostWarps* kWarp, kBlocks)
-    linear_rows_kernel(LinearRowsArgs args) {
+// What the blocks along x of a grid of any size do together. kGroups: eights of weight rows of a
+// tile. kOctets: eights of tokens, at least m / 8; 1 or 2. kDepth: chunks of weights in flight.
+// kHoldX: x lies in shared memory meanwhile.
+template <typename T, int kGroups, int kOctets, int kDepth, bool kHoldX>
+__device__ __forceinline__ void linear_rows(const LinearRowsArgs& args) {
     constexpr int kRows = 8 * kGroups;
     unsigned char* shared = dynamic_shared<unsigned char>();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -327,6 +325,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, kBlocks)
         __syncthreads();
         write_outputs<T, kRows>(args, tile, tile_sums);
     }
+}
+
+// kBlocks: blocks that a multiprocessor has room for.
+template <typename T, int kGroups, int kOctets, int kDepth, bool kHoldX, int kMostWarps,
+          int kBlocks>
+__global__ void __launch_bounds__(kMostWarps* kWarp, kBlocks)
+    linear_rows_kernel(LinearRowsArgs args) {
+    linear_rows<T, kGroups, kOctets, kDepth, kHoldX>(args);
 }
 
 }  // namespace sglite::cuda

@@ -23,6 +23,8 @@ const Kernels table = {
     .planned_attention = planned_attention,
     .takes_prefills = takes_prefills,
     .paged_attention = paged_attention,
+    .expert_mix_workspace = expert_mix_workspace,
+    .mix_experts = mix_experts,
 };
 
 }  // namespace sglite::cuda

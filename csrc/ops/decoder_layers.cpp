@@ -5,59 +5,17 @@
 #include "cpu/kernels.h"
 #include "cpu/team.h"
 #include "ops/activation.h"
-#include "ops/linear.h"
 
 namespace sglite::ops {
 
 namespace {
 
 constexpr const char* kOp = "decoder_layers";
-constexpr int64_t kAlignment = 64;
 
 // Layers of fewer floating-point operations are as fast in one thread.
 constexpr double kLeastHeldCost = 1e6;
 
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-void check_scratch(const char* name, const Tensor& scratch, int64_t size) {
-    const Check check(kOp, name, scratch);
-    check.dtype(DType::kUInt8).ndim(1).dense();
-    if (scratch.size(0) < size || reinterpret_cast<uintptr_t>(scratch.data) % kAlignment) {
-        check.fail(std::to_string(size) + " bytes, aligned to " + std::to_string(kAlignment));
-    }
-}
-
-void check_widths(const char* name, const LinearPart& part, int64_t n, int64_t k) {
-    if (part.n() == n && part.k() == k) return;
-    throw std::invalid_argument(std::string(kOp) + ": " + name + ": expected a weight [" +
-                                std::to_string(n) + ", " + std::to_string(k) + "], got [" +
-                                std::to_string(part.n()) + ", " + std::to_string(part.k()) + "]");
-}
-
-int64_t workspace_of(const LinearPart& part, int64_t rows, DType dtype) {
-    if (const auto* quantized = std::get_if<QuantizedTensors>(&part.weight)) {
-        return quantized_workspace(kOp, *quantized, rows, dtype);
-    }
-    return cpu::kernels().linear_workspace(rows, part.k(), dtype);
-}
-
 }  // namespace
-
-void DecoderLayer::View::set(void* data, const Tensor& like, std::initializer_list<int64_t> sizes) {
-    std::copy(sizes.begin(), sizes.end(), shape);
-    int64_t stride = 1;
-    for (int axis = static_cast<int>(sizes.size()) - 1; axis >= 0; --axis) {
-        strides[axis] = stride;
-        stride *= shape[axis];
-    }
-    tensor = like;
-    tensor.data = data;
-    tensor.shape = shape;
-    tensor.strides = strides;
-    tensor.ndim = static_cast<int32_t>(sizes.size());
-}
 
 DecoderLayer::DecoderLayer(const Tensor& x, const LayerBatch& batch, LayerParts given,
                            const Tensor& cos_sin, const Tensor& k_cache, const Tensor& v_cache)
@@ -72,10 +30,10 @@ DecoderLayer::DecoderLayer(const Tensor& x, const LayerBatch& batch, LayerParts 
     const int64_t kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
     const int64_t heads = head_dim ? parts.output.k() / head_dim : 0;
     const int64_t width = heads * head_dim, gated = parts.down.k();
-    check_widths("qkv", parts.qkv, width + 2 * kv_heads * head_dim, hidden);
-    check_widths("output", parts.output, hidden, width);
-    check_widths("gate_up", parts.gate_up, 2 * gated, hidden);
-    check_widths("down", parts.down, hidden, gated);
+    parts.qkv.check_widths(kOp, "qkv", width + 2 * kv_heads * head_dim, hidden);
+    parts.output.check_widths(kOp, "output", hidden, width);
+    parts.gate_up.check_widths(kOp, "gate_up", 2 * gated, hidden);
+    parts.down.check_widths(kOp, "down", hidden, gated);
     activation_named(kOp, parts.activation);
 
     out_.set(nullptr, x, {tokens, hidden});
@@ -92,23 +50,21 @@ DecoderLayer::DecoderLayer(const Tensor& x, const LayerBatch& batch, LayerParts 
 
     int64_t workspace = 0;
     for (const LinearPart* part : {&parts.qkv, &parts.output, &parts.gate_up, &parts.down}) {
-        workspace = std::max(workspace, workspace_of(*part, tokens, x.dtype));
-        cost_ += 2.0 * static_cast<double>(tokens * part->n()) * static_cast<double>(part->k());
+        workspace = std::max(workspace, part->workspace_size(kOp, tokens, x.dtype));
+        cost_ += part->cost(tokens);
     }
     workspace_.set(nullptr, x, {workspace});
     workspace_.tensor.dtype = DType::kUInt8;
-    const int64_t size = element_size(x.dtype);
-    for (View* view : {&normed_, &qkv_, &attended_, &middle_, &gate_up_, &gated_}) {
-        activation_size_ += aligned(view->tensor.numel() * size);
+    for (const ScratchTensor* view : {&normed_, &qkv_, &attended_, &middle_, &gate_up_, &gated_}) {
+        activation_size_ += view->bytes();
     }
     activation_size_ += workspace;
 }
 
 void DecoderLayer::use_activations(char* next, bool team_held) {
-    const int64_t size = element_size(x_.tensor.dtype);
-    for (View* view : {&normed_, &qkv_, &attended_, &middle_, &gate_up_, &gated_}) {
+    for (ScratchTensor* view : {&normed_, &qkv_, &attended_, &middle_, &gate_up_, &gated_}) {
         view->tensor.data = next;
-        next += aligned(view->tensor.numel() * size);
+        next += view->bytes();
     }
     workspace_.tensor.data = next;
     queries_.tensor.data = qkv_.tensor.data;
@@ -121,22 +77,15 @@ void DecoderLayer::use_activations(char* next, bool team_held) {
     cost_ += attention_->cost();
 }
 
-void DecoderLayer::linear(const View& out, const View& x, const LinearPart& part,
+void DecoderLayer::linear(const ScratchTensor& out, const ScratchTensor& x, const LinearPart& part,
                           const std::optional<Tensor>& residual) {
-    const Tensor& workspace = workspace_.tensor;
-    if (const auto* packed = std::get_if<PackedTensors>(&part.weight)) {
-        linear_packed(out.tensor, x.tensor, packed->storage, packed->n, packed->k, part.bias,
-                      residual, workspace);
-    } else {
-        linear_quantized(out.tensor, x.tensor, std::get<QuantizedTensors>(part.weight), part.bias,
-                         residual, workspace);
-    }
+    part.run(out.tensor, x.tensor, residual, workspace_.tensor);
 }
 
 void DecoderLayer::run(void* out, void* x, const Tensor& attention_scratch) {
     out_.tensor.data = out;
     x_.tensor.data = x;
-    const auto norm = [&](const NormPart& part, const View& x) {
+    const auto norm = [&](const NormPart& part, const ScratchTensor& x) {
         rms_norm(normed_.tensor, x.tensor, part.weight, part.epsilon, part.weight_offset,
                  std::nullopt);
     };
@@ -171,7 +120,7 @@ void DecoderLayers::add(LayerParts parts, const Tensor& cos_sin, const Tensor& k
     layers_.emplace_back(x_, batch_, std::move(parts), cos_sin, k_cache, v_cache);
 }
 
-int64_t DecoderLayers::hidden_size() const { return aligned(x_.numel() * element_size(x_.dtype)); }
+int64_t DecoderLayers::hidden_size() const { return aligned(x_.numel() * dtype_size(x_.dtype)); }
 
 int64_t DecoderLayers::activation_size() const {
     int64_t size = 0;
@@ -197,7 +146,7 @@ int DecoderLayers::threads() const {
 }
 
 void DecoderLayers::use_activations(const Tensor& scratch) {
-    check_scratch("activations", scratch, activation_size());
+    check_scratch(kOp, "activations", scratch, activation_size());
     between_ = scratch.data;
     const bool team_held = threads() > 1;
     for (DecoderLayer& layer : layers_) {

@@ -5,10 +5,11 @@
 #include <deque>
 #include <optional>
 #include <string>
-#include <variant>
 
 #include "ops.h"
 #include "ops/attention.h"
+#include "ops/linear_part.h"
+#include "ops/scratch.h"
 #include "tensor.h"
 
 namespace sglite::ops {
@@ -16,25 +17,6 @@ namespace sglite::ops {
 struct NormPart {
     Tensor weight;
     double epsilon, weight_offset;
-};
-
-// A packed weight [n, k].
-struct PackedTensors {
-    Tensor storage;
-    int64_t n, k;
-};
-
-// A weight [n, k] and a bias.
-struct LinearPart {
-    std::variant<PackedTensors, QuantizedTensors> weight;
-    std::optional<Tensor> bias;
-
-    int64_t n() const {
-        return std::visit([](const auto& tensors) { return tensors.n; }, weight);
-    }
-    int64_t k() const {
-        return std::visit([](const auto& tensors) { return tensors.k; }, weight);
-    }
 };
 
 struct AttentionPart {
@@ -79,21 +61,15 @@ class DecoderLayer {
     void run(void* out, void* x, const Tensor& attention_scratch);
 
   private:
-    // A dense matrix, or heads of one, in scratch.
-    struct View {
-        int64_t shape[3], strides[3];
-        Tensor tensor;
-        void set(void* data, const Tensor& like, std::initializer_list<int64_t> sizes);
-    };
-
-    void linear(const View& out, const View& x, const LinearPart& part,
+    void linear(const ScratchTensor& out, const ScratchTensor& x, const LinearPart& part,
                 const std::optional<Tensor>& residual);
 
     const LayerBatch& batch_;
     const LayerParts parts_;
     const Tensor &cos_sin_, &k_cache_, &v_cache_;
-    View out_, x_, normed_, qkv_, queries_, attended_, attended_heads_, middle_, gate_up_, gated_;
-    View workspace_;
+    ScratchTensor out_, x_, normed_, qkv_, queries_, attended_, attended_heads_, middle_, gate_up_,
+        gated_;
+    ScratchTensor workspace_;
     std::optional<PagedAttention> attention_;
     int64_t activation_size_ = 0;
     double cost_ = 0;

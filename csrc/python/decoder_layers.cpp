@@ -2,7 +2,7 @@
 #include "ops/decoder_layers.h"
 
 #include "python/bindings.h"
-#include "python/quantized.h"
+#include "python/linear_part.h"
 #include "python/torch_tensor.h"
 
 namespace sglite {
@@ -10,35 +10,27 @@ namespace sglite {
 namespace {
 
 using Norm = std::tuple<Tensor, double, double>;
-using Packed = std::tuple<Tensor, int64_t, int64_t>;
-using Linear = std::tuple<std::variant<Packed, QuantizedWeight>, std::optional<Tensor>>;
 using Attention = std::tuple<std::optional<Tensor>, std::optional<Tensor>, double, double, bool,
                              double, std::optional<int64_t>, std::optional<double>>;
 using Batch = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Fields in the order of sglite/ops/decoder_layers.py.
-using Parts = std::tuple<Norm, Linear, Attention, Linear, Norm, Linear, std::string, Linear>;
+using Parts =
+    std::tuple<Norm, LinearPart, Attention, LinearPart, Norm, LinearPart, std::string, LinearPart>;
 using Layer = std::tuple<Parts, Tensor, Tensor, Tensor>;
 
 ops::LayerParts named(const Parts& parts) {
     const auto norm = [](const Norm& part) { return std::make_from_tuple<ops::NormPart>(part); };
-    const auto linear = [](const Linear& part) {
-        const auto& [weight, bias] = part;
-        if (const auto* packed = std::get_if<Packed>(&weight)) {
-            return ops::LinearPart{std::make_from_tuple<ops::PackedTensors>(*packed), bias};
-        }
-        return ops::LinearPart{named(std::get<QuantizedWeight>(weight)), bias};
-    };
     const auto& [input_norm, qkv, attention, output, post_norm, gate_up, activation, down] = parts;
     return {
         .input_norm = norm(input_norm),
-        .qkv = linear(qkv),
+        .qkv = named(qkv),
         .attention = std::make_from_tuple<ops::AttentionPart>(attention),
-        .output = linear(output),
+        .output = named(output),
         .post_norm = norm(post_norm),
-        .gate_up = linear(gate_up),
+        .gate_up = named(gate_up),
         .activation = activation,
-        .down = linear(down),
+        .down = named(down),
     };
 }
 

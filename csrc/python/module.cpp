@@ -58,4 +58,5 @@ PYBIND11_MODULE(_C, m) {
     sglite::bind_ops(m);
     sglite::bind_weight_writer(m);
     sglite::bind_decoder_layers(m);
+    sglite::bind_experts(m);
 }

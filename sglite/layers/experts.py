@@ -1,10 +1,12 @@
 """MLPs of many experts, of which each token uses a few."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from sglite import ops
-from sglite.layers.composite import is_plain
+from sglite.layers.composite import are_plain, is_plain
 from sglite.layers.linear import GateUpLinear, Linear
 from sglite.layers.mlp import GatedMLP, op_name
 from sglite.layers.porting import QuantizationConfig, add_prefix
@@ -98,18 +100,16 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden_size] -> [T, hidden_size]."""
         weights, chosen = ops.route(self.gate(x), self.top_k, normalize=self.normalize)
-        if self._experts_are_plain():
-            parts = [
-                (e.gate_up_proj.matrix.stored, e.down_proj.matrix.stored) for e in self.experts
-            ]
-            gate_up, down = zip(*parts, strict=True)
+        experts = list(self.experts)
+        activation = self._common_activation(experts, chosen)
+        if activation is not None:
             out = ops.mix_experts(
                 x,
                 weights,
                 chosen,
-                gate_up,
-                down,
-                activation=op_name(self.experts[0].act_fn),
+                _Stored(experts, "gate_up_proj"),
+                _Stored(experts, "down_proj"),
+                activation=activation,
                 batch_invariant=self.gate.batch_invariant,
             )
         else:
@@ -120,16 +120,23 @@ class SparseMLP(nn.Module):
         share = (ops.soft_cap(self.shared_expert_gate(x) / 2, 1.0) + 1) / 2
         return out + (share * self.shared_expert(x).float()).to(x.dtype)
 
-    def _experts_are_plain(self) -> bool:
-        """Whether one op may do the work of all experts, which have no biases."""
-        activation = op_name(self.experts[0].act_fn)
-        return activation is not None and all(
-            is_plain(expert, GatedMLP)
-            and is_plain(expert.gate_up_proj, GateUpLinear)
-            and is_plain(expert.down_proj, Linear)
-            and op_name(expert.act_fn) == activation
-            for expert in self.experts
-        )
+    @staticmethod
+    def _common_activation(experts: list[nn.Module], chosen: Tensor) -> str | None:
+        """The activation of the chosen experts if one op may do their work; they have no biases."""
+        found = None
+        # Of many experts a few tokens use few. On a GPU it would take a wait to know which.
+        numbers = range(len(experts)) if chosen.is_cuda else ops.used_experts(chosen, len(experts))
+        for number in numbers:
+            expert = experts[number]
+            if not is_plain(expert, GatedMLP):
+                return None
+            parts = expert._modules
+            activation = op_name(parts["act_fn"])
+            linears = ((parts["gate_up_proj"], GateUpLinear), (parts["down_proj"], Linear))
+            if activation is None or activation != (found or activation) or not are_plain(linears):
+                return None
+            found = activation
+        return found
 
     def _mix_modules(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """As `sglite.ops.mix_experts`, the experts run as modules."""
@@ -139,3 +146,22 @@ class SparseMLP(nn.Module):
             out = self.experts[expert](x[rows])
             total.index_add_(0, rows, out.float() * factors[places, None])
         return total.to(x.dtype)
+
+
+class _Stored(Sequence):
+    """One weight of each expert as the ops take it, looked up when it is asked for.
+
+    Args:
+        experts: the experts.
+        name: of the linear layer that has the weight.
+    """
+
+    def __init__(self, experts: list[nn.Module], name: str):
+        self._experts = experts
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, expert: int):
+        return self._experts[expert]._modules[self._name].matrix.stored

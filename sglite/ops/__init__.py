@@ -24,7 +24,7 @@ from sglite.ops.decoder_layers import (
     decoder_layers,
 )
 from sglite.ops.embedding import embedding
-from sglite.ops.experts import mix_experts, route, rows_of_experts
+from sglite.ops.experts import mix_experts, route, rows_of_experts, used_experts
 from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm_linear
 from sglite.ops.kv_cache import copy_kv_slots, write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
@@ -83,5 +83,6 @@ __all__ = [
     "sampling_workspace",
     "silu_and_mul",
     "soft_cap",
+    "used_experts",
     "write_kv",
 ]

@@ -115,6 +115,12 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
 
 
+def route(logits: Tensor, top_k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    """See `sglite.ops.route`. Which of equal experts is taken is torch's affair."""
+    weights, experts = logits.softmax(-1).topk(top_k, dim=-1)
+    return (weights / weights.sum(-1, keepdim=True) if normalize else weights), experts
+
+
 def mix_experts(
     x: Tensor,
     weights: Tensor,

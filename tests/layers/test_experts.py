@@ -5,7 +5,8 @@ import torch
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from sglite.layers import GatedMLP, SparseMLP
+from sglite import ops
+from sglite.layers import GatedMLP, GeluAndMul, SparseMLP
 
 EXPERTS, TOP_K, HIDDEN, WIDTH, SHARED = 6, 3, 32, 20, 28
 
@@ -67,6 +68,29 @@ def test_a_hook_sees_its_expert_and_changes_no_bit(dtype):
     assert torch.equal(ours(x), expected)
     assert len(seen) == 1
     assert 0 < seen[0][0] < 30
+
+
+def test_experts_that_no_token_uses_are_not_looked_at():
+    ours, _ = make()
+    x = torch.randn(1, HIDDEN)
+    expected = ours(x)
+    chosen = ours.gate(x).topk(TOP_K).indices[0].tolist()
+    for number in set(range(EXPERTS)) - set(chosen):
+        ours.experts[number] = GatedMLP(HIDDEN, WIDTH)  # without weights: an error, if it is run
+    assert torch.equal(ours(x), expected)
+
+
+def test_experts_of_several_activations():
+    ours, _ = make(shared_size=None)
+    ours.experts[1].act_fn = GeluAndMul()
+    x = torch.randn(12, HIDDEN)
+    expected = torch.zeros(x.shape)
+    weights, chosen = ops.route(ours.gate(x), TOP_K, normalize=True)
+    for row in range(12):
+        for place in chosen[row].argsort().tolist():
+            given = ours.experts[chosen[row, place]](x[row : row + 1])[0]
+            expected[row] += given * weights[row, place]
+    assert torch.equal(ours(x), expected)
 
 
 def test_a_subclass_is_run():
