@@ -25,8 +25,11 @@ build: $(VENV)/.installed
 demo: build
 	$(RUN) examples/demo.py
 
+# Test files are shared out among so many processes.
+TEST_WORKERS ?= 2
+
 test: build
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile tests
 
 # The CUDA kernels on a GPU; on the CPU, run by the emulator.
 test-cuda: build
@@ -51,7 +54,7 @@ soak-cuda: build
 
 test-emulated: $(VENV)/.installed
 	SGLITE_CUDA=emulate $(RUN) setup.py --quiet build_ext --build-lib build/emulated
-	SGLITE_EMULATED=1 $(RUN) -m pytest tests/cuda
+	SGLITE_EMULATED=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile tests/cuda
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
