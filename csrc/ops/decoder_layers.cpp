@@ -3,17 +3,14 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
-#include "cpu/team.h"
 #include "ops/activation.h"
+#include "ops/held_team.h"
 
 namespace sglite::ops {
 
 namespace {
 
 constexpr const char* kOp = "decoder_layers";
-
-// Layers of fewer floating-point operations are as fast in one thread.
-constexpr double kLeastHeldCost = 1e6;
 
 }  // namespace
 
@@ -142,7 +139,7 @@ double DecoderLayers::cost() const {
 
 int DecoderLayers::threads() const {
     const double count = static_cast<double>(std::max<size_t>(layers_.size(), 1));
-    return cost() / count < kLeastHeldCost ? 1 : cpu::num_threads();
+    return held_threads(cost() / count);
 }
 
 void DecoderLayers::use_activations(const Tensor& scratch) {
@@ -166,9 +163,7 @@ void DecoderLayers::run(const Tensor& attention_scratch) {
             to_out = !to_out;
         }
     };
-    cpu::hold_team(
-        threads(), [](const void* layers) { (*static_cast<const decltype(body)*>(layers))(); },
-        &body);
+    hold_team(threads(), body);
 }
 
 }  // namespace sglite::ops

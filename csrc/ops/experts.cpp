@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "cpu/kernels.h"
-#include "cpu/team.h"
 #include "ops/activation.h"
+#include "ops/held_team.h"
 #include "ops/ranges.h"
 #include "ops/scratch.h"
 
@@ -15,9 +15,6 @@ namespace sglite::ops {
 namespace {
 
 constexpr const char* kOp = "mix_experts";
-
-// Experts of fewer floating-point operations are as fast in one thread.
-constexpr double kLeastHeldCost = 1e6;
 
 }  // namespace
 
@@ -224,9 +221,7 @@ void ExpertMix::run(const Tensor& scratch) {
         });
     };
     const double count = static_cast<double>(std::max<size_t>(used_.size(), 1));
-    cpu::hold_team(
-        cost_ / count < kLeastHeldCost ? 1 : cpu::num_threads(),
-        [](const void* run) { (*static_cast<const decltype(body)*>(run))(); }, &body);
+    hold_team(held_threads(cost_ / count), body);
 }
 
 }  // namespace sglite::ops

@@ -13,7 +13,7 @@ from sglite.cache.kv_pool import KVPool
 from sglite.engine.decode_state import DecodeState
 from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.graph_capture import GraphPool, HostAccess
-from sglite.engine.sampler import Sampler, kernel_rows
+from sglite.engine.sampler import Sampler
 from sglite.engine.scheduler import ScheduledRequest, Step
 
 # How far the logits of a replay may be from those of the same step run kernel by kernel, as a share
@@ -126,20 +126,15 @@ class DecodeGraphs:
     def _step(self, size: int) -> Tensor:
         """The whole step on the first `size` rows; gives the logits, [size, vocab_size] float32."""
         rows = self._state.rows(size, self._pool.layers)
-        self._state.advance(rows)
-        logits = kernel_rows(self._model(*rows.inputs).next_token_logits)
+        return self._state.step(self._model, rows, self._sampling_workspace)
+
+    def _sampling_workspace(self, logits: Tensor) -> Tensor:
+        """The same for all sizes, as graphs keep its address."""
         if self._workspace is None:
             self._workspace = ops.sampling_workspace(
                 logits.shape[1], rows=self._sizes[-1], device=logits.device
             )
-        ops.sample(
-            logits,
-            rows.reals,
-            rows.integers,
-            workspace=self._workspace,
-            out=(rows.token_ids, rows.status),
-        )
-        return logits
+        return self._workspace
 
     def _run_first(self, size: int) -> Tensor:
         """Runs the step kernel by kernel, then captures it; gives the logits."""

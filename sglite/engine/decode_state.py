@@ -1,15 +1,16 @@
 """The inputs of decode steps, at fixed addresses on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sglite import ops
 from sglite.cache.kv_pool import KVPool
 from sglite.engine.request import Request
+from sglite.engine.sampler import kernel_rows
 from sglite.engine.sampling_state import SamplingState, parameters
 from sglite.engine.scheduler import ScheduledRequest
 from sglite.engine.transfer import torch_dtype, upload
@@ -193,6 +194,30 @@ class DecodeState:
     def advance(self, rows: DecodeRows) -> None:
         """Moves these rows on by one token."""
         ops.advance(*rows.advanced, self._pool.page_size)
+
+    def step(
+        self, model: nn.Module, rows: DecodeRows, workspace: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Moves these rows on by one token, and draws the next one of each.
+
+        Args:
+            model: as the model runner's.
+            rows: of this state.
+            workspace: gives what `sglite.ops.sample` needs for these logits.
+
+        Returns:
+            The logits, [R, vocab_size] float32.
+        """
+        self.advance(rows)
+        logits = kernel_rows(model(*rows.inputs).next_token_logits)
+        ops.sample(
+            logits,
+            rows.reals,
+            rows.integers,
+            workspace=workspace(logits),
+            out=(rows.token_ids, rows.status),
+        )
+        return logits
 
     def save(self) -> Tensor:
         """A copy of what a step changes; `restore` takes it."""

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from sglite import ops
 from sglite.cache.kv_pool import KVPool
 from sglite.engine.decode_state import DecodeRows, DecodeState
 from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.request import Request
-from sglite.engine.sampler import Sampler, kernel_rows, rows_with_logprobs
+from sglite.engine.sampler import Sampler, rows_with_logprobs
 from sglite.engine.sampling_state import SamplingState
 from sglite.engine.scheduler import Step
 
@@ -73,15 +72,7 @@ class DecodeSteps:
         rows = self._rows
         if rows is None or len(rows.token_ids) != len(items):
             rows = self._rows = state.rows(len(items), self._pool.layers)
-        state.advance(rows)
-        logits = kernel_rows(self._model(*rows.inputs).next_token_logits)
-        ops.sample(
-            logits,
-            rows.reals,
-            rows.integers,
-            workspace=self._sampler.workspace(logits),
-            out=(rows.token_ids, rows.status),
-        )
+        logits = state.step(self._model, rows, self._sampler.workspace)
         indices = [item.output_index for item in items]
         return self._sampler.follow(
             logits,

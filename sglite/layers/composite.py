@@ -36,17 +36,7 @@ def runs_only(part: nn.Module, forward: Callable) -> bool:
 
 def are_plain(parts: Iterable[tuple[nn.Module, type[nn.Module]]]) -> bool:
     """Whether `is_plain` holds for every pair of a part and its kind."""
-    if _global_forward_hooks or _global_forward_pre_hooks:
-        return False
-    for part, kind in parts:
-        if (
-            type(part) is not kind
-            or part._forward_hooks
-            or part._forward_pre_hooks
-            or "forward" in part.__dict__
-        ):
-            return False
-    return True
+    return all(is_plain(part, kind) for part, kind in parts)
 
 
 def add_part(part: nn.Module, kind: type[nn.Module], residual: Tensor, *inputs: Any) -> Tensor:
