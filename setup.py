@@ -33,6 +33,8 @@ X86_PATHS = {
     "portable": "",
 }
 PORTABLE_PATHS = {"portable": ""}
+# Of the files in csrc/cpu/amx, which stand beside those of avx512.
+AMX_FLAGS = f"{X86_PATHS['avx512']} -mamx-tile -mamx-bf16"
 
 
 def cuda_home():
@@ -192,6 +194,9 @@ class NinjaBuild(build_ext):
                     f"cpu/{source.stem}.{path}.o",
                     f"-DSGLITE_CPU_PATH={path} {path_flags}",
                 )
+        for source in sorted((CSRC / "cpu" / "amx").glob("*.cpp")) if x86_linux else []:
+            name = f"{source.relative_to(CSRC)}.o"
+            compile_rule("compile", source, name, f"-DSGLITE_CPU_PATH=amx {AMX_FLAGS}")
         libraries = ""
         if architectures == ["emulated"]:
             for source in sorted((CSRC / "cuda").glob("*.cu")):
