@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sglite.layers.experts import SparseMLP
 from sglite.tools.compare.limits import Limits
@@ -150,7 +151,9 @@ class Guide:
         ours = experts[: stop - start]
         counts = self.counts[index]
         counts.tokens += len(experts)
-        only_ours, only_theirs = _members(ours, scores), _members(theirs, scores)
+        width = max(scores.shape[-1], 1 + int(ours.max()))
+        scores = functional.pad(scores, (0, width - scores.shape[-1]), value=-torch.inf)
+        only_ours, only_theirs = _members(ours, width), _members(theirs, width)
         only_ours, only_theirs = only_ours & ~only_theirs, only_theirs & ~only_ours
         either = only_ours | only_theirs
         differs = either.any(-1)
@@ -244,7 +247,7 @@ class _HuggingFace:
             scores, self._scores = self._scores, None
             if scores is None or len(scores) != len(chosen):
                 # Nothing is known of ties: the chosen ones are infinitely far above all others.
-                scores = torch.full((len(chosen), self._module.num_experts), -torch.inf)
+                scores = torch.full((len(chosen), 1 + int(chosen.max())), -torch.inf)
                 scores = scores.scatter(-1, chosen, 0.0)
             answer = ask(index, scores, chosen, weights.detach().float().cpu())
             if answer is None:
@@ -304,9 +307,9 @@ def recording(model: nn.Module, guide: Guide | None, text: int) -> Iterator[list
     seen += [kept[index] for index in sorted(kept)]
 
 
-def _members(experts: Tensor, scores: Tensor) -> Tensor:
-    """Which experts are among the chosen ones, [T, experts] bool."""
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, value=True)
+def _members(experts: Tensor, width: int) -> Tensor:
+    """Which experts are among the chosen ones, [T, width] bool."""
+    return torch.zeros(len(experts), width, dtype=torch.bool).scatter(-1, experts, value=True)
 
 
 def _scores(router: nn.Module, logits: Tensor) -> Tensor:
