@@ -3,11 +3,15 @@
 // Scores are kept as exponents of 2.
 #include "cpu/attention.h"
 
+#include <cmath>
+
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
+
+constexpr double kLog2E = 1.44269504088896340736;
 
 // total = total (+) part, where both are records whose weights are relative to their own maxima.
 static void merge_record(float* total, const float* part, int64_t channels) {
@@ -28,10 +32,13 @@ static void clear_record(float* record, int64_t channels) {
     record[channels + 1] = 0.0f;
 }
 
-// Divides by the sum of weights; a row that sees nothing gets zeros.
+// Divides by the sum of weights, to which a sink adds its own; a row that sees nothing gets zeros.
 template <typename T>
-static void write_output(T* out, const float* record, int64_t channels, int64_t head_dim) {
-    const float sum = record[channels + 1];
+static void write_output(T* out, const float* record, int64_t channels, int64_t head_dim,
+                         const float* sink) {
+    float sum = record[channels + 1];
+    if (sink && sum != 0.0f)
+        sum += std::exp2(*sink * static_cast<float>(kLog2E) - record[channels]);
     const Vec inverse = splat(sum == 0.0f ? 0.0f : 1.0f / sum);
     int64_t i = 0;
     for (; i + Vec::kSize <= head_dim; i += Vec::kSize) store(out + i, load(record + i) * inverse);
@@ -65,7 +72,6 @@ class UnitRunner {
         block_.head_dim = args.head_dim;
         block_.words = words_of<T>(args.head_dim);
         block_.channels = channels_;
-        constexpr double kLog2E = 1.44269504088896340736;
         block_.scale =
             static_cast<float>(args.soft_cap ? args.scale / args.soft_cap : args.scale * kLog2E);
         block_.cap = static_cast<float>(args.soft_cap * kLog2E);
@@ -248,7 +254,8 @@ class UnitRunner {
                 T* to = out + (unit_.first_token + token) * args_.out.token_stride +
                         head * group_ * args_.out.head_stride;
                 for (int64_t i = 0; i < group_; ++i, record += record_)
-                    write_output(to + i * args_.out.head_stride, record, channels_, args_.head_dim);
+                    write_output(to + i * args_.out.head_stride, record, channels_, args_.head_dim,
+                                 args_.sink(head * group_ + i));
             }
         }
     }
@@ -284,10 +291,11 @@ static void merge_splits(const AttentionArgs& args, const AttentionMerge& merge,
                 merge.shared_row + row);
         for (int64_t split = 0; split < merge.splits; ++split)
             add(merge.partials + (split * args.kv_heads + head) * rows + row);
+        const int64_t query_head = head * group + row % group;
         T* out = static_cast<T*>(args.out.data) +
                  (merge.first_token + row / group) * args.out.token_stride +
-                 (head * group + row % group) * args.out.head_stride;
-        write_output(out, total, channels, args.head_dim);
+                 query_head * args.out.head_stride;
+        write_output(out, total, channels, args.head_dim, args.sink(query_head));
     }
 }
 

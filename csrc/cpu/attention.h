@@ -50,7 +50,8 @@ struct AttentionArgs {
     int64_t requests, tokens, table_width, pages, page_size, q_heads, kv_heads, head_dim;
     int64_t window;  // 0: none
     double scale;
-    double soft_cap;  // 0: none
+    double soft_cap;     // 0: none
+    const float* sinks;  // [q_heads], or null
     DType dtype;
 
     // The plan.
@@ -63,6 +64,8 @@ struct AttentionArgs {
     int threads = 1;
 
     int64_t group() const { return q_heads / kv_heads; }
+    // What is added to a query head's scores without a key of its own; null where there is none.
+    const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
     // The first position that a token at `position` sees; it ends at kv_end.
     int64_t first_visible(int64_t position) const {
         return window && position >= window ? position - window + 1 : 0;

@@ -185,6 +185,7 @@ class TransformersModel(nn.Module):
                 sliding_window=facts.window,
                 prefix=facts.path,
             )
+            attention.has_sinks = facts.has_sinks
             modules[facts.path]._modules[SLOT] = AttentionSlot(
                 attention,
                 facts.head_dim,
