@@ -66,8 +66,8 @@ class Call:
         """Called by the driver after a step: wakes the caller if there is news for it."""
         num_finished = sum(request.is_finished for request in self.requests)
         if self._every_token or num_finished > self._num_finished:
-            self._num_finished = num_finished
             self._wake()
+            self._num_finished = num_finished
 
     def _wake(self) -> None:
         with self._changed:
