@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,7 +41,12 @@ from sglite.interface.errors import ConfigError, EngineClosedError, InvalidReque
 from sglite.interface.outputs import RequestOutput, StreamChunk
 from sglite.interface.prompts import normalize_prompts
 from sglite.interface.sampling_params import SamplingParams
-from sglite.models.checkpoint import Checkpoint, load_tokenizer, resolve_checkpoint
+from sglite.models.checkpoint import (
+    Checkpoint,
+    errors_name_files,
+    load_tokenizer,
+    resolve_checkpoint,
+)
 from sglite.models.description import ModelDescription, describe
 from sglite.models.live import device_of, take_module
 from sglite.models.loader import load_model
@@ -135,7 +140,8 @@ class LLM:
                 token=options.token,
             )
         try:
-            self._start(options, checkpoint, device, num_threads)
+            with errors_name_files(checkpoint) if checkpoint else nullcontext():
+                self._start(options, checkpoint, device, num_threads)
         except BaseException as error:
             if device.type == "cuda":
                 release_after(error)

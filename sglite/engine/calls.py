@@ -9,7 +9,12 @@ from sglite.engine.driver import Call, Driver, TaskCall
 from sglite.engine.intake import Intake
 from sglite.engine.progress import ProgressBar, someone_is_watching
 from sglite.engine.results import RequestGroup
-from sglite.interface.errors import EngineClosedError, GenerationError, InvalidRequestError
+from sglite.interface.errors import (
+    EngineClosedError,
+    GenerationError,
+    InvalidRequestError,
+    SGLiteError,
+)
 from sglite.interface.outputs import RequestOutput, StreamChunk
 from sglite.interface.prompts import Prompt
 from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_params
@@ -111,10 +116,10 @@ class Calls:
         try:
             self._driver.submit(call)
             _wait(call, work.groups, progress)
+            return work.results()
         except BaseException as error:
             self._end_early(call, work, error)
             raise
-        return work.results()
 
     def stream(self, work: Work) -> Iterator[StreamChunk]:
         """Runs a call, handing out the text in pieces; raises as `run`."""
@@ -129,10 +134,10 @@ class Calls:
                 is_last = call.is_finished  # read before the chunks, which then hold everything
                 for group in work.groups:
                     yield from group.chunks()
+            work.results()
         except BaseException as error:
             self._end_early(call, work, error)
             raise
-        work.results()
 
     async def run_in_loop(self, work: Work) -> RequestOutput | list[RequestOutput]:
         """`run`, awaited by a task of an event loop; cancelling the task ends the requests."""
@@ -178,18 +183,32 @@ class Calls:
         Raises:
             InvalidRequestError: no call was interrupted.
         """
-        if self._interrupted is None:
+        interrupted = self._interrupted
+        if interrupted is None:
             raise InvalidRequestError("there is nothing to resume: no call was interrupted")
-        call, work = self._interrupted
+        call, work = interrupted
         self._driver.abort(call)  # a second interrupt may have come before this was through
         again = Work([self._intake.continue_group(group) for group in work.groups], work.is_single)
-        self._interrupted = None
-        return self.run(again, progress)
+        try:
+            outputs = self.run(again, progress)
+        except SGLiteError:
+            self._forget(interrupted)
+            raise
+        # After an interrupt its own stands here, or this one still where there was nothing new.
+        self._forget(interrupted)
+        return outputs
+
+    def _forget(self, interrupted: tuple[Call, Work]) -> None:
+        if self._interrupted is interrupted:
+            self._interrupted = None
 
     def _end_early(self, call: Call, work: Work, error: BaseException) -> None:
         """Ends a call that an exception has left, and keeps what it has for `resume`."""
         # A stream that was read to its end is closed as well.
-        if call.is_submitted and not (isinstance(error, GeneratorExit) and call.is_finished):
+        is_through = isinstance(error, SGLiteError) or (
+            isinstance(error, GeneratorExit) and call.is_finished
+        )
+        if call.is_submitted and not is_through:
             self._interrupted = call, work
         self._driver.abort(call)
 
