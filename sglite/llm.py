@@ -331,7 +331,7 @@ class LLM:
 
     @property
     def interrupted(self) -> RequestOutput | list[RequestOutput] | None:
-        """What the call that was interrupted last had generated until then.
+        """What this thread's call that was interrupted last had generated until then.
 
         Of `generate`, `chat` and streams, in threads; also of a stream that was left early, as
         Ctrl-C may come while its reader is at work. In the shape in which the call would have

@@ -1,5 +1,6 @@
 """The calls of an `LLM`: requests made and handed over, waited for, interrupted, resumed."""
 
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ class Work:
         return outputs[0] if self.is_single else outputs
 
 
+class _Interrupted(threading.local):
+    """A call that ended early, with what it was to give."""
+
+    call: tuple[Call, Work] | None = None
+
+
 class Calls:
     """Makes requests, has the driver run them, and waits, in threads and in event loops.
 
@@ -64,7 +71,7 @@ class Calls:
     def __init__(self, intake: Intake, driver: Driver):
         self._intake = intake
         self._driver = driver
-        self._interrupted: tuple[Call, Work] | None = None
+        self._of_this_thread = _Interrupted()
 
     def prepare(
         self,
@@ -173,8 +180,8 @@ class Calls:
 
     @property
     def interrupted(self) -> RequestOutput | list[RequestOutput] | None:
-        """What the call that ended early last had generated; None where there is none."""
-        interrupted = self._interrupted
+        """What this thread's call that ended early last had generated; None if there is none."""
+        interrupted = self._of_this_thread.call
         return interrupted and interrupted[1].outputs()
 
     def resume(self, progress: bool | None) -> RequestOutput | list[RequestOutput]:
@@ -183,7 +190,7 @@ class Calls:
         Raises:
             InvalidRequestError: no call was interrupted.
         """
-        interrupted = self._interrupted
+        interrupted = self._of_this_thread.call
         if interrupted is None:
             raise InvalidRequestError("there is nothing to resume: no call was interrupted")
         call, work = interrupted
@@ -199,8 +206,8 @@ class Calls:
         return outputs
 
     def _forget(self, interrupted: tuple[Call, Work]) -> None:
-        if self._interrupted is interrupted:
-            self._interrupted = None
+        if self._of_this_thread.call is interrupted:
+            self._of_this_thread.call = None
 
     def _end_early(self, call: Call, work: Work, error: BaseException) -> None:
         """Ends a call that an exception has left, and keeps what it has for `resume`."""
@@ -209,7 +216,7 @@ class Calls:
             isinstance(error, GeneratorExit) and call.is_finished
         )
         if call.is_submitted and not is_through:
-            self._interrupted = call, work
+            self._of_this_thread.call = call, work
         self._driver.abort(call)
 
 
