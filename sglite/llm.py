@@ -143,8 +143,9 @@ class LLM:
             with errors_name_files(checkpoint) if checkpoint else nullcontext():
                 self._start(options, checkpoint, device, num_threads)
         except BaseException as error:
-            if device.type == "cuda":
-                release_after(error)
+            # Whoever keeps the error, as notebooks do, keeps this frame, and with it `self`.
+            self.__dict__.clear()
+            release_after(error)
             raise
 
     def _start(

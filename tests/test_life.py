@@ -121,12 +121,9 @@ def test_a_constructor_that_fails_leaves_nothing(spoil, options, error, tmp_path
     kinds = (Engine, KVPool, torch.nn.Module)
     gc.collect()
     before = sum(isinstance(thing, kinds) for thing in gc.get_objects())
-    failed = None
-    try:
+    with pytest.raises(error) as kept:  # the error itself stays, as it does in a notebook
         LLM(tmp_path, **options)
-    except error as caught:
-        failed = type(caught)
-    assert failed is not None
+    assert kept.value.__traceback__ is not None
     assert sum(isinstance(thing, kinds) for thing in gc.get_objects()) == before
     assert [t.name for t in threading.enumerate() if t.name.startswith("sglite")] == []
 

@@ -5,9 +5,9 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from sglite.engine.failures import failed
 from sglite.engine.request import Request
 from sglite.engine.scheduler import Outcome, Scheduler, Step
-from sglite.interface.errors import RequestError
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Engine:
 
     def _fail(self, step: Step, error: BaseException) -> None:
         _log.warning("a step of %d requests has failed", len(step.items), exc_info=error)
-        self.scheduler.fail(step, _step_failed(error))
+        self.scheduler.fail(step, failed("the step", error))
 
     def fail_all(self, error: BaseException, requests: Sequence[Request] = ()) -> None:
         """Ends every request with an error, when not even the step's bookkeeping went through.
@@ -134,16 +134,9 @@ class Engine:
             requests: further ones that may be unfinished, unknown to the scheduler.
         """
         self._in_flight = None
-        self.scheduler.reset(_step_failed(error), requests)
+        self.scheduler.reset(failed("the step", error), requests)
 
     def close(self) -> None:
         """Drops the tensors of the cache and the model."""
         self._in_flight = None
         self.runner.close()
-
-
-def _step_failed(error: BaseException) -> RequestError:
-    """The error of the requests that took part in a step which raised; `error` is its cause."""
-    failure = RequestError(f"the step failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sglite.engine.failures import failed
 from sglite.engine.stopping import StopChecker
-from sglite.interface.errors import RequestError
 from sglite.interface.sampling_params import SamplingParams
 
 
@@ -236,16 +236,9 @@ class Request:
             self.stop_checker.finish()
         except BaseException as failure:  # the tokenizer; the text stays as it was
             if error is None:
-                reason, error = "error", text_failed(failure)
+                reason, error = "error", failed("the text", failure)
         self.finish_reason = reason
         self.error = error
         self.finished_at = time.perf_counter()
         # Last, since the thread that waits reads everything else once it sees this.
         self.state = RequestState.FINISHED
-
-
-def text_failed(error: BaseException) -> RequestError:
-    """The error of a request whose tokens could not be turned into text; `error` is its cause."""
-    failure = RequestError(f"the text failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

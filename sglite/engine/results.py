@@ -1,9 +1,9 @@
 """From requests to what the caller gets."""
 
-import traceback
 from collections.abc import Sequence
 
-from sglite.engine.request import Request, text_failed
+from sglite.engine.failures import failed, let_go
+from sglite.engine.request import Request
 from sglite.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from sglite.interface.outputs import CompletionOutput, RequestOutput, StreamChunk, Usage
 
@@ -74,8 +74,8 @@ class RequestGroup:
             if isinstance(failure, KeyboardInterrupt | SystemExit):
                 raise
             if error is None:
-                error, finish_reason = text_failed(failure), "error"
-        _let_go(error)
+                error, finish_reason = failed("the text", failure), "error"
+        let_go(error)
         return CompletionOutput(
             index=index,
             text=text,
@@ -136,10 +136,3 @@ class RequestGroup:
             )
             self._shown_tokens[index], self._shown_text[index] = num_tokens, len(text)
         return found
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Has an error hold no tensor and no engine alive; its traceback stays readable."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__

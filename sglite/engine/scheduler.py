@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sglite.cache.prefix_cache import CachedPrefix, PrefixCache
-from sglite.engine.request import Request, RequestState, text_failed
+from sglite.engine.failures import failed
+from sglite.engine.request import Request, RequestState
 from sglite.engine.statistics import Statistics
 from sglite.interface.errors import OutOfMemoryError
 
@@ -301,7 +302,7 @@ class Scheduler:
                 try:
                     request.append(token_id)
                 except BaseException as failure:  # the tokenizer, looking for stop strings
-                    self.remove(request, "error", text_failed(failure))
+                    self.remove(request, "error", failed("the text", failure))
                     continue
                 num_tokens += 1
             if request.finish_reason:
