@@ -25,6 +25,9 @@ from pathlib import Path
 import psutil
 import torch
 
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from sglite import LLM, GenerationError, RequestOutput, SamplingParams
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 

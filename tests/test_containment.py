@@ -123,6 +123,27 @@ def test_a_panic_while_decoding_fails_that_text(llm, expected, monkeypatch):
     check_next_call(llm, expected)
 
 
+@pytest.mark.parametrize("asks", [{"logprobs": 1}, {"prompt_logprobs": 0}])
+def test_a_panic_over_log_probabilities_fails_their_request_only(llm, expected, monkeypatch, asks):
+    tokenizer = llm._calls._intake._tokenizer
+    params = [SamplingParams(temperature=0, max_new_tokens=5) for _ in PROMPTS]
+    alone = [output.token_ids for output in llm.generate(PROMPTS, params)]
+    params[1] = SamplingParams(temperature=0, max_new_tokens=5, **asks)
+
+    def panic(token_id):
+        raise Planted("panicked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "decode_one", panic)
+        patch.setattr(llm._engine.runner.sampler, "_texts", {})
+        with pytest.raises(GenerationError, match="panicked") as caught:
+            llm.generate(PROMPTS, params)
+    outputs = caught.value.outputs
+    assert [output.error is None for output in outputs] == [True, False, True]
+    assert [outputs[0].token_ids, outputs[2].token_ids] == [alone[0], alone[2]]
+    check_next_call(llm, expected)
+
+
 def test_a_panic_while_encoding_is_an_exception_of_its_caller(llm, expected, monkeypatch):
     def panic(*arguments, **keywords):
         raise Planted("panicked")

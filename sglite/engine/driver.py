@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from queue import SimpleQueue
 
 from sglite.engine.engine import Engine
 from sglite.engine.request import Request
@@ -31,7 +32,8 @@ class Call:
         self.requests = list(requests)
         self.is_submitted = False
         self._every_token = every_token
-        self._changed = threading.Condition()
+        # Not a Condition: an interrupt in the wrong place makes that raise something else.
+        self._wakes: SimpleQueue[None] = SimpleQueue()
         self._news = 0
         self._num_finished = 0
         self._owner = threading.current_thread()
@@ -53,10 +55,9 @@ class Call:
         A finished request is a change; with `every_token`, so is a new token.
         """
         self._owner = threading.current_thread()
-        with self._changed:
-            while self._news == seen and not self.is_finished:
-                self._changed.wait()
-            return self._news
+        while self._news == seen and not self.is_finished:
+            self._wakes.get()
+        return self._news
 
     def request_abort(self) -> None:
         """Asks the driver to end the unfinished requests before its next step."""
@@ -70,9 +71,9 @@ class Call:
             self._num_finished = num_finished
 
     def _wake(self) -> None:
-        with self._changed:
-            self._news += 1
-            self._changed.notify_all()
+        self._news += 1
+        if self._wakes.empty():  # one is enough, however much there is to see
+            self._wakes.put(None)
 
 
 class TaskCall(Call):

@@ -15,7 +15,7 @@ import torch
 
 from sglite import LLM, CheckpointError, InvalidRequestError, UnsupportedModelError
 from tests import fuzz_loader
-from tests.checkpoints import edit_json, make_checkpoint, make_tokenizer
+from tests.checkpoints import VOCAB_SIZE, edit_json, make_checkpoint, make_tokenizer
 from tests.children import run_in_child
 
 
@@ -130,7 +130,7 @@ def test_files_that_a_tokenizer_config_names_elsewhere_are_not_used(folder, tmp_
     other = make_tokenizer()
     other.add_tokens(["zebra"])
     other.save_pretrained(tmp_path / "other")
-    expected = make_tokenizer().encode("a zebra")
+    assert VOCAB_SIZE in other.encode("a zebra")
     for tokenizer_class in ("PreTrainedTokenizerFast", "LlamaTokenizer"):
         edit_json(
             folder / "tokenizer_config.json",
@@ -142,7 +142,7 @@ def test_files_that_a_tokenizer_config_names_elsewhere_are_not_used(folder, tmp_
             },
         )
         with LLM(folder, kv_cache_tokens=64) as llm:
-            assert len(llm.tokenizer.encode("a zebra")) >= len(expected)
+            assert max(llm.tokenizer.encode("a zebra")) < VOCAB_SIZE
 
 
 def test_an_adapter_of_another_checkpoint_is_refused(sound, folder):
