@@ -7,7 +7,12 @@ from several tensors, as the model class says in `stacked_params`:
     stacked_params = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 reads `....q_proj.weight` into the first part of `....qkv_proj`, and so on. One name alone is what a
-checkpoint calls an ordinary linear layer.
+checkpoint calls an ordinary linear layer. Where checkpoints have several layouts,
+
+    checkpoint_renames = {"^model[.]language_model[.]": "model."}
+
+rewrites parts of names (regular expressions, one after the other) before anything else. Tensors
+that match `unused_tensors` may be there, and are not read.
 """
 
 import re
@@ -59,14 +64,14 @@ class Target:
     def write(self, value: Tensor) -> None:
         """Fills the place."""
         if isinstance(self.tensor, Weight):
-            self.tensor.write_rows(self.start, value)
+            self.tensor.write_rows(self.start, value.flatten(1))
         else:
             self._place().copy_(value)
 
     def add_to(self, writer: WeightWriter, value: Tensor, *, is_mapped: bool) -> bool:
         """Has `writer` fill the place when it runs; False where it cannot."""
         return isinstance(self.tensor, Weight) and self.tensor.add_rows(
-            writer, self.start, value, is_mapped=is_mapped
+            writer, self.start, value.flatten(1), is_mapped=is_mapped
         )
 
     def _place(self) -> Tensor:
@@ -92,11 +97,12 @@ def load_weights(
         UnsupportedModelError: a layer is quantised in a way that is not implemented.
     """
     targets = targets_of(model)
-    found = _collect(files)
+    found = _collect(files, getattr(model, "checkpoint_renames", {}))
     parts: dict[str, QuantizedPart] = {}
     if quantized is not None:
         parts = take_quantized(targets, found, quantized)
-    _check(targets, found, parts)
+    unused = getattr(model, "unused_tensors", None)
+    _check(targets, found, parts, re.compile(unused) if unused else None)
     choose_layouts(targets, parts)
     memory = WeightMemory()
     for target in targets.values():
@@ -166,9 +172,10 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
         else:
             names, ranges = [path], [(0, module.matrix.shape[0])]
             bias = None
-        columns = module.matrix.shape[1]
+        # A convolution over patches is a linear layer here.
+        rest = getattr(module, "checkpoint_shape", module.matrix.shape)[1:]
         for name, (start, stop) in zip(names, ranges, strict=True):
-            targets[f"{name}.weight"] = Target(module.matrix, start, (stop - start, columns))
+            targets[f"{name}.weight"] = Target(module.matrix, start, (stop - start, *rest))
             if bias is not None:
                 targets[f"{name}.bias"] = Target(bias, start, (stop - start,))
     for name, tensor in plain.items():
@@ -177,11 +184,14 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def _collect(
-    files: Sequence[SafetensorsFile],
+    files: Sequence[SafetensorsFile], renames: Mapping[str, str]
 ) -> dict[str, tuple[SafetensorsFile, TensorEntry]]:
+    """The tensors of all files, by the names that the model's class has for them."""
     found: dict[str, tuple[SafetensorsFile, TensorEntry]] = {}
     for file in files:
         for name, entry in file.entries.items():
+            for pattern, replacement in renames.items():
+                name = re.sub(pattern, replacement, name)
             if name in found:
                 raise CheckpointError(
                     f"tensor {name!r} is in two files: {found[name][0].path} and {file.path}"
@@ -194,10 +204,16 @@ def _check(
     targets: Mapping[str, Target],
     found: Mapping[str, tuple[SafetensorsFile, TensorEntry]],
     parts: Mapping[str, QuantizedPart],
+    may_be_unused: re.Pattern | None,
 ) -> None:
     filled = {targets[name].key for name in (*found, *parts) if name in targets}
     missing = [name for name, target in targets.items() if target.key not in filled]
-    unused = [name for name in found if name not in targets and not HARMLESS.search(name)]
+    harmless = [HARMLESS] if may_be_unused is None else [HARMLESS, may_be_unused]
+    unused = [
+        name
+        for name in found
+        if name not in targets and not any(pattern.search(name) for pattern in harmless)
+    ]
     misshapen = []
     for name, (file, entry) in found.items():
         target = targets.get(name)
