@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,6 +32,7 @@ from sglite.engine.invariance import (
     compute,
 )
 from sglite.engine.kv_tokens import kv_tokens
+from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.request import Request
 from sglite.engine.results import RequestGroup
 from sglite.engine.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ from sglite.models.checkpoint import Checkpoint, load_tokenizer, resolve_checkpo
 from sglite.models.description import ModelDescription, describe
 from sglite.models.live import device_of, take_module
 from sglite.models.loader import load_model
+from sglite.multimodal.loading import load_processor
 
 
 class LLM:
@@ -80,6 +82,9 @@ class LLM:
         batch_invariant: whether results are the same bits whatever shares the batch; always so on
             the CPU.
         revision, cache_dir, token: for hub models, as huggingface_hub takes them.
+        image_cache_bytes: what the embeddings of images may take that are kept for further prompts.
+        image_fetcher: gives the bytes of the file behind a http(s) URL of an image; None: such
+            images are refused.
 
     Attributes:
         config: every setting, resolved; prints as a table.
@@ -116,6 +121,8 @@ class LLM:
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
+        image_cache_bytes: int = 256 << 20,
+        image_fetcher: Callable[[str], bytes] | None = None,
         **others: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "others")}
@@ -185,8 +192,25 @@ class LLM:
         )
         config = self.config
         self._tokenizer = Tokenizer(self.tokenizer)
+        processor = None
+        if checkpoint is not None:
+            processor = load_processor(
+                type(loaded.model),
+                loaded.architecture,
+                loaded.whole_config,
+                checkpoint.folder,
+                self.tokenizer,
+                options,
+            )
         self._intake = Intake(
             self._tokenizer,
+            PromptReader(
+                self._tokenizer,
+                loaded.architecture,
+                processor,
+                getattr(loaded.model, "pad_input_ids", None),
+                options.image_fetcher,
+            ),
             Limits(loaded.vocab_size, config.context_length, config.kv_cache_tokens),
             loaded.generation_defaults,
             loaded.end_token_ids,
@@ -212,14 +236,20 @@ class LLM:
         prompts: Any,
         sampling_params: SamplingParams | Mapping | Sequence | None = None,
         *,
+        images: Any = None,
+        videos: Any = None,
         progress: bool | None = None,
         **keywords: Any,
     ) -> RequestOutput | list[RequestOutput]:
         """Generates for one prompt, or for a list of prompts in one batch.
 
         Args:
-            prompts: a string, a list of token ids, or a dict with `text` or `token_ids`; or a list
-                of these.
+            prompts: a string, a list of token ids, or a dict with `text` or `token_ids` and maybe
+                `images` and `videos`; or a list of these. `<image>` in a text stands for an image.
+            images: for one prompt an image or a list of them, for a list of prompts a list of such.
+                An image is a PIL image, a path, the bytes of a file, a `data:` URL, a numpy array
+                or a torch tensor.
+            videos: likewise, always in a list; a video is a list of frames.
             sampling_params: a `SamplingParams` or a dict of its fields, one for all prompts or a
                 list with one for each.
             progress: whether a bar is shown; None: for a batch, when someone is watching.
@@ -234,7 +264,7 @@ class LLM:
                 complete.
             EngineClosedError: after `close()`.
         """
-        normalized, is_single = normalize_prompts(prompts)
+        normalized, is_single = normalize_prompts(prompts, images=images, videos=videos)
         outputs = self._generate(normalized, sampling_params, keywords, progress)
         return outputs[0] if is_single else outputs
 
@@ -251,7 +281,10 @@ class LLM:
         """Generates the next turn of one conversation, or of each in a list of conversations.
 
         Args:
-            messages: a list of dicts with `role` and `content`, or a list of such lists.
+            messages: a list of dicts with `role` and `content`, or a list of such lists. A content
+                is a string or a list of parts: `{"type": "text", "text": ...}`,
+                `{"type": "image", "image": ...}`, `{"type": "image_url", "image_url": ...}`,
+                `{"type": "video", "video": frames}`.
             sampling_params: as in `generate`.
             tools: functions or JSON schemas, given to the chat template.
             chat_template_kwargs: further arguments of the chat template, such as
@@ -270,6 +303,9 @@ class LLM:
         self,
         prompts: Any,
         sampling_params: SamplingParams | Mapping | Sequence | None = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
         **keywords: Any,
     ) -> Iterator[StreamChunk]:
         """Generates like `generate`, handing out the text in pieces as it comes.
@@ -279,7 +315,7 @@ class LLM:
         prompt carries its `output`. Leaving the loop early frees the requests. The arguments are
         checked at once, not at the first piece.
         """
-        normalized, _ = normalize_prompts(prompts)
+        normalized, _ = normalize_prompts(prompts, images=images, videos=videos)
         groups = self._make_groups(normalized, sampling_params, keywords, streams=True)
         return self._stream(groups)
 
@@ -368,7 +404,11 @@ class LLM:
         return driver
 
     def _render(self, messages, tools, arguments) -> tuple[list[Prompt], bool]:
-        return render_conversations(self._tokenizer, self.config.model, messages, tools, arguments)
+        intake = self._intake  # before the check, as another thread may close at any moment
+        self._open_driver()
+        return render_conversations(
+            self._tokenizer, intake.reader, self.config.model, messages, tools, arguments
+        )
 
     def check_invariance(
         self,
@@ -414,7 +454,8 @@ class LLM:
         )
         if prompts is None:
             most = min(limits.context_length, limits.kv_cache_tokens) - settings.room
-            prompts = builtin_prompts(limits.vocab_size, max(1, most))
+            avoid = self._intake.reader.reserved_ids
+            prompts = builtin_prompts(limits.vocab_size, max(1, most), avoid)
         given, _ = normalize_prompts(prompts)
         if not given:
             raise InvalidRequestError("prompts=[] is not allowed: there is nothing to compare")

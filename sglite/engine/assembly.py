@@ -11,6 +11,7 @@ from sglite.cache.prefix_cache import PrefixCache
 from sglite.engine.decode_graphs import DecodeGraphs
 from sglite.engine.decode_steps import DecodeSteps
 from sglite.engine.engine import Engine
+from sglite.engine.image_features import ImageFeatures
 from sglite.engine.model_runner import ModelRunner
 from sglite.engine.scheduler import Scheduler
 from sglite.engine.tokenizer import Tokenizer
@@ -55,4 +56,7 @@ def make_engine(
     )
     if pool.device.type == "cuda" and not config.cuda_graphs:
         make_decode = None
-    return Engine(scheduler, runner(model, pool, tokenizer, make_decode))
+    images = None
+    if hasattr(model, "get_image_feature"):
+        images = ImageFeatures(model, config.image_cache_bytes)
+    return Engine(scheduler, runner(model, pool, tokenizer, make_decode, images))

@@ -10,9 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sglite import _C
-from sglite.engine.scheduler import Step
+from sglite.engine.scheduler import ScheduledRequest, Step
 from sglite.engine.transfer import upload
 from sglite.layers.forward_batch import ForwardBatch
+
+
+class ImageRows(NamedTuple):
+    """What of a step's tokens stands for images."""
+
+    rows: NDArray[np.int64]  # [N], ascending
+    embeds: Tensor  # [N, hidden_size], on the model's device
 
 
 class LogitsRows(NamedTuple):
@@ -45,6 +52,7 @@ class Layout:
     page_table: NDArray[np.int32]  # [B, the most pages of a request]
     wanted: NDArray[np.int64]  # [R]
     rows: list[LogitsRows]  # one for each request of the step
+    mrope_positions: NDArray[np.int64] | None = None  # [3, T]
 
 
 def lay_out(step: Step, page_size: int) -> Layout:
@@ -58,27 +66,61 @@ def lay_out(step: Step, page_size: int) -> Layout:
         [item.stop for item in step.items],
         page_size,
     )
-    query_start = arrays[3]
-    return Layout(*arrays, *_wanted_logits(step, query_start.tolist()))
+    positions, query_start, kv_end = arrays[1], arrays[3], arrays[5]
+    starts = query_start.tolist()
+    mrope_positions = None
+    for item, offset in zip(step.items, starts, strict=False):
+        inputs = item.request.multimodal
+        if inputs is None:
+            continue
+        rows = slice(offset, offset + item.stop - item.start)
+        if inputs.positions is not None:
+            if mrope_positions is None:
+                mrope_positions = np.tile(positions, (3, 1))
+            mrope_positions[:, rows] = inputs.rope_positions(item.start, item.stop)
+        if inputs.whole_spans:
+            _see_both_ways(kv_end[rows], item)
+    return Layout(*arrays, *_wanted_logits(step, starts), mrope_positions)
+
+
+def _see_both_ways(kv_end: NDArray[np.int32], item: ScheduledRequest) -> None:
+    """Lets the tokens of an image see each other; `kv_end` is that of the request's tokens."""
+    for span in item.request.multimodal.overlapping(item.start, item.stop):
+        kv_end[span.start - item.start : span.stop - item.start] = span.stop
 
 
 def to_forward(
-    layout: Layout, kv_cache: Sequence[tuple[Tensor, Tensor]], device: torch.device
+    layout: Layout,
+    kv_cache: Sequence[tuple[Tensor, Tensor]],
+    device: torch.device,
+    images: ImageRows | None = None,
 ) -> tuple[Tensor, Tensor, ForwardBatch]:
-    """The arguments of a model's forward: token ids, positions, and the batch."""
-    input_ids, positions, slots, query_start, kv_lens, kv_end, page_table, wanted = upload(
-        [
-            layout.input_ids,
-            layout.positions,
-            layout.slots,
-            layout.query_start,
-            layout.kv_lens,
-            layout.kv_end,
-            layout.page_table,
-            layout.wanted,
-        ],
-        device,
-    )
+    """The arguments of a model's forward: token ids, positions, and the batch.
+
+    Args:
+        layout: of the step.
+        kv_cache: as in `ForwardBatch`.
+        device: of the model.
+        images: which tokens stand for images, and what they have instead of embeddings; None:
+            there are none in the step.
+    """
+    arrays = [
+        layout.input_ids,
+        layout.positions,
+        layout.slots,
+        layout.query_start,
+        layout.kv_lens,
+        layout.kv_end,
+        layout.page_table,
+        layout.wanted,
+    ]
+    if layout.mrope_positions is not None:
+        arrays.append(layout.mrope_positions)
+    if images is not None:
+        arrays.append(images.rows)
+    uploaded = list(upload(arrays, device))
+    input_ids, positions, slots, query_start, kv_lens, kv_end, page_table, wanted, *rest = uploaded
+    image_rows = rest.pop() if images is not None else None
     return (
         input_ids,
         positions,
@@ -91,6 +133,9 @@ def to_forward(
             logits_rows=wanted,
             kv_cache=kv_cache,
             max_query_tokens=int(np.diff(layout.query_start).max()),
+            mrope_positions=rest[0] if rest else None,
+            image_rows=image_rows,
+            image_embeds=None if images is None else images.embeds,
         ),
     )
 

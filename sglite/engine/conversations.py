@@ -3,13 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.tokenizer import Tokenizer
+from sglite.interface import checks
 from sglite.interface.errors import InvalidRequestError
 from sglite.interface.prompts import Prompt
+
+# Kinds of content parts, by where the picture or the frames lie.
+_IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
+_VIDEO_KEYS = ("video", "video_url", "frames")
+_PARTS = {"text": ("text",), "image": _IMAGE_KEYS, "image_url": _IMAGE_KEYS, "video": _VIDEO_KEYS}
 
 
 def render_conversations(
     tokenizer: Tokenizer,
+    reader: PromptReader,
     model: str,
     messages: Sequence,
     tools: Sequence | None,
@@ -18,9 +26,11 @@ def render_conversations(
     """The prompts of one conversation or of a list of them, and whether it was one.
 
     Args:
-        tokenizer: whose template it is.
-        model: how messages call the checkpoint.
-        messages: dicts with `role` and `content`, or a list of such lists.
+        tokenizer: has the chat template.
+        reader: knows the processor, which may have another template.
+        model: how messages call the model.
+        messages: a list of dicts with `role` and `content`, or a list of such lists. A content may
+            be a list of parts, as OpenAI has it: text, images, videos.
         tools: functions or JSON schemas, given to the template.
         template_arguments: its further arguments.
 
@@ -35,18 +45,73 @@ def render_conversations(
         )
     is_single = bool(messages) and isinstance(messages[0], Mapping)
     conversations = [messages] if is_single else messages
-    if conversations and not getattr(tokenizer.hf, "chat_template", None):
+    arguments = {"add_generation_prompt": True, **(template_arguments or {})}
+    if reader.processor is not None:
+        template = reader.processor.chat_template(tokenizer.apply_chat_template)
+        if template is not None:
+            arguments.setdefault("chat_template", template)
+    has_template = getattr(tokenizer.hf, "chat_template", None) or arguments.get("chat_template")
+    if conversations and not has_template:
         raise InvalidRequestError(
             f"{model} has no chat template; use generate(), or set llm.tokenizer.chat_template"
         )
-    arguments = {"add_generation_prompt": True, **(template_arguments or {})}
-    return [_render(tokenizer, one, tools, arguments) for one in conversations], is_single
+    return [_render(tokenizer, reader, one, tools, arguments) for one in conversations], is_single
 
 
-def _render(tokenizer: Tokenizer, conversation: Sequence, tools, arguments: Mapping) -> Prompt:
+def _render(
+    tokenizer: Tokenizer, reader: PromptReader, conversation: Sequence, tools, arguments: Mapping
+) -> Prompt:
+    plain, images, videos = _take_media(conversation)
+    prompt = Prompt(images=tuple(images), videos=tuple(videos))
+    reader.check_takes("the conversation", prompt)
     try:
-        text = tokenizer.apply_chat_template(conversation, tools=tools, **arguments)
+        text = tokenizer.apply_chat_template(plain, tools=tools, **arguments)
     except Exception as error:
         raise InvalidRequestError(f"the chat template refuses the conversation: {error}") from error
+    if reader.processor is not None:
+        text = reader.processor.prepare_text(text, is_rendered=True)
     # The template writes the special tokens itself, a BOS among them.
-    return Prompt(text=text, token_ids=tuple(tokenizer.encode(text, add_special_tokens=False)))
+    token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    return Prompt(text=text, token_ids=token_ids, images=prompt.images, videos=prompt.videos)
+
+
+def _take_media(conversation: Sequence) -> tuple[Sequence, list[Any], list[Any]]:
+    """The conversation with empty parts in the places of images and videos, and these."""
+    images: list[Any] = []
+    videos: list[Any] = []
+    messages = []
+    for message in conversation:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list | tuple):
+            parts = [_take_part(part, images, videos) for part in content]
+            message = {**message, "content": parts}
+        messages.append(message)
+    return messages, images, videos
+
+
+def _take_part(part: Any, images: list[Any], videos: list[Any]) -> Any:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in _PARTS:
+        raise InvalidRequestError(
+            f"a content part of a message must be a dict with 'type' text, image, image_url or "
+            f"video, not {checks.shorten(part)}"
+        )
+    if kind == "text":
+        return part
+    found = [key for key in _PARTS[kind] if part.get(key) is not None]
+    if len(found) != 1:
+        raise InvalidRequestError(
+            f"a content part of type {kind!r} must have one of {', '.join(_PARTS[kind])}; it has "
+            f"{', '.join(found) or 'none'}"
+        )
+    (key,) = found
+    value = part[key]
+    if kind == "video":
+        videos.append(value)
+        return {"type": "video"}
+    if isinstance(value, Mapping) and "url" in value:  # OpenAI's {"url": ..., "detail": ...}
+        value = value["url"]
+    images.append(f"data:;base64,{value}" if key == "base64" else value)
+    return {"type": "image"}

@@ -98,7 +98,12 @@ class DecodeGraphs:
         items = step.items
         states = self._sampler.states([item.request for item in items], self._vocab_size)
         if self._state is None:
-            self._state = DecodeState(self._sizes[-1], self._max_pages, self._pool)
+            self._state = DecodeState(
+                self._sizes[-1],
+                self._max_pages,
+                self._pool,
+                has_mrope=getattr(self._model, "has_mrope", False),
+            )
         self._state.set(items, states, drawn, sources)
         size = self._sizes[bisect.bisect_left(self._sizes, len(items))]
         graph = self._graphs.get(size)

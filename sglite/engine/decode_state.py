@@ -24,6 +24,7 @@ _UPLOADED = {
     "status": (np.int32, 1),
     "kv_lens": (np.int32, 1),
     "positions": (np.int64, 1),
+    "rope_offsets": (np.int64, 1),
     "slots": (np.int64, 1),
     "integers": (np.int64, len(INTEGERS)),
     "kv_end": (np.int32, 1),
@@ -41,6 +42,7 @@ class DecodeRows(NamedTuple):
     reals: Tensor  # [R, 6]
     integers: Tensor  # [R, 4]
     advanced: tuple[Tensor, ...]  # what `sglite.ops.advance` takes
+    rope_offsets: Tensor  # [R]
     inputs: tuple[Tensor, Tensor, ForwardBatch]  # what the model's forward takes
 
 
@@ -57,6 +59,8 @@ class DecodeState:
         max_rows: requests of a step at most.
         max_pages: pages of a request at most.
         pool: the KV cache.
+        has_mrope: whether the model has M-RoPE, whose positions lie behind the images of a request
+            at an offset from those in the cache.
 
     Attributes:
         token_ids: [max_rows] int64, what the last step has drawn for each row.
@@ -64,7 +68,7 @@ class DecodeState:
         reals, integers: its parameters.
     """
 
-    def __init__(self, max_rows: int, max_pages: int, pool: KVPool):
+    def __init__(self, max_rows: int, max_pages: int, pool: KVPool, *, has_mrope: bool = False):
         device = pool.device
         self._pool = pool
         self._max_rows = max_rows
@@ -77,6 +81,8 @@ class DecodeState:
         self.token_ids, self.status = views["token_ids"], views["status"]
         self.reals, self.integers = views["reals"], views["integers"]
         self._positions, self._slots = views["positions"], views["slots"]
+        self._rope_offsets = views["rope_offsets"]
+        self._mrope_positions = torch.zeros_like(self._positions) if has_mrope else None
         self._kv_lens, self._kv_end = views["kv_lens"], views["kv_end"]
         self._input_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
@@ -141,6 +147,8 @@ class DecodeState:
         views["token_ids"][:count] = [item.request.token_ids[item.start] for item in items]
         views["positions"][:count] = np.array(starts) - 1
         views["kv_lens"][:count] = views["kv_end"][:count] = starts
+        if self._mrope_positions is not None:
+            views["rope_offsets"][:count] = [item.request.rope_offset for item in items]
         views["reals"][:count], views["integers"][:count] = parameters(
             states, [item.output_index - 1 for item in items]
         )
@@ -170,6 +178,9 @@ class DecodeState:
             logits_rows=self._rows[:count],
             kv_cache=kv_cache,
             max_query_tokens=1,
+            mrope_positions=None
+            if self._mrope_positions is None
+            else self._mrope_positions[:count],
         )
         token_ids, integers = self.token_ids[:count], self.integers[:count]
         input_ids, positions = self._input_ids[:count], self._positions[:count]
@@ -188,12 +199,16 @@ class DecodeState:
                 integers,
                 batch.page_table,
             ),
+            self._rope_offsets[:count],
             (input_ids, positions, batch),
         )
 
     def advance(self, rows: DecodeRows) -> None:
         """Moves these rows on by one token."""
         ops.advance(*rows.advanced, self._pool.page_size)
+        _, positions, batch = rows.inputs
+        if batch.mrope_positions is not None:
+            torch.add(positions, rows.rope_offsets, out=batch.mrope_positions)
 
     def step(
         self, model: nn.Module, rows: DecodeRows, workspace: Callable[[Tensor], Tensor]

@@ -41,7 +41,12 @@ class DecodeSteps:
         self._pool = pool
         self._sampler = sampler
         self._vocab_size = vocab_size
-        self._state = DecodeState(max_requests, -(-max_tokens // pool.page_size), pool)
+        self._state = DecodeState(
+            max_requests,
+            -(-max_tokens // pool.page_size),
+            pool,
+            has_mrope=getattr(model, "has_mrope", False),
+        )
         self._rows: DecodeRows | None = None
         # The requests asked about last, how they sample, and whether all do without the host.
         self._requests: list[Request] = []

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.request import Request
 from sglite.engine.results import RequestGroup
 from sglite.engine.stopping import StopChecker
@@ -33,25 +34,28 @@ class Intake:
     """Makes requests.
 
     Args:
-        tokenizer: for prompts that are text, and for stop strings and streams.
+        tokenizer: for stop strings and streams.
+        reader: for prompts.
         limits: see `Limits`.
         defaults: what the checkpoint's `generation_config.json` says.
         end_token_ids: ids that end a completion unless `ignore_eos`.
         seed: where the seeds of requests without one come from; None: the system's randomness.
 
     Attributes:
-        limits: as given.
+        limits, reader: as given.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
+        reader: PromptReader,
         limits: Limits,
         defaults: GenerationDefaults,
         end_token_ids: Sequence[int],
         seed: int | None,
     ):
         self._tokenizer = tokenizer
+        self.reader = reader
         self.limits = limits
         self._defaults = defaults
         self._end_token_ids = tuple(end_token_ids)
@@ -78,12 +82,7 @@ class Intake:
         Raises:
             InvalidRequestError: naming the prompt, what is wrong, and what is allowed.
         """
-        if prompt.images:
-            raise InvalidRequestError(f"{name} has images, but this model takes text only")
-        if prompt.token_ids is None:
-            token_ids = self._tokenizer.encode(prompt.text)
-        else:
-            token_ids = list(prompt.token_ids)
+        token_ids, multimodal, keys = self.reader.read(name, prompt)
         self._check_tokens(name, token_ids)
         room = self.limits.context_length - len(token_ids)
         params = params.resolve(self._defaults, room=min(room, self._room_in_cache(token_ids)))
@@ -104,6 +103,8 @@ class Intake:
                 namespace=self._namespace,
                 banned_sequences=self._banned_sequences(params),
                 stop_checker=self._stop_checker(token_ids, params, streams),
+                multimodal=multimodal,
+                prompt_keys=keys,
             )
             for sample_index in range(params.n)
         ]

@@ -11,6 +11,7 @@ from sglite.engine.batch import LogitsRows, lay_out, to_forward
 from sglite.engine.decode_graphs import DecodeGraphs
 from sglite.engine.decode_steps import DecodeSteps
 from sglite.engine.drawn_tokens import DrawnTokens
+from sglite.engine.image_features import ImageFeatures
 from sglite.engine.request import Request
 from sglite.engine.sampler import Sampler
 from sglite.engine.scheduler import Outcome, PageCopy, ScheduledRequest, Step
@@ -28,6 +29,7 @@ class ModelRunner:
         tokenizer: for the text of log-probabilities.
         make_decode: makes what runs decode steps of the model, the pool and the sampler; None:
             they are run like all others.
+        images: gives the embeddings of images; None: the model takes text only.
 
     Attributes:
         runs_ahead: whether `launch` returns before the step is computed, as on a GPU.
@@ -40,8 +42,10 @@ class ModelRunner:
         tokenizer: Tokenizer,
         make_decode: Callable[[nn.Module, KVPool, Sampler], DecodeGraphs | DecodeSteps]
         | None = None,
+        images: ImageFeatures | None = None,
     ):
         self.model = model
+        self._images = images
         self.pool = pool
         self.sampler = Sampler(tokenizer)
         self.runs_ahead = pool.device.type == "cuda"
@@ -69,7 +73,8 @@ class ModelRunner:
 
     def _launch_eagerly(self, step: Step) -> "LaunchedStep":
         layout = lay_out(step, self.pool.page_size)
-        input_ids, positions, batch = to_forward(layout, self.pool.layers, self.pool.device)
+        images = self._images.of_step(step, layout.query_start) if self._images else None
+        input_ids, positions, batch = to_forward(layout, self.pool.layers, self.pool.device, images)
         drawn_rows = self._sources(step)
         if max(drawn_rows) >= 0:
             sources = np.full(len(layout.input_ids), -1, np.int32)
@@ -141,7 +146,9 @@ class ModelRunner:
         """Drops the model and the cache's tensors."""
         if self._decode is not None:
             self._decode.close()
-        self.model = self._decode = self._drawn = None
+        if self._images is not None:
+            self._images.close()
+        self.model = self._decode = self._drawn = self._images = None
         self._drawing.clear()
         self.pool.close()
 

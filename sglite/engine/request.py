@@ -8,6 +8,7 @@ import numpy as np
 
 from sglite.engine.stopping import StopChecker
 from sglite.interface.sampling_params import SamplingParams
+from sglite.multimodal.inputs import MultimodalInputs
 
 
 class RequestState(enum.Enum):
@@ -25,6 +26,9 @@ class Request:
         banned_sequences: token sequences whose last token may not complete them.
         max_tokens: of prompt and output together.
         token_ids: int64[max_tokens], prompt and output; the first `num_tokens` are known.
+        keys: int64[max_tokens], what the prefix cache knows them by: `token_ids` itself, unless
+            there are images.
+        multimodal: the images of the prompt; None where there are none.
         num_launched: positions whose key and value are in `pages`, or will be once the steps that
             have been launched are done.
         num_computed: those of them whose step has been committed.
@@ -51,8 +55,10 @@ class Request:
         "finished_at",
         "first_token_at",
         "incarnation",
+        "keys",
         "logprobs",
         "max_tokens",
+        "multimodal",
         "namespace",
         "needs_commit",
         "num_cached_tokens",
@@ -85,6 +91,8 @@ class Request:
         stop_checker: StopChecker | None = None,
         banned_sequences: Sequence[Sequence[int]] = (),
         namespace: str = "",
+        multimodal: MultimodalInputs | None = None,
+        prompt_keys: Sequence[int] | None = None,
     ):
         self.params = params
         self.seed = seed
@@ -98,6 +106,11 @@ class Request:
         self.max_tokens = self.num_prompt_tokens + params.max_new_tokens
         self.token_ids = np.empty(self.max_tokens, np.int64)
         self.token_ids[: self.num_tokens] = prompt_token_ids
+        self.multimodal = multimodal
+        self.keys = self.token_ids
+        if prompt_keys is not None:
+            self.keys = np.empty(self.max_tokens, np.int64)
+            self.keys[: self.num_tokens] = prompt_keys
         self.output_token_ids: list[int] = []
         self.logprobs: list = []
         self.prompt_logprobs: list = []
@@ -140,6 +153,11 @@ class Request:
         return self.token_ids[: self.num_tokens]
 
     @property
+    def known_keys(self) -> np.ndarray:
+        """int64[num_tokens]: what the prefix cache knows the known tokens by."""
+        return self.keys[: self.num_tokens]
+
+    @property
     def num_expected_tokens(self) -> int:
         """Known tokens, and those that launched steps will give."""
         return self.num_tokens + self.num_unknown
@@ -168,6 +186,17 @@ class Request:
         return limit
 
     @property
+    def rope_offset(self) -> int:
+        """What to add to a position behind the prompt, for M-RoPE."""
+        return 0 if self.multimodal is None else self.multimodal.position_offset
+
+    def whole_span_around(self, position: int) -> tuple[int, int] | None:
+        """The image around a border between tokens that may not be cut there; see `whole_spans`."""
+        if self.multimodal is None or not self.multimodal.whole_spans:
+            return None
+        return self.multimodal.span_around(position)
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of the prompt are asked for (by the first of `n` only)."""
         return self.params.prompt_logprobs is not None and self.sample_index == 0
@@ -192,7 +221,7 @@ class Request:
         """Takes one sampled token, and sets `finish_reason` when it is the last."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        self.token_ids[self.num_tokens] = token_id
+        self.token_ids[self.num_tokens] = self.keys[self.num_tokens] = token_id
         self.num_tokens += 1
         self.output_token_ids.append(token_id)
         self.stop_reason = self.stop_checker.add(token_id)

@@ -142,7 +142,8 @@ class Scheduler:
         start, expected = request.num_launched, request.num_expected_tokens
         is_decode = expected - start == 1
         count = 1 if is_decode else min(expected - start, budget, self._max_chunk(request))
-        stop = start + count
+        stop = self._at_span_border(request, start, start + count, budget)
+        count = stop - start
         has_room = stop <= request.num_pages * self.cache.page_size
         if count <= 0 or not (has_room or reserve(request, stop)):
             return 0
@@ -151,6 +152,19 @@ class Scheduler:
         request.num_launched = stop
         request.num_unknown += samples
         return 0 if is_decode else count
+
+    def _at_span_border(self, request: Request, start: int, stop: int, budget: int) -> int:
+        """Where a chunk ends that was to end at `stop`, which may lie inside a whole span.
+
+        Before the span; or behind it where nothing else would be left of the chunk, once the whole
+        budget of a step is the request's.
+        """
+        span = request.whole_span_around(stop)
+        if span is None:
+            return stop
+        if span[0] > start or budget < self.chunked_prefill_size:
+            return max(span[0], start)
+        return span[1]
 
     def _max_chunk(self, request: Request) -> int:
         """Prompt log-probabilities need a row of logits for each token, so the chunk is limited."""
@@ -208,7 +222,7 @@ class Scheduler:
     def _start(self, step: Step, request: Request) -> bool:
         """Moves a waiting request to the running ones, with its cached prefix, if it has room."""
         prefix = self.cache.acquire(
-            request.known_token_ids, request.namespace, request.max_cached_tokens
+            request.known_keys, request.namespace, self._max_cached_tokens(request)
         )
         own_pages = self._num_pages(request.num_tokens) - len(prefix.pages)
         promised = sum(
@@ -233,6 +247,15 @@ class Scheduler:
         self.waiting.remove(request)
         bisect.insort(self.running, request, key=lambda other: other.arrival)
         return True
+
+    def _max_cached_tokens(self, request: Request) -> int:
+        """How much may come out of the cache: no part of a span that has to be whole."""
+        most = request.max_cached_tokens
+        if request.multimodal is None or not request.multimodal.whole_spans:
+            return most
+        found = self.cache.match_length(request.known_keys[:most], request.namespace)
+        span = request.whole_span_around(found)
+        return found if span is None else span[0]
 
     def _give_back(self, prefix: CachedPrefix) -> None:
         self.cache.release(prefix.pages, prefix.lock)
@@ -259,13 +282,13 @@ class Scheduler:
         """
         if not self.cache.enabled:
             return False
-        keys = request.known_token_ids[: max(0, request.max_cached_tokens)]
+        keys = request.known_keys[: max(0, request.max_cached_tokens)]
         cached = None
         for other in self.running:
             is_decode = other.num_tokens - other.num_computed <= 1
             if is_decode or other.namespace != request.namespace:
                 continue
-            common = common_prefix_length(keys, other.known_token_ids)
+            common = common_prefix_length(keys, other.known_keys)
             if common < self.cache.page_size or common <= other.num_computed:
                 continue
             if cached is None:
@@ -351,7 +374,7 @@ class Scheduler:
     def _store(self, request: Request) -> None:
         computed = request.num_computed
         self.cache.store(
-            request.token_ids[:computed],
+            request.keys[:computed],
             request.pages[: self._num_pages(computed)],
             request.namespace,
             lock=request.prefix_lock,

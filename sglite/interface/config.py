@@ -77,6 +77,10 @@ class LLMOptions:
         cache_dir: folder of downloaded hub files; None: Hugging Face's own.
         token: access token of the hub, or whether to send the one that is logged in. Shown
             nowhere.
+        image_cache_bytes: what the embeddings of images may take that are kept for further
+            prompts with the same images.
+        image_fetcher: gives the bytes of the file behind a http(s) URL of an image; None: such
+            images are refused.
 
     Raises:
         ConfigError: naming the argument, the value and what is allowed.
@@ -103,6 +107,8 @@ class LLMOptions:
     revision: str | None = None
     cache_dir: str | os.PathLike[str] | None = None
     token: str | bool | None = field(default=None, repr=False)
+    image_cache_bytes: int = 256 << 20
+    image_fetcher: Callable[[str], bytes] | None = None
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -163,6 +169,7 @@ class EngineConfig:
         batch_invariant: whether a prompt's result is independent of what shares its batch.
         revision: branch, tag or commit of a hub model.
         cache_dir: folder of downloaded hub files; None: Hugging Face's own.
+        image_cache_bytes: what the embeddings of images may take that are kept.
     """
 
     model: str
@@ -184,6 +191,7 @@ class EngineConfig:
     batch_invariant: bool
     revision: str | None
     cache_dir: str | None
+    image_cache_bytes: int
 
     @property
     def num_pages(self) -> int:
@@ -254,6 +262,7 @@ class EngineConfig:
             batch_invariant=batch_invariant,
             revision=options.revision,
             cache_dir=None if options.cache_dir is None else os.fspath(options.cache_dir),
+            image_cache_bytes=options.image_cache_bytes,
         )
 
     def __repr__(self) -> str:
@@ -379,6 +388,12 @@ def _token(name: str, value: Any) -> str | bool:
     return value
 
 
+def _function(name: str, value: Any) -> Callable[[str], bytes]:
+    if not callable(value):
+        checks.refuse(name, value, "a function from a URL to the bytes of a file", ConfigError)
+    return value
+
+
 _integer = partial(checks.integer, minimum=1, error=ConfigError)
 _boolean = partial(checks.boolean, error=ConfigError)
 
@@ -406,4 +421,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "revision": _name,
     "cache_dir": _path,
     "token": _token,
+    "image_cache_bytes": partial(checks.integer, minimum=0, error=ConfigError),
+    "image_fetcher": _function,
 }

@@ -20,7 +20,7 @@ _SPECULATIVE = "there is no speculative decoding"
 _PARALLEL = "a model runs on one device"
 _SERVER = "there is no server and no other process"
 _KERNELS = "the kernels are chosen by device and shape"
-_IMAGES = "images belong to the prompt: {'text': ..., 'images': [...]}"
+_IMAGES = "images belong to the prompt, {'text': ..., 'images': [...]}, or to generate(images=...)"
 
 _SAMPLING = {
     # vLLM

@@ -1,4 +1,4 @@
-"""What can be generated from: text, token ids, and either with images.
+"""What can be generated from: text, token ids, and either with images and videos.
 
 `normalize_prompts` turns every form in which a caller may pass prompts into a list of `Prompt`.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglite.interface import checks
@@ -17,9 +17,14 @@ __all__ = ["Prompt", "normalize_prompts"]
 
 _TEXT_KEYS = ("text", "prompt")
 _TOKEN_ID_KEYS = ("token_ids", "prompt_token_ids", "input_ids")
-_KEYS = (*_TEXT_KEYS, *_TOKEN_ID_KEYS, "images")
+_ENTRIES = {"images": "an image, a list of images, or None", "videos": "a list of videos, or None"}
+_MEDIA_KEYS = tuple(_ENTRIES)
+_KEYS = (*_TEXT_KEYS, *_TOKEN_ID_KEYS, *_MEDIA_KEYS)
 
-_FORMS = "a string, a list of token ids, or a dict with 'text' or 'token_ids' and optional 'images'"
+_FORMS = (
+    "a string, a list of token ids, or a dict with 'text' or 'token_ids' and optional 'images' and "
+    "'videos'"
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,18 @@ class Prompt:
         text: the text, to which the tokenizer adds its special tokens; None if ids were given.
         token_ids: at least one token id, used as they are; None if text was given.
         images: the images in the order of their placeholders; empty for text alone.
+        videos: the videos in the order of their placeholders, each a list of frames.
     """
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     images: tuple[Any, ...] = ()
+    videos: tuple[Any, ...] = ()
 
 
-def normalize_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
+def normalize_prompts(
+    prompts: Any, *, images: Any = None, videos: Any = None
+) -> tuple[list[Prompt], bool]:
     """Return the prompts as a list, and whether a single one was given.
 
     A single prompt is a string, a list of token ids (Python's, numpy's or torch's integers; a
@@ -47,12 +56,27 @@ def normalize_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
     batch.
 
     Whether a text has at least one token, and whether the vocabulary has the ids, is checked
-    where the text is tokenized.
+    where the text is tokenized; what an image is, where it is read.
+
+    Args:
+        prompts: what the caller passed.
+        images: for a single prompt its image or a list of them; for a batch a list with an image,
+            a list of images or None for each prompt. Prompts have them here or in their dict.
+        videos: likewise; a video is a list of frames, so that those of a prompt are always a list
+            of videos.
 
     Raises:
         InvalidRequestError: naming the prompt (by its position in a batch), what is wrong with
             it, and what a prompt may be.
     """
+    normalized, is_single = _normalize(prompts)
+    for name, given in (("images", images), ("videos", videos)):
+        if given is not None:
+            normalized = _with_media(normalized, is_single, name, given)
+    return normalized, is_single
+
+
+def _normalize(prompts: Any) -> tuple[list[Prompt], bool]:
     if isinstance(prompts, str | Mapping | Prompt):
         return [_one("prompt", prompts)], True
     items = _as_list("prompts", prompts)
@@ -61,6 +85,26 @@ def normalize_prompts(prompts: Any) -> tuple[list[Prompt], bool]:
     if any(_is_number(item) for item in items):
         return [Prompt(token_ids=_token_ids("prompt", items))], True
     return [_one(f"prompts[{i}]", item) for i, item in enumerate(items)], False
+
+
+def _with_media(prompts: list[Prompt], is_single: bool, name: str, given: Any) -> list[Prompt]:
+    """The prompts with the images or videos of the argument `name`."""
+    if is_single:
+        given = [given]
+    elif not isinstance(given, list | tuple) or len(given) != len(prompts):
+        checks.refuse(
+            name, given, f"a list of {len(prompts)} entries, one for each prompt: {_ENTRIES[name]}"
+        )
+    result = []
+    for index, (prompt, entry) in enumerate(zip(prompts, given, strict=True)):
+        found = _media(name, entry)
+        if found and getattr(prompt, name):
+            prefix = "the prompt" if is_single else f"prompts[{index}]"
+            raise InvalidRequestError(
+                f"{prefix} has {name} of its own, and {name}= gives more: use one of the two."
+            )
+        result.append(replace(prompt, **{name: found}) if found else prompt)
+    return result
 
 
 def _one(name: str, value: Any) -> Prompt:
@@ -89,13 +133,13 @@ def _from_mapping(name: str, value: Mapping[str, Any]) -> Prompt:
             f"(a string) and {', '.join(_TOKEN_ID_KEYS)} (a list of token ids)."
         )
     (key,) = given
-    images = _images(value.get("images"))
+    media = {kind: _media(kind, value.get(kind)) for kind in _MEDIA_KEYS}
     if key in _TEXT_KEYS:
-        return Prompt(text=checks.text(f"{name}[{key!r}]", value[key]), images=images)
+        return Prompt(text=checks.text(f"{name}[{key!r}]", value[key]), **media)
     items = _as_list(f"{name}[{key!r}]", value[key])
     if items is None:
         checks.refuse(f"{name}[{key!r}]", value[key], "a list of token ids")
-    return Prompt(token_ids=_token_ids(f"{name}[{key!r}]", items), images=images)
+    return Prompt(token_ids=_token_ids(f"{name}[{key!r}]", items), **media)
 
 
 def _unknown_key(name: str, key: Any) -> str:
@@ -106,10 +150,15 @@ def _unknown_key(name: str, key: Any) -> str:
     return f"{name} has the unknown key {key!r}.{hint} Known: {', '.join(_KEYS)}."
 
 
-def _images(value: Any) -> tuple[Any, ...]:
+def _media(name: str, value: Any) -> tuple[Any, ...]:
+    """The images or videos of one prompt; a single image may stand for itself."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    if name == "videos":
+        checks.refuse(name, value, "a list of videos, each a list of frames")
+    return (value,)
 
 
 def _as_list(name: str, value: Any) -> Sequence[Any] | None:

@@ -264,9 +264,9 @@ class SelfAttention(nn.Module):
         k_cache, v_cache = forward_batch.kv_cache[self.attn.layer_id]
         return self.rotary_emb.with_table(
             positions,
-            lambda cos_sin: ops.rope_and_write_kv(
+            lambda rows, cos_sin: ops.rope_and_write_kv(
                 qkv,
-                positions,
+                rows,
                 cos_sin,
                 k_cache,
                 v_cache,

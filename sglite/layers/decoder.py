@@ -111,12 +111,14 @@ class DecoderModel(nn.Module):
 
         Args:
             input_ids: [T] int64.
-            positions: [T] int64, of each token in its own sequence.
+            positions: [T] int64, of each token in its own sequence; or [3, T] for M-RoPE.
             forward_batch: whose tokens these are, and the cache.
             input_embeds: [T, hidden_size], instead of the embedding of `input_ids`.
             pp_proxy_tensors: must be None.
         """
         refuse_pipeline_and_embedding(pp_proxy_tensors, False)
-        hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+        hidden_states = input_embeds
+        if hidden_states is None:
+            hidden_states = forward_batch.with_images(self.embed_tokens(input_ids))
         hidden_states = run_layers(self.layers, positions, hidden_states, forward_batch)
         return self.norm(hidden_states)

@@ -29,6 +29,10 @@ class ForwardBatch:
     kv_cache: Sequence[tuple[Tensor, Tensor]]  # per layer (keys, values), each
     # [num_pages, page_size, num_kv_heads, head_dim]
     max_query_tokens: int | None = None  # no request has more tokens; None: nobody counted
+    mrope_positions: Tensor | None = None  # [3, T] int64: time, height, width; [T] where the three
+    # are the same for every token; None: they are the positions themselves
+    image_rows: Tensor | None = None  # [N] int64, ascending, the tokens that stand for images
+    image_embeds: Tensor | None = None  # [N, hidden_size], what they have instead of embeddings
     _plans: dict[tuple, ops.AttentionPlan | None] = field(default_factory=dict, repr=False)
     _scratch: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _layer_batches: dict[int, ops.LayerBatch] = field(default_factory=dict, repr=False)
@@ -76,6 +80,16 @@ class ForwardBatch:
                 self.kv_end,
             )
         return found
+
+    def with_images(self, embeddings: Tensor) -> Tensor:
+        """The embeddings of the batch's tokens, those that stand for images replaced in place.
+
+        Args:
+            embeddings: [T, hidden_size], of the token ids.
+        """
+        if self.image_rows is None:
+            return embeddings
+        return embeddings.index_copy_(0, self.image_rows, self.image_embeds.to(embeddings.dtype))
 
     def scratch(self, index: int, count: int) -> Tensor:
         """Memory on the CPU for one op at a time: uint8 of at least `count` bytes.

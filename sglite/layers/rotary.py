@@ -1,6 +1,7 @@
 """Rotary position embedding."""
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +104,9 @@ class RotaryEmbedding(nn.Module):
     `(a, b) -> (a * cos - b * sin, b * cos + a * sin)` with `angle = position * frequency[pair]`.
     (Su et al., 2021; kinds of scaling: `sglite.layers.rope_frequencies`.)
 
+    With `mrope_section` a token may have three positions (time, height and width), each for its own
+    section of the pairs; where the three agree, that is the same. (M-RoPE; Wang et al., 2024.)
+
     What a token gets depends on its position and the configured context length only, never on the
     other sequences of a batch; for the kind "dynamic" this differs from Hugging Face once the
     context length is above `max_position`.
@@ -115,10 +119,11 @@ class RotaryEmbedding(nn.Module):
         base: "rope_theta", where `rope_parameters` has none.
         is_neox_style: pairs are channels (i, i + rotary_dim / 2); otherwise (2 i, 2 i + 1).
         rope_parameters: kind and numbers of the scaling, as in a checkpoint's config.
+        mrope_section: pairs that turn by time, height and width, one behind the other.
 
     Raises:
         UnsupportedModelError: an unknown kind of scaling.
-        CheckpointError: a value that the kind needs is missing.
+        CheckpointError: a value that the kind needs is missing, or the sections are not the pairs.
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class RotaryEmbedding(nn.Module):
         base: float | None = None,
         is_neox_style: bool = True,
         rope_parameters: Mapping[str, Any] | None = None,
+        mrope_section: Sequence[int] | None = None,
     ):
         super().__init__()
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
@@ -140,6 +146,13 @@ class RotaryEmbedding(nn.Module):
         self.rotary_dim = rotary_dim
         self.max_position = max_position
         self.is_interleaved = not is_neox_style
+        if mrope_section is not None and sum(mrope_section) != rotary_dim // 2:
+            raise CheckpointError(
+                f"mrope_section={list(mrope_section)} does not add up to the {rotary_dim // 2} "
+                f"pairs of channels that rotate"
+            )
+        self.mrope_section = None if mrope_section is None else tuple(mrope_section)
+        self._mixed: tuple[Callable[[], Tensor | None], Tensor, Tensor] | None = None
         self.parameters = RopeParameters.read(rope_parameters, base)
         self.table = self.make_table(max_position, torch.get_default_device())
 
@@ -157,7 +170,7 @@ class RotaryEmbedding(nn.Module):
         """Rotates in place, and returns the same two tensors.
 
         Args:
-            positions: [T] int64, below the context length.
+            positions: [T] or [3, T] int64, below the context length.
             q: [T, heads, head_dim] or [T, heads * head_dim]; rows may be apart.
             k: [T, kv_heads, head_dim] or [T, kv_heads * head_dim], likewise.
         """
@@ -167,24 +180,63 @@ class RotaryEmbedding(nn.Module):
             q_heads, k_heads = (x.view(x.shape[0], -1, self.head_dim) for x in (q, k))
         self.with_table(
             positions,
-            lambda cos_sin: ops.apply_rope(
-                q_heads, k_heads, positions, cos_sin, interleaved=self.is_interleaved
+            lambda rows, cos_sin: ops.apply_rope(
+                q_heads, k_heads, rows, cos_sin, interleaved=self.is_interleaved
             ),
         )
         return q, k
 
-    def with_table(self, positions: Tensor, run: Callable[[Tensor], Any]) -> Any:
-        """`run(cos_sin)` with a table that has a row for each position.
+    def with_table(self, positions: Tensor, run: Callable[[Tensor, Tensor], Any]) -> Any:
+        """`run(rows, cos_sin)` with a table that has a row for each token.
 
         Args:
-            positions: [T] int64, below the context length.
-            run: raises IndexError, before it changes anything, for a position without a row.
+            positions: [T] or [3, T] int64, below the context length.
+            run: takes [T] int64, the tokens' rows, and the table; raises IndexError, before it
+                changes anything, for a row that is not there.
         """
         try:
-            return run(self.table.cos_sin)
+            return run(*self.rows_and_table(positions))
         except IndexError:  # a position that is new to the table
             self.table.grow_for(positions)
-            return run(self.table.cos_sin)
+            return run(*self.rows_and_table(positions))
+
+    def rows_and_table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of tokens in a table of cosines and sines, and the table, as it is now.
+
+        Args:
+            positions: [T] int64, which are the rows; or [3, T], which get a table of their own,
+                the same tensors as long as the positions are the same tensor.
+
+        Raises:
+            IndexError: on the CPU, one of three positions has no row in the table yet.
+        """
+        if positions.ndim == 1:
+            return positions, self.table.cos_sin
+        mixed = self._mixed
+        if mixed is None or mixed[0]() is not positions:
+            table = self._mixed_table(positions)
+            rows = torch.arange(len(table), device=table.device)
+            mixed = self._mixed = weakref.ref(positions), rows, table
+        return mixed[1:]
+
+    def _mixed_table(self, positions: Tensor) -> Tensor:
+        """[T, rotary_dim]: each section of the pairs from the row of its own position."""
+        if self.mrope_section is None:
+            raise ValueError(
+                f"positions {list(positions.shape)} are M-RoPE's, but this RotaryEmbedding has no "
+                f"mrope_section"
+            )
+        table = self.table.cos_sin
+        if not table.is_cuda and positions.numel() and int(positions.max()) >= len(table):
+            raise IndexError("a position that is new to the table")
+        cosines, sines = (
+            [
+                half[rows]
+                for half, rows in zip(part.split(self.mrope_section, 1), positions, strict=True)
+            ]
+            for part in table.chunk(2, 1)
+        )
+        return torch.cat([*cosines, *sines], 1)
 
     def make_table(
         self, context_length: int, device: torch.device | str | None = None
@@ -268,6 +320,7 @@ def rope_from_config(
         getattr(config, "rope_theta", None),
         is_neox_style,
         rope_parameters=parameters,
+        mrope_section=(parameters or {}).get("mrope_section"),
     )
 
 

@@ -51,16 +51,17 @@ def run_whole(
 
     Args:
         layers: at least one.
-        positions: [T] int64.
+        positions: [T] int64, or [3, T] for M-RoPE.
         hidden_states: [T, hidden_size], on the CPU.
         forward_batch: whose tokens these are, and the cache.
     """
 
     def run() -> Tensor:
+        rows, _ = layers[0].rotary.rows_and_table(positions)
         return ops.decoder_layers(
             hidden_states.contiguous(),
-            forward_batch.layer_batch(positions),
-            [layer.call(forward_batch.kv_cache) for layer in layers],
+            forward_batch.layer_batch(rows),
+            [layer.call(positions, forward_batch.kv_cache) for layer in layers],
             forward_batch.scratch,
         )
 
@@ -129,9 +130,10 @@ class WholeLayer:
         except KeyError:  # what was no parameter is one now, or the other way round
             return False
 
-    def call(self, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> ops.LayerCall:
-        """What the op takes for one run over this cache."""
-        return ops.LayerCall(self.parts, self.rotary.table.cos_sin, *kv_cache[self.attn.layer_id])
+    def call(self, positions: Tensor, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> ops.LayerCall:
+        """What the op takes for one run over this cache, at these positions, [T] or [3, T]."""
+        _, cos_sin = self.rotary.rows_and_table(positions)
+        return ops.LayerCall(self.parts, cos_sin, *kv_cache[self.attn.layer_id])
 
     def __reduce__(self) -> tuple[type[None], tuple]:
         """A copy of the layer, which has other tables, starts with nothing."""

@@ -60,7 +60,7 @@ def architectures_of(checkpoint: Checkpoint, architecture: str | None) -> Sequen
 def read_config(
     checkpoint: Checkpoint, model_class: type[nn.Module], *, trust_remote_code: bool
 ) -> Any:
-    """The Hugging Face config object, of the text part where there are several.
+    """The Hugging Face config object, of all parts where there are several.
 
     A `model_type` that transformers does not know gives a plain `PreTrainedConfig` with the file's
     values, which is all that a registered class of one's own needs. So does a file that holds
@@ -92,7 +92,7 @@ def read_config(
             config_class = PreTrainedConfig if is_plain else _config_class(values)
             # A copy, since config classes change the dicts that they are given.
             config = config_class.from_dict(copy.deepcopy(values))
-        config = config.get_text_config()
+        config.get_text_config()
     except Exception as error:  # validation differs from class to class, and by version
         raise CheckpointError(f"{path}: {error}") from error
     return config

@@ -28,6 +28,7 @@ class LoadedModel:
         kv_layers: what each attention layer stores per token, by its `layer_id`.
         generation_defaults: of `generation_config.json`.
         end_token_ids: ids that end a text.
+        whole_config: the Hugging Face config of all parts, where there are several.
         can_be_batch_invariant: whether a row's bits need not depend on what shares its batch, as
             far as the model's parts are concerned.
     """
@@ -42,6 +43,7 @@ class LoadedModel:
     kv_layers: tuple[LayerSpec, ...]
     generation_defaults: GenerationDefaults
     end_token_ids: tuple[int, ...]
+    whole_config: Any = None
     can_be_batch_invariant: bool = True
 
 

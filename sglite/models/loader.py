@@ -107,13 +107,15 @@ def load_model(
             return found
     name, model_class = ModelRegistry.resolve(names)
     ModelRegistry.warn_of_broken_packages()
-    config = read_config(checkpoint, model_class, trust_remote_code=trust_remote_code)
+    whole_config = read_config(checkpoint, model_class, trust_remote_code=trust_remote_code)
+    config = whole_config.get_text_config()
     generation_defaults = GenerationDefaults.from_generation_config(checkpoint.generation_config)
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in checkpoint.weight_files]
         entries = {entry.name: entry for file in files for entry in file.entries.values()}
         _check_counts(config, len(entries))
-        model = _build(model_class, name, config, checkpoint)
+        takes_whole = getattr(model_class, "takes_whole_config", False)
+        model = _build(model_class, name, whole_config if takes_whole else config, checkpoint)
         run_dtype = resolve_dtype(dtype, checkpoint, entries)
         if batch_invariant and device.type == "cuda" and run_dtype == torch.float32:
             raise ConfigError(
@@ -139,6 +141,7 @@ def load_model(
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         config=config,
+        whole_config=whole_config,
         architecture=name,
         dtype=run_dtype,
         quantization=quantization,

@@ -8,6 +8,7 @@ from torch import nn
 
 from sglite.interface.errors import UnsupportedModelError, suggest
 from sglite.models.external import ExternalModels
+from sglite.multimodal.registry import forget_processor, register_processor
 
 ModelClass = TypeVar("ModelClass", bound=type[nn.Module])
 
@@ -26,6 +27,7 @@ _BUILT_IN = {
     "Olmo2ForCausalLM": "sglite.models.olmo2",
     "Phi3ForCausalLM": "sglite.models.phi3",
     "Qwen2ForCausalLM": "sglite.models.qwen2",
+    "Qwen2VLForConditionalGeneration": "sglite.models.qwen2_vl",
     "Qwen2MoeForCausalLM": "sglite.models.qwen2_moe",
     "Qwen3ForCausalLM": "sglite.models.qwen3",
     "Qwen3MoeForCausalLM": "sglite.models.qwen3_moe",
@@ -134,7 +136,9 @@ class _ModelRegistry:
 ModelRegistry = _ModelRegistry()
 
 
-def register(architecture: str) -> Callable[[ModelClass], ModelClass]:
+def register(
+    architecture: str, *, processor: type | None = None
+) -> Callable[[ModelClass], ModelClass]:
     """Registers the decorated class for an architecture; works on the next line.
 
     ```python
@@ -147,6 +151,8 @@ def register(architecture: str) -> Callable[[ModelClass], ModelClass]:
     Args:
         architecture: the name, as in `architectures` of a checkpoint's `config.json`. A name that
             is registered again (a notebook cell run twice) gets the new class.
+        processor: a `sglite.multimodal.BaseMultimodalProcessor`, for a model that takes images;
+            None: what its class has by a processor's `models`, or by the class it derives from.
 
     Returns:
         The decorator, which gives back the class itself.
@@ -162,6 +168,9 @@ def register(architecture: str) -> Callable[[ModelClass], ModelClass]:
 
     def decorate(model_class: ModelClass) -> ModelClass:
         ModelRegistry.models[architecture] = model_class
+        forget_processor(architecture)
+        if processor is not None:
+            register_processor(processor, architecture)
         return model_class
 
     return decorate

@@ -7,7 +7,11 @@ from several tensors, as the model class says in `stacked_params`:
     stacked_params = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 reads `....q_proj.weight` into the first part of `....qkv_proj`, and so on. One name alone is what a
-checkpoint calls an ordinary linear layer.
+checkpoint calls an ordinary linear layer. Where checkpoints have several layouts,
+
+    checkpoint_renames = {"^model[.]language_model[.]": "model."}
+
+rewrites parts of names (regular expressions, one after the other) before anything else.
 """
 
 import re
@@ -59,14 +63,14 @@ class Target:
     def write(self, value: Tensor) -> None:
         """Fills the place."""
         if isinstance(self.tensor, Weight):
-            self.tensor.write_rows(self.start, value)
+            self.tensor.write_rows(self.start, value.flatten(1))
         else:
             self._place().copy_(value)
 
     def add_to(self, writer: WeightWriter, value: Tensor, *, is_mapped: bool) -> bool:
         """Has `writer` fill the place when it runs; False where it cannot."""
         return isinstance(self.tensor, Weight) and self.tensor.add_rows(
-            writer, self.start, value, is_mapped=is_mapped
+            writer, self.start, value.flatten(1), is_mapped=is_mapped
         )
 
     def _place(self) -> Tensor:
@@ -92,7 +96,7 @@ def load_weights(
         UnsupportedModelError: a layer is quantised in a way that is not implemented.
     """
     targets = targets_of(model)
-    found = _collect(files)
+    found = _collect(files, getattr(model, "checkpoint_renames", {}))
     parts: dict[str, QuantizedPart] = {}
     if quantized is not None:
         parts = take_quantized(targets, found, quantized)
@@ -166,9 +170,10 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
         else:
             names, ranges = [path], [(0, module.matrix.shape[0])]
             bias = None
-        columns = module.matrix.shape[1]
+        # A convolution over patches is a linear layer here.
+        rest = getattr(module, "checkpoint_shape", module.matrix.shape)[1:]
         for name, (start, stop) in zip(names, ranges, strict=True):
-            targets[f"{name}.weight"] = Target(module.matrix, start, (stop - start, columns))
+            targets[f"{name}.weight"] = Target(module.matrix, start, (stop - start, *rest))
             if bias is not None:
                 targets[f"{name}.bias"] = Target(bias, start, (stop - start,))
     for name, tensor in plain.items():
@@ -177,11 +182,14 @@ def targets_of(model: nn.Module) -> dict[str, Target]:
 
 
 def _collect(
-    files: Sequence[SafetensorsFile],
+    files: Sequence[SafetensorsFile], renames: Mapping[str, str]
 ) -> dict[str, tuple[SafetensorsFile, TensorEntry]]:
+    """The tensors of all files, by the names that the model's class has for them."""
     found: dict[str, tuple[SafetensorsFile, TensorEntry]] = {}
     for file in files:
         for name, entry in file.entries.items():
+            for pattern, replacement in renames.items():
+                name = re.sub(pattern, replacement, name)
             if name in found:
                 raise CheckpointError(
                     f"tensor {name!r} is in two files: {found[name][0].path} and {file.path}"

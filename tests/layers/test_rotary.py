@@ -150,8 +150,8 @@ class TestTable:
         rope = get_rope(24, 24, 100)
         rows = []
         with pytest.raises(IndexError, match="must be from 0 to 99"):
-            rope.with_table(torch.tensor([100]), lambda table: table[100])
-        rope.with_table(torch.tensor([99]), lambda table: rows.append(table[99]))
+            rope.with_table(torch.tensor([100]), lambda _, table: table[100])
+        rope.with_table(torch.tensor([99]), lambda _, table: rows.append(table[99]))
         assert len(rows) == 1
 
     @pytest.mark.parametrize("default", ["cpu", "meta"])

@@ -2,8 +2,9 @@
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from sglite.interface import checks
 from sglite.interface.config import EngineConfig
@@ -98,11 +99,18 @@ class Settings:
         return self.new_tokens + TAIL
 
 
-def builtin_prompts(vocab_size: int, room: int) -> list[list[int]]:
-    """Prompts of random ids, of 1 to 600 tokens as far as there is room; two share their start."""
+def builtin_prompts(vocab_size: int, room: int, avoid: Collection[int] = ()) -> list[list[int]]:
+    """Prompts of random ids, of 1 to 600 tokens as far as there is room; two share their start.
+
+    Args:
+        vocab_size: ids are below it.
+        room: tokens of a prompt at most.
+        avoid: ids that are not drawn.
+    """
     draw = random.Random(0)
     lengths = sorted({min(length, room) for length in _LENGTHS})
-    prompts = [[draw.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    ids = (drawn for drawn in iter(lambda: draw.randrange(vocab_size), None) if drawn not in avoid)
+    prompts = [list(islice(ids, length)) for length in lengths]
     prompts[-1][:_SHARED] = prompts[-2 if len(prompts) > 1 else -1][:_SHARED]
     return prompts
 

@@ -1,0 +1,340 @@
+"""From a prompt with images to token ids, pixel tensors and spans: what all families share."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from sglite.interface.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    SGLiteError,
+    UnsupportedModelError,
+)
+from sglite.multimodal.chat_templates import fallback_template
+from sglite.multimodal.images import Fetcher, read_frames, read_image
+from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
+from sglite.multimodal.registry import register_processor
+
+#: Stands for one picture in the text of a prompt, with every model; and for one video.
+IMAGE, VIDEO = "<image>", "<video>"
+
+
+@dataclass(frozen=True)
+class HubProcessor:
+    """What a checkpoint's folder has for images, the parts of Hugging Face's own processor.
+
+    Attributes:
+        tokenizer: the Hugging Face tokenizer.
+        image_processor: Hugging Face's, the Pillow variant where there is no torchvision.
+        settings: the contents of `processor_config.json`; empty if there is none.
+        video_settings: those of its video processor, or of the file that holds them.
+        chat_template: the processor's own; None: the tokenizer has it.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    video_settings: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+
+    @classmethod
+    def load(
+        cls, folder: Path, tokenizer: Any, *, trust_remote_code: bool = False
+    ) -> "HubProcessor":
+        """Reads the files of a checkpoint.
+
+        Raises:
+            CheckpointError: there is no image processor, or it cannot be read.
+        """
+        # Not the class of that name in `transformers` itself, which asks for torchvision.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        try:
+            image_processor = AutoImageProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # whatever its code raises on a broken or missing file
+            raise CheckpointError(
+                f"the image processor in {folder} (preprocessor_config.json or "
+                f"processor_config.json) cannot be read: {error}"
+            ) from error
+        settings = _read_json(folder / "processor_config.json")
+        video_settings = (
+            settings.get("video_processor")
+            or _read_json(folder / "video_preprocessor_config.json")
+            or _read_json(folder / "preprocessor_config.json")
+        )
+        template = _read_json(folder / "chat_template.json").get("chat_template")
+        return cls(tokenizer, image_processor, settings, video_settings, template)
+
+
+class ProcessedMedia(NamedTuple):
+    """One image or video as the model takes it; see `MultimodalItem`."""
+
+    modality: str
+    pixel_values: Tensor
+    num_tokens: int
+    data: Mapping[str, Any]
+
+
+class BaseMultimodalProcessor:
+    """Makes token ids and pixels of prompts with images, for the models of one family.
+
+    A family says which token stands for an image (`image_token`), what a whole placeholder looks
+    like (`image_placeholder`), and how pixels are made (`process_image`). A class that has `models`
+    of its own is registered for them when it is defined.
+
+    Args:
+        hf_config: the checkpoint's whole Hugging Face config.
+        server_args: what was passed to `LLM`, an `LLMOptions`. (The name is SGLang's.)
+        _processor: the checkpoint's `HubProcessor`.
+        *args, **kwargs: not used; here so that a constructor written for SGLang fits.
+
+    Attributes:
+        models: classes of models, or their names, that this processor is for. Subclasses of a
+            model's class have its processor too.
+    """
+
+    models: ClassVar[Sequence[type | str]] = ()
+
+    #: The token that is repeated for each row of an image's embeddings; None: no images.
+    image_token: str | None = None
+    #: What `<image>` becomes: the text around one `image_token`, and the token itself.
+    image_placeholder: str | None = None
+    #: The same for videos; None: the model takes none.
+    video_token: str | None = None
+    video_placeholder: str | None = None
+    #: Whether the tokens of an image see each other both ways.
+    whole_spans: bool = False
+
+    def __init_subclass__(cls, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        if vars(cls).get("models"):
+            register_processor(cls)
+
+    def __init__(
+        self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any
+    ):
+        self.hf_config = hf_config
+        self.server_args = server_args
+        self._processor = _processor
+        self.tokenizer = _processor.tokenizer
+        self.image_processor = _processor.image_processor
+        self._ids: dict[str, int | None] = {}
+
+    # -- what a family has of its own ------------------------------------------------------------
+
+    def process_image(self, image: Image.Image) -> ProcessedMedia:
+        """Pixels of an RGB image."""
+        raise NotImplementedError(f"{type(self).__name__} has no process_image")
+
+    def process_video(self, frames: Sequence[Image.Image]) -> ProcessedMedia:
+        """Pixels of a video's frames, at least one, all RGB and of one size."""
+        raise UnsupportedModelError(f"{type(self).__name__} takes no videos")
+
+    def positions(
+        self, token_ids: Sequence[int], items: Sequence[MultimodalItem]
+    ) -> tuple[NDArray[np.int64] | None, int]:
+        """`positions` and `position_offset` of `MultimodalInputs`; here they simply count."""
+        return None, 0
+
+    def prepare_text(self, text: str, *, is_rendered: bool = False) -> str:
+        """The text with one `image_token` for each image, as Hugging Face would tokenize it.
+
+        Args:
+            text: with `<image>` or the model's own placeholders.
+            is_rendered: whether a chat template has made it, which writes the model's own: then
+                "<image>" is what somebody wrote.
+        """
+        if is_rendered:
+            return text
+        for generic, token, placeholder in (
+            (IMAGE, self.image_token, self.image_placeholder),
+            (VIDEO, self.video_token, self.video_placeholder),
+        ):
+            if token is not None and generic != token:
+                text = text.replace(generic, placeholder)
+        return text
+
+    def chat_template(self, render: Callable[..., str]) -> str | None:
+        """The chat template to use; None: the tokenizer's own.
+
+        That is the processor's where the tokenizer has none, and the one that `fallback_template`
+        registers for the family where what the checkpoint has does not write images.
+
+        Args:
+            render: `render(conversation, chat_template=...)` gives text.
+        """
+        for template in (
+            getattr(self.tokenizer, "chat_template", None),
+            self._processor.chat_template,
+        ):
+            if template is not None and self._writes_images(render, template):
+                return template
+        return fallback_template(type(self))
+
+    def _writes_images(self, render: Callable[..., str], template: Any) -> bool:
+        conversation = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+        ]
+        try:
+            text = render(conversation, chat_template=template, add_generation_prompt=True)
+        except Exception:  # a template for content that is a string
+            return False
+        return self.image_token in self.prepare_text(text, is_rendered=True)
+
+    # -- what all families share -----------------------------------------------------------------
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Ids that stand for images and videos alone."""
+        tokens = (self.image_token, self.video_token)
+        return tuple(self._id_of(token) for token in tokens if token is not None)
+
+    def process(
+        self,
+        name: str,
+        token_ids: Sequence[int],
+        images: Sequence[Any],
+        videos: Sequence[Any],
+        fetch: Fetcher | None = None,
+    ) -> tuple[list[int], MultimodalInputs | None]:
+        """Puts images in the place of their placeholders.
+
+        Args:
+            name: how messages call the prompt.
+            token_ids: with one `image_token` for each image; or with as many as the image has rows
+                of embeddings, as Hugging Face's processors give it.
+            images: in the order of their placeholders, as `read_image` takes them.
+            videos: likewise, as `read_frames` takes them.
+            fetch: as for `read_image`.
+
+        Returns:
+            The token ids with a placeholder for each row of embeddings, and the inputs; None where
+            there are no images.
+
+        Raises:
+            InvalidRequestError: an image cannot be read, or there are more or fewer of them than
+                placeholders.
+            UnsupportedModelError: videos for a model that takes none.
+        """
+        if videos and self.video_token is None:
+            raise InvalidRequestError(
+                f"{name} has videos, but this model takes images only: pass frames as images"
+            )
+        found = {
+            "image": self._process_all(
+                name, "images", images, lambda *args: self.process_image(read_image(*args)), fetch
+            ),
+            "video": self._process_all(
+                name, "videos", videos, lambda *args: self.process_video(read_frames(*args)), fetch
+            ),
+        }
+        token_ids = list(token_ids)
+        spans = {}
+        for modality, token in (("image", self.image_token), ("video", self.video_token)):
+            if token is not None:
+                spans[modality] = self._places(name, modality, token, token_ids, found[modality])
+        expanded, items = _expand(token_ids, spans)
+        if not items:
+            return token_ids, None
+        positions, offset = self.positions(expanded, items)
+        return expanded, MultimodalInputs(items, positions, offset, self.whole_spans)
+
+    def _process_all(
+        self,
+        name: str,
+        kind: str,
+        media: Sequence[Any],
+        process: Callable[[str, Any, Fetcher | None], ProcessedMedia],
+        fetch: Fetcher | None,
+    ) -> list[ProcessedMedia]:
+        processed = []
+        for index, medium in enumerate(media):
+            own_name = f"{name}: {kind}[{index}]"
+            try:
+                processed.append(process(own_name, medium, fetch))
+            except SGLiteError:
+                raise
+            except Exception as error:  # what Hugging Face refuses: a ratio of sides of 200, say
+                raise InvalidRequestError(f"{own_name} cannot be processed: {error}") from error
+        return processed
+
+    def _places(
+        self,
+        name: str,
+        modality: str,
+        token: str,
+        token_ids: Sequence[int],
+        media: Sequence[ProcessedMedia],
+    ) -> list[tuple[int, int, ProcessedMedia]]:
+        """Per medium the tokens that it takes the place of, (start, stop, medium)."""
+        token_id = self._id_of(token)
+        places = [index for index, other in enumerate(token_ids) if other == token_id]
+        if len(places) == len(media):
+            return [(place, place + 1, one) for place, one in zip(places, media, strict=True)]
+        if media and len(places) == sum(one.num_tokens for one in media):
+            spans, begin = [], 0
+            for one in media:
+                own = places[begin : begin + one.num_tokens]
+                begin += one.num_tokens
+                if own[-1] - own[0] != len(own) - 1:
+                    break
+                spans.append((own[0], own[-1] + 1, one))
+            else:
+                return spans
+        generic = IMAGE if modality == "image" else VIDEO
+        own = f" or {token}" if token != generic else ""
+        raise InvalidRequestError(
+            f"{name} has {len(places)} placeholders for {modality}s ({generic}{own}), and "
+            f"{len(media)} {modality}s: there must be one placeholder for each"
+        )
+
+    def _id_of(self, token: str) -> int:
+        found = self._ids.get(token)
+        if found is None:
+            found = self._ids[token] = self.tokenizer.convert_tokens_to_ids(token)
+        if found is None or found == getattr(self.tokenizer, "unk_token_id", None):
+            raise CheckpointError(
+                f"the tokenizer has no token {token!r}, which stands for an image in the prompts "
+                f"of this model"
+            )
+        return found
+
+
+def _expand(
+    token_ids: Sequence[int], spans: Mapping[str, Sequence[tuple[int, int, ProcessedMedia]]]
+) -> tuple[list[int], list[MultimodalItem]]:
+    """The token ids with as many placeholders as rows of embeddings, and where they are."""
+    expanded: list[int] = []
+    items = []
+    end = 0
+    for start, stop, medium in sorted(
+        (span for of_modality in spans.values() for span in of_modality), key=lambda span: span[0]
+    ):
+        expanded += token_ids[end:start]
+        begin = len(expanded)
+        expanded += [token_ids[start]] * medium.num_tokens
+        items.append(
+            MultimodalItem(medium.modality, medium.pixel_values, begin, len(expanded), medium.data)
+        )
+        end = stop
+    return expanded + list(token_ids[end:]), items
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The contents of a JSON file; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return contents if isinstance(contents, dict) else {}

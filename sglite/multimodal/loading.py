@@ -1,0 +1,44 @@
+"""The processor of a checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from sglite.interface.errors import UnsupportedModelError
+from sglite.multimodal.registry import find_processor
+
+
+def load_processor(
+    model_class: type,
+    architecture: str,
+    hf_config: Any,
+    folder: Path,
+    tokenizer: Any,
+    options: Any,
+) -> Any:
+    """A `BaseMultimodalProcessor` for a model; None for one that takes text only.
+
+    Args:
+        model_class: of the model.
+        architecture: the name that it is registered under.
+        hf_config: the checkpoint's whole config.
+        folder: the checkpoint's.
+        tokenizer: the Hugging Face tokenizer.
+        options: what was passed to `LLM`.
+
+    Raises:
+        UnsupportedModelError: the model takes images, and nothing is registered that makes them.
+        CheckpointError: the checkpoint has no image processor, or a broken one.
+    """
+    kind = find_processor(model_class, architecture)
+    if kind is None:
+        return None
+    if not hasattr(model_class, "get_image_feature"):
+        raise UnsupportedModelError(
+            f"{architecture} has a processor for images, {kind.__name__}, but {model_class} has no "
+            f"get_image_feature(items)"
+        )
+    # Imported here, since few need it: it imports Pillow.
+    from sglite.multimodal.base_processor import HubProcessor
+
+    hub = HubProcessor.load(folder, tokenizer, trust_remote_code=options.trust_remote_code)
+    return kind(hf_config, options, hub)
