@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def held_out_prompts(count: int, seed: int = 0) -> list[Prompt]:
         choices = rng.random() < 1 / len(FORMS)
         conversation = converse(rng, pictures, choices=choices, max_turns=1)
         (turn,) = conversation.turns
-        (text, _), (expected, _), *_ = render(conversation)
+        pieces = render(conversation)
+        text = "".join(piece for piece, _ in takewhile(lambda pair: not pair[1], pieces))
+        expected = next(piece for piece, is_answer in pieces if is_answer)
         if turn.kind:  # small talk has none
             images = [draw(picture) for picture in pictures]
             prompts.append(Prompt(turn.kind, turn.form, text, images, expected))
