@@ -21,7 +21,8 @@ $(VENV)/.installed: pyproject.toml setup.py
 build: $(VENV)/.installed
 	$(RUN) setup.py --quiet build_ext --inplace
 
-# Loads the checkpoint that ships, answers a batch of questions and a chat, streams one.
+# Loads the checkpoints that ship: answers a batch of questions and a chat, streams one, and looks at
+# two pictures.
 demo: build
 	$(RUN) examples/demo.py
 

@@ -60,9 +60,9 @@ class LLM:
     """A model, ready to generate in this process.
 
     Args:
-        model: a folder, a hub id, "demo" (a small model that ships with the library), or a live
-            Hugging Face module, whose parameters are shared where they lie; call
-            `weights_changed` once they have been trained.
+        model: a folder, a hub id, "demo" or "demo-vl" (small models that ship with the library,
+            the second for pictures), or a live Hugging Face module, whose parameters are shared
+            where they lie; call `weights_changed` once they have been trained.
         tokenizer: a folder, a hub id or a tokenizer; the one beside the weights when absent.
         architecture: a registered model class to use instead of what `config.json` names, or
             "transformers" for Hugging Face's own class.

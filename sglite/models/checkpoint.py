@@ -16,6 +16,7 @@ from sglite.models.hub import download_checkpoint, download_tokenizer
 from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, no_weights, read_index
 
 _SHIPPED = Path(__file__).parent.parent / "checkpoints"
+_SHIPPED_NAMES = ("demo", "demo-vl")  # a language model; one that takes pictures as well
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -50,8 +51,9 @@ def resolve_checkpoint(
     """Finds a model's files; downloads them if they are on the hub and not here yet.
 
     Args:
-        model: a folder, a hub id, or "demo" (a small model that ships with the library; a folder
-            of that name is "./demo"). A folder that exists is never looked for on the hub.
+        model: a folder, a hub id, or "demo" or "demo-vl" (small models that ship with the
+            library; a folder of that name is "./demo"). A folder that exists is never looked for
+            on the hub.
         revision, cache_dir, token: for hub models, as huggingface_hub takes them.
 
     Raises:
@@ -177,8 +179,8 @@ def _is_generic_tokenizer(folder: Path) -> bool:
 
 def _find_folder(name: str, *, is_path: bool) -> Path | None:
     """The local folder that `name` means; None where it can only be a hub id."""
-    if name == "demo" and not is_path:
-        return _SHIPPED / "demo"
+    if name in _SHIPPED_NAMES and not is_path:
+        return _SHIPPED / name
     path = Path(name).expanduser()
     # Not `Path.is_dir`, which raises OSError for a name that is too long to be one.
     if os.path.isdir(path):
