@@ -73,7 +73,7 @@ def test_against_hugging_face(name, tmp_path):
         folder, reference=oracle, prompts=prompts()[2:], new_tokens=3, itself=False
     )
     assert report.passed, str(report)
-    assert len(report.layers) >= 2
+    assert report.layers
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -97,10 +97,11 @@ class Layout:
 def _layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """The lists of decoder layers; those with attention of ours, where there are any."""
     lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    # A list of one may stand for all layers, which then lie within it (`LayerRun`).
     lists = [
         (path, found)
         for path, found in lists
-        if not any(path.startswith(f"{other}.") for other, _ in lists)
+        if not any(path.startswith(f"{other}.") and len(outer) > 1 for other, outer in lists)
     ]
     with_attention = [
         (path, found)

@@ -124,6 +124,8 @@ class _Comparison(ExitStack):
         texts, error = self._texts(llm, exact, prompts)
         layout = _layout(llm.model, exact.model)
         expected = Expectation.of_all(exact, layout, texts)
+        if any(layer is None for each in expected for layer in each.layers):
+            layout = None  # they give no row for each token
         own = None
         if config.dtype != "float32":
             low = self._reference(config.dtype)
