@@ -33,7 +33,7 @@ X86_PATHS = {
     "portable": "",
 }
 PORTABLE_PATHS = {"portable": ""}
-# Of the files in csrc/cpu/amx, which stand beside those of avx512.
+# Of the files in csrc/cpu/amx, which stand beside those of avx512, and of attention.
 AMX_FLAGS = f"{X86_PATHS['avx512']} -mamx-tile -mamx-bf16"
 
 
@@ -194,8 +194,9 @@ class NinjaBuild(build_ext):
                     f"cpu/{source.stem}.{path}.o",
                     f"-DSGLITE_CPU_PATH={path} {path_flags}",
                 )
-        for source in sorted((CSRC / "cpu" / "amx").glob("*.cpp")) if x86_linux else []:
-            name = f"{source.relative_to(CSRC)}.o"
+        with_tiles = [CSRC / "cpu" / "attention.cpp", *sorted((CSRC / "cpu" / "amx").glob("*.cpp"))]
+        for source in with_tiles if x86_linux else []:
+            name = f"cpu/{source.parent.name}.{source.stem}.amx.o"
             compile_rule("compile", source, name, f"-DSGLITE_CPU_PATH=amx {AMX_FLAGS}")
         libraries = ""
         if architectures == ["emulated"]:

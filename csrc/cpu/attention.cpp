@@ -8,6 +8,9 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#if defined(__AMX_BF16__)
+#include "cpu/amx/attention_tiles.h"
+#endif
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
@@ -69,6 +72,8 @@ class UnitRunner {
         weight_sums_ = parts_ + rows * record_;
         block_.keys = weight_sums_ + rows * 16;
         block_.values = block_.keys + kAttentionBlock * channels_;
+        block_.value_pairs =
+            reinterpret_cast<uint32_t*>(block_.values + kAttentionBlock * channels_);
         block_.head_dim = args.head_dim;
         block_.words = words_of<T>(args.head_dim);
         block_.channels = channels_;
@@ -203,6 +208,14 @@ class UnitRunner {
         block_.key_rows = k_cache_ + head_offset(head);
         block_.value_rows = v_cache_ + head_offset(head);
         pack_keys<T>(block_, begin, end);
+#if defined(__AMX_BF16__)
+        if constexpr (kPairs<T>) {
+            tiles_.start_block();
+            if (all_see_whole(first)) {
+                return attend<CachedValues<T>>(head * head_rows_, head_rows_, 0, kAttentionBlock);
+            }
+        }
+#endif
         if (head_rows_ <= kTileRows && args_.head_dim % Vec::kSize == 0) {
             attend_tokens<CachedValues<T>>(head * head_rows_, first);
         } else {
@@ -211,12 +224,16 @@ class UnitRunner {
         }
     }
 
+    // Whether every token of the unit sees the whole block of keys from `first` on.
+    bool all_see_whole(int64_t first) const {
+        return all_begin_ <= first && first + kAttentionBlock <= all_end_;
+    }
+
     // Neighbouring tokens that see the same keys of the block are taken together. Keys that a token
     // does not see are not touched for it, so that what they hold cannot matter.
     template <typename Values>
     void attend_tokens(int64_t first_row, int64_t first) {
-        if (all_begin_ <= first && first + kAttentionBlock <= all_end_)
-            return attend<Values>(first_row, head_rows_, 0, kAttentionBlock);
+        if (all_see_whole(first)) return attend<Values>(first_row, head_rows_, 0, kAttentionBlock);
         int64_t token = 0;
         while (token < unit_.tokens) {
             int begin, end, next_begin, next_end;
@@ -234,10 +251,15 @@ class UnitRunner {
 
     template <typename Values>
     void attend(int64_t row, int64_t count, int begin, int end) {
-        attend_rows<T, Values>(block_,
-                               {queries_ + row * channels_, parts_ + row * record_,
-                                weight_sums_ + row * 16, channels_, record_},
-                               count, begin, end);
+        const Rows rows{queries_ + row * channels_, parts_ + row * record_, weight_sums_ + row * 16,
+                        channels_, record_};
+#if defined(__AMX_BF16__)
+        // Which keys a row sees decides, never what else is in the unit.
+        if constexpr (kPairs<T>) {
+            if (begin == 0 && end == kAttentionBlock) return tiles_.attend(block_, rows, count);
+        }
+#endif
+        attend_rows<T, Values>(block_, rows, count, begin, end);
     }
 
     void visible_in_block(int64_t token, int64_t first, int& begin, int& end) const {
@@ -271,6 +293,9 @@ class UnitRunner {
     int64_t begin_, end_;  // the unit's keys: what some token sees of its splits
     float *queries_, *totals_, *parts_, *weight_sums_;
     Block block_;
+#if defined(__AMX_BF16__)
+    AttentionTiles tiles_;
+#endif
 };
 
 // Merges the records of one KV head and writes its rows; `total` has room for one record.

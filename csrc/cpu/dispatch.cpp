@@ -33,6 +33,7 @@ extern const Kernels table;
 namespace amx {
 int64_t linear_workspace(int64_t m, int64_t k, DType dtype);
 void linear(const LinearArgs& args);
+void paged_attention(const AttentionArgs& args);
 }  // namespace amx
 #endif
 namespace portable {
@@ -47,6 +48,7 @@ static const Kernels& amx_table() {
         changed.path = "amx";
         changed.linear_workspace = amx::linear_workspace;
         changed.linear = amx::linear;
+        changed.paged_attention = amx::paged_attention;
         return changed;
     }();
     return table;

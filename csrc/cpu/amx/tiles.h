@@ -9,6 +9,7 @@
 
 #include <immintrin.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -53,6 +54,7 @@ class Tiles {
             config.rows[i] = height[i];
             config.row_bytes[i] = height[i] ? 64 : 0;
         }
+        std::atomic_signal_fence(std::memory_order_seq_cst);
         _tile_loadconfig(&config);
     }
 
@@ -75,6 +77,8 @@ class Tiles {
              const uint32_t* fetched) const {
         constexpr int64_t kRowBytes = kPanelColumns * 4;  // of a panel and of sums
         constexpr int64_t kHalf = kPanelColumns / 2, kLower = kTileRows * kPanelColumns;
+        // The instructions that load do not tell the compiler that they read memory.
+        std::atomic_signal_fence(std::memory_order_seq_cst);
         if (resume) {
             _tile_loadd(0, sums, kRowBytes);
             _tile_loadd(1, sums + kHalf, kRowBytes);
