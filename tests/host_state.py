@@ -140,10 +140,6 @@ def run_sglite():
     for number, _ in enumerate(llm.stream([_QUESTION] * 3, temperature=1.0, seed=1)):
         if number == 5:
             look("during")
-    seen = []
-    llm.generate(
-        _QUESTION, logits_processors=[lambda ids, row: (seen.append(host_state()), row)[1]]
-    )
     llm.generate([_QUESTION] * 3, temperature=0, progress=True)
     llm.chat([{"role": "user", "content": _QUESTION}], temperature=0)
     look("after calls")

@@ -159,7 +159,7 @@ def interrupt_again_and_again():
         disturber.join()
         assert facts(done or llm.resume()) == expected
         thread.join()
-        assert answers == expected * 3, "an interrupt reached another thread"
+        assert answers == [expected] * 3, "an interrupt reached another thread"
         print(interrupts)
 
 
