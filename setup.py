@@ -142,7 +142,7 @@ class NinjaBuild(build_ext):
         elif sys.platform == "darwin":
             link += " -undefined dynamic_lookup"
         if os.environ.get("SGLITE_SANITIZE"):
-            sanitize = f" -fsanitize={os.environ['SGLITE_SANITIZE']} -fno-omit-frame-pointer -g"
+            sanitize = f" -fsanitize={os.environ['SGLITE_SANITIZE']} -fno-omit-frame-pointer -O1 -g"
             flags, link = flags + sanitize, link + sanitize
         # What differs from one build to the next goes to few files, whose objects are kept apart:
         # so builds with and without CUDA, in place and of a wheel, share all the others.

@@ -1,5 +1,6 @@
 """Functions of the tests that run in a process of their own."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,14 @@ def run_in_child(function: Callable[[], None], timeout: float = 120) -> str:
         f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"from {function.__module__} import {function.__name__} as run; run()"
     )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -13,7 +13,7 @@ from tests.children import run_in_child
 
 PROMPTS = ["Hi", "Count from 3 to 12.", "What is the capital of Japan?"] * 2
 PARAMS = [
-    SamplingParams(temperature=1.2, seed=index, max_new_tokens=150, ignore_eos=True, logprobs=1)
+    SamplingParams(temperature=1.2, seed=index, max_new_tokens=90, ignore_eos=True, logprobs=1)
     for index in range(6)
 ]
 CHAT = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
@@ -130,7 +130,7 @@ def interrupt_again_and_again():
         answers, interrupts, done, inside = [], 0, None, False
         expected = facts(llm.generate(PROMPTS, PARAMS))
         thread = threading.Thread(
-            target=lambda: answers.extend(facts(llm.generate(PROMPTS, PARAMS)) for _ in range(3))
+            target=lambda: answers.extend(facts(llm.generate(PROMPTS, PARAMS)) for _ in range(2))
         )
         thread.start()
         stop = threading.Event()
@@ -147,7 +147,7 @@ def interrupt_again_and_again():
 
         signal.signal(signal.SIGINT, raise_inside)
         disturber.start()
-        while done is None and interrupts < 60:
+        while done is None and interrupts < 30:
             try:
                 inside = True
                 done = llm.generate(PROMPTS, PARAMS) if llm.interrupted is None else llm.resume()
@@ -159,7 +159,7 @@ def interrupt_again_and_again():
         disturber.join()
         assert facts(done or llm.resume()) == expected
         thread.join()
-        assert answers == expected * 3, "an interrupt reached another thread"
+        assert answers == [expected] * 2, "an interrupt reached another thread"
         print(interrupts)
 
 

@@ -133,15 +133,20 @@ class Calls:
         if not work.groups:
             return
         call = work.call(every_token=True)
-        seen, is_last = 0, False
+        seen, is_last, all_is_read = 0, False, False
         try:
             self._driver.submit(call)
             while not is_last:
                 seen = call.wait(seen)
                 is_last = call.is_finished  # read before the chunks, which then hold everything
-                for group in work.groups:
-                    yield from group.chunks()
+                chunks = [chunk for group in work.groups for chunk in group.chunks()]
+                for number, chunk in enumerate(chunks, 1):
+                    all_is_read = is_last and number == len(chunks)
+                    yield chunk
             work.results()
+        except GeneratorExit as error:  # the reader has left, maybe after the last piece
+            self._end_early(call, work, None if all_is_read else error)
+            raise
         except BaseException as error:
             self._end_early(call, work, error)
             raise
@@ -209,13 +214,9 @@ class Calls:
         if self._of_this_thread.call is interrupted:
             self._of_this_thread.call = None
 
-    def _end_early(self, call: Call, work: Work, error: BaseException) -> None:
-        """Ends a call that an exception has left, and keeps what it has for `resume`."""
-        # A stream that was read to its end is closed as well.
-        is_through = isinstance(error, SGLiteError) or (
-            isinstance(error, GeneratorExit) and call.is_finished
-        )
-        if call.is_submitted and not is_through:
+    def _end_early(self, call: Call, work: Work, error: BaseException | None) -> None:
+        """Ends a call that an exception has left; keeps what it has if there is more to come."""
+        if call.is_submitted and error is not None and not isinstance(error, SGLiteError):
             self._of_this_thread.call = call, work
         self._driver.abort(call)
 

@@ -196,8 +196,8 @@ class Driver:
 
     def _fail(self, calls: Sequence[Call], error: BaseException) -> None:
         """Ends all requests with an error, those too that have not reached the scheduler."""
+        self._engine.fail_all(error, [request for call in calls for request in call.requests])
         if calls:
             _log.error("all running requests have failed", exc_info=error)
-        self._engine.fail_all(error, [request for call in calls for request in call.requests])
         for call in calls:
             call.announce()

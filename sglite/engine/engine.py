@@ -121,8 +121,10 @@ class Engine:
             self.scheduler.commit(step, outcomes)
 
     def _fail(self, step: Step, error: BaseException) -> None:
+        failure = failed("the step", error)
+        # Afterwards, as a log may be kept: now it holds nothing but text.
         _log.warning("a step of %d requests has failed", len(step.items), exc_info=error)
-        self.scheduler.fail(step, failed("the step", error))
+        self.scheduler.fail(step, failure)
 
     def fail_all(self, error: BaseException, requests: Sequence[Request] = ()) -> None:
         """Ends every request with an error, when not even the step's bookkeeping went through.

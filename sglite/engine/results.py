@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sglite.engine.failures import failed, let_go
+from sglite.engine.failures import failed
 from sglite.engine.request import Request
 from sglite.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from sglite.interface.outputs import CompletionOutput, RequestOutput, StreamChunk, Usage
@@ -75,7 +75,6 @@ class RequestGroup:
                 raise
             if error is None:
                 error, finish_reason = failed("the text", failure), "error"
-        let_go(error)
         return CompletionOutput(
             index=index,
             text=text,

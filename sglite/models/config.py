@@ -149,8 +149,10 @@ def check_counts(config: Any, entries: Mapping[str, TensorEntry]) -> None:
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise CheckpointError(f"config.json: vocab_size={vocab_size!r} must be 1 or more")
     positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and not 1 <= positions < 1 << 62:
-        raise CheckpointError(f"config.json: max_position_embeddings={positions} must be 1 or more")
+    if positions is not None and not (isinstance(positions, int) and 1 <= positions < 1 << 62):
+        raise CheckpointError(
+            f"config.json: max_position_embeddings={positions!r} must be an integer of 1 or more"
+        )
     num_layers = getattr(config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > len(entries):  # a layer has at least one
         raise CheckpointError(

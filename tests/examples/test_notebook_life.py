@@ -63,7 +63,10 @@ def test_interrupt_resume_and_await_in_a_kernel(tmp_path):
         i: [o.ename for o in c.outputs if o.output_type == "error"] for i, c in _cells(client)
     }
     assert {i: names for i, names in errors.items() if names} == {1: ["KeyboardInterrupt"]}
-    texts = ["".join(o.get("text", "") for o in cell.outputs) for _, cell in _cells(client)]
+    texts = [
+        "".join(o.text for o in cell.outputs if o.get("name") == "stdout")
+        for _, cell in _cells(client)
+    ]
     assert texts[0] == "4\n"
     assert texts[2] == "True 0\nTrue\n"
     assert "42" in texts[3]
