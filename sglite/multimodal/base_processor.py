@@ -135,6 +135,14 @@ class BaseMultimodalProcessor:
         """Pixels of an RGB image."""
         raise NotImplementedError(f"{type(self).__name__} has no process_image")
 
+    def process_images(self, images: Sequence[Image.Image]) -> list[ProcessedMedia]:
+        """Pixels of all images of a prompt, where one depends on how many there are."""
+        return [self.process_image(image) for image in images]
+
+    def process_videos(self, videos: Sequence[Sequence[Image.Image]]) -> list[ProcessedMedia]:
+        """Pixels of all videos of a prompt."""
+        return [self.process_video(frames) for frames in videos]
+
     def process_video(self, frames: Sequence[Image.Image]) -> ProcessedMedia:
         """Pixels of a video's frames, at least one, all RGB and of one size."""
         raise UnsupportedModelError(f"{type(self).__name__} takes no videos")
@@ -196,7 +204,8 @@ class BaseMultimodalProcessor:
     def placeholder_ids(self) -> tuple[int, ...]:
         """Ids that stand for images and videos alone."""
         tokens = (self.image_token, self.video_token)
-        return tuple(self._id_of(token) for token in tokens if token is not None)
+        ids = (self._known_id_of(token) for token in tokens if token is not None)
+        return tuple(token_id for token_id in ids if token_id is not None)
 
     def process(
         self,
@@ -229,13 +238,17 @@ class BaseMultimodalProcessor:
             raise InvalidRequestError(
                 f"{name} has videos, but this model takes images only: pass frames as images"
             )
+        pictures = [
+            read_image(f"{name}: images[{index}]", image, fetch)
+            for index, image in enumerate(images)
+        ]
+        frames = [
+            read_frames(f"{name}: videos[{index}]", video, fetch)
+            for index, video in enumerate(videos)
+        ]
         found = {
-            "image": self._process_all(
-                name, "images", images, lambda *args: self.process_image(read_image(*args)), fetch
-            ),
-            "video": self._process_all(
-                name, "videos", videos, lambda *args: self.process_video(read_frames(*args)), fetch
-            ),
+            "image": _processed(name, "images", self.process_images, pictures),
+            "video": _processed(name, "videos", self.process_videos, frames),
         }
         token_ids = list(token_ids)
         spans = {}
@@ -248,25 +261,6 @@ class BaseMultimodalProcessor:
         positions, offset = self.positions(expanded, items)
         return expanded, MultimodalInputs(items, positions, offset, self.whole_spans)
 
-    def _process_all(
-        self,
-        name: str,
-        kind: str,
-        media: Sequence[Any],
-        process: Callable[[str, Any, Fetcher | None], ProcessedMedia],
-        fetch: Fetcher | None,
-    ) -> list[ProcessedMedia]:
-        processed = []
-        for index, medium in enumerate(media):
-            own_name = f"{name}: {kind}[{index}]"
-            try:
-                processed.append(process(own_name, medium, fetch))
-            except SGLiteError:
-                raise
-            except Exception as error:  # what Hugging Face refuses: a ratio of sides of 200, say
-                raise InvalidRequestError(f"{own_name} cannot be processed: {error}") from error
-        return processed
-
     def _places(
         self,
         name: str,
@@ -276,7 +270,7 @@ class BaseMultimodalProcessor:
         media: Sequence[ProcessedMedia],
     ) -> list[tuple[int, int, ProcessedMedia]]:
         """Per medium the tokens that it takes the place of, (start, stop, medium)."""
-        token_id = self._id_of(token)
+        token_id = self._id_of(token) if media else self._known_id_of(token)
         places = [index for index, other in enumerate(token_ids) if other == token_id]
         if len(places) == len(media):
             return [(place, place + 1, one) for place, one in zip(places, media, strict=True)]
@@ -298,15 +292,34 @@ class BaseMultimodalProcessor:
         )
 
     def _id_of(self, token: str) -> int:
-        found = self._ids.get(token)
+        found = self._known_id_of(token)
         if found is None:
-            found = self._ids[token] = self.tokenizer.convert_tokens_to_ids(token)
-        if found is None or found == getattr(self.tokenizer, "unk_token_id", None):
             raise CheckpointError(
                 f"the tokenizer has no token {token!r}, which stands for an image in the prompts "
                 f"of this model"
             )
         return found
+
+    def _known_id_of(self, token: str) -> int | None:
+        if token not in self._ids:
+            found = self.tokenizer.convert_tokens_to_ids(token)
+            is_known = found is not None and found != getattr(self.tokenizer, "unk_token_id", None)
+            self._ids[token] = found if is_known else None
+        return self._ids[token]
+
+
+def _processed(
+    name: str,
+    kind: str,
+    process: Callable[[Sequence[Any]], list[ProcessedMedia]],
+    media: Sequence[Any],
+) -> list[ProcessedMedia]:
+    try:
+        return process(media) if media else []
+    except SGLiteError:
+        raise
+    except Exception as error:  # what Hugging Face refuses: a ratio of sides of 200, say
+        raise InvalidRequestError(f"{name}: its {kind} cannot be processed: {error}") from error
 
 
 def _expand(
