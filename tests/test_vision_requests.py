@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sglite import LLM, InvalidRequestError, SamplingParams
+from sglite import LLM, CheckpointError, InvalidRequestError, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.vision_checkpoints import make_vision_checkpoint, picture, words
 
@@ -220,6 +220,19 @@ class TestChatTemplates:
         message = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, "what?"]}]
         with LLM(folder, kv_cache_tokens=256) as llava:
             assert llava.chat(message, PARAMS).prompt == "<image>[what?]"
+
+
+def test_a_checkpoint_without_an_image_processor_is_for_text(tmp_path):
+    folder = make_vision_checkpoint(tmp_path)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (folder / name).unlink()
+    with LLM(folder, kv_cache_tokens=256) as own:
+        assert own.generate("hello", PARAMS).token_ids
+        with pytest.raises(InvalidRequestError, match=r"no image processor \(preprocessor_config"):
+            own.generate("<image>", images=PICTURE)
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
+        LLM(folder, kv_cache_tokens=256)
 
 
 def test_weights_that_changed_give_other_embeddings(tmp_path):
