@@ -1,6 +1,7 @@
-"""`make demo`: the main job in one screen, with the checkpoint that ships with the library."""
+"""`make demo`: the main job in one screen, with the checkpoints that ship with the library."""
 
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,13 @@ QUESTIONS = [
     "What is the capital of Japan?",
     "Which country has Lima as its capital?",
     "Count from 3 to 9.",
+]
+PICTURES = Path(__file__).parent / "pictures"
+ABOUT_PICTURES = [
+    ("figures.png", "How many figures are there?"),
+    ("figures.png", "What colour is the star?"),
+    ("figures.png", "Which shape is yellow?"),
+    ("number.png", "What number is this?"),
 ]
 
 
@@ -53,6 +61,21 @@ def main() -> None:
     seconds = time.perf_counter() - started
     console.print(f"\n  {num_tokens} tokens, one request: {num_tokens / seconds:,.0f} per second")
     llm.close()
+    show_pictures(console)
+
+
+def show_pictures(console: Console) -> None:
+    """A second checkpoint, which sees: questions about two pictures, in one batch."""
+    with LLM("demo-vl") as llm:
+        prompts = [
+            {"text": f"<image>{question}", "images": [PICTURES / name]}
+            for name, question in ABOUT_PICTURES
+        ]
+        outputs = llm.generate(prompts, temperature=0, max_new_tokens=16)
+        table = Table("picture", "question", "answer", title=f"\n{llm}, two pictures")
+        for (name, question), output in zip(ABOUT_PICTURES, outputs, strict=True):
+            table.add_row(f"examples/pictures/{name}", question, output.text.strip())
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sglite.models.hub import download_checkpoint, download_tokenizer
 from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, no_weights, read_index
 
 _SHIPPED = Path(__file__).parent.parent / "checkpoints"
+_SHIPPED_NAMES = ("demo", "demo-vl")  # a language model; one that takes pictures as well
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -49,8 +51,9 @@ def resolve_checkpoint(
     """Finds a model's files; downloads them if they are on the hub and not here yet.
 
     Args:
-        model: a folder, a hub id, or "demo" (a small model that ships with the library; a folder
-            of that name is "./demo"). A folder that exists is never looked for on the hub.
+        model: a folder, a hub id, or "demo" or "demo-vl" (small models that ship with the
+            library; a folder of that name is "./demo"). A folder that exists is never looked for
+            on the hub.
         revision, cache_dir, token: for hub models, as huggingface_hub takes them.
 
     Raises:
@@ -76,6 +79,20 @@ def resolve_checkpoint(
         _read_json(folder, "generation_config.json"),
         _find_weight_files(folder),
     )
+
+
+@contextmanager
+def errors_name_files(checkpoint: Checkpoint) -> Iterator[None]:
+    """Has errors about a checkpoint say which one, where they were raised without knowing."""
+    try:
+        yield
+    except CheckpointError as error:
+        message, folder = str(error), checkpoint.folder
+        if str(folder) not in message:
+            own = re.match(r"(\w*config\.json): ", message)
+            place = folder if own else folder / "config.json:"
+            error.args = (f"{place}/{message}" if own else f"{place} {message}",)
+        raise
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -115,6 +132,7 @@ def load_tokenizer(
         folder = folder or download_tokenizer(name, cache_dir=cache_dir, token=token)
     else:
         return tokenizer
+    _check_tokenizer_files(folder)
     try:
         if _is_generic_tokenizer(folder):
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -123,8 +141,29 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # whatever the tokenizer's own code raises on a broken file
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    except BaseException as error:  # whatever its code raises on a broken file, and Rust's panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuses a tokenizer that would be read from elsewhere, or forever.
+
+    transformers joins the names that it finds here to the folder, whatever they are.
+    """
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is no regular file")
+    settings = _read_json(folder, "tokenizer_config.json") or {}
+    for key in ("fast_tokenizer_files", "gguf_file"):
+        names = settings.get(key) or []
+        for name in names if isinstance(names, list) else [names]:
+            if not isinstance(name, str) or name != os.path.basename(name):
+                raise CheckpointError(
+                    f"{folder / 'tokenizer_config.json'}: {key} names {name!r}, which is no file "
+                    f"of the same folder"
+                )
 
 
 def _is_generic_tokenizer(folder: Path) -> bool:
@@ -140,8 +179,8 @@ def _is_generic_tokenizer(folder: Path) -> bool:
 
 def _find_folder(name: str, *, is_path: bool) -> Path | None:
     """The local folder that `name` means; None where it can only be a hub id."""
-    if name == "demo" and not is_path:
-        return _SHIPPED / "demo"
+    if name in _SHIPPED_NAMES and not is_path:
+        return _SHIPPED / name
     path = Path(name).expanduser()
     # Not `Path.is_dir`, which raises OSError for a name that is too long to be one.
     if os.path.isdir(path):
@@ -161,6 +200,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / name
     if not path.exists():
         return None
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

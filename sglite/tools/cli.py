@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from sglite.interface.errors import SGLiteError
+from sglite.interface.errors import InvalidRequestError, SGLiteError
 from sglite.llm import LLM
 from sglite.tools.show_config import show_config
+
+_PLACE = "<image>"  # of a picture in a prompt, with every model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +45,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompts", nargs="*", help="prompts; read from standard input if absent")
     generate.add_argument(
         "--chat", action="store_true", help="put each prompt into the model's chat template"
+    )
+    generate.add_argument(
+        "--image",
+        action="append",
+        dest="images",
+        default=[],
+        metavar="FILE",
+        help="a picture for each prompt, in place of its <image>, or before the text; may be "
+        "repeated",
     )
     generate.set_defaults(run=_generate)
 
@@ -92,7 +103,9 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument(
         "--new-tokens", type=int, default=16, help="decoded after each prompt (16)"
     )
-    compare.add_argument("--architecture", help="a registered class, instead of config.json's")
+    compare.add_argument(
+        "--architecture", help='a registered class instead of config.json\'s, or "transformers"'
+    )
     compare.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
     compare.add_argument(
         "--quantization", help="int8 or int4: measure what quantising loses as well"
@@ -156,12 +169,38 @@ def _generate(options: argparse.Namespace) -> None:
     parameters = _settings(options.set, "--set")
     with _load(options) as llm:
         if options.chat:
-            conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            conversations = [
+                [{"role": "user", "content": _parts(prompt, options.images)}] for prompt in prompts
+            ]
             outputs = llm.chat(conversations, **parameters)
+        elif options.images:
+            texts = [_with_places(prompt, len(options.images)) for prompt in prompts]
+            outputs = llm.generate(texts, images=[options.images] * len(texts), **parameters)
         else:
             outputs = llm.generate(prompts, **parameters)
     for output in outputs:
         print(output.text)
+
+
+def _with_places(prompt: str, num_images: int) -> str:
+    """The prompt, with a place for each picture in front where it has none."""
+    return prompt if _PLACE in prompt else _PLACE * num_images + prompt
+
+
+def _parts(prompt: str, images: Sequence[str]) -> str | list[dict[str, str]]:
+    """The content of a message with pictures where `<image>` stands, or in front."""
+    if not images:
+        return prompt
+    texts = _with_places(prompt, len(images)).split(_PLACE)
+    if len(texts) - 1 != len(images):
+        raise InvalidRequestError(
+            f"the prompt has {len(texts) - 1} times {_PLACE}, and --image is given {len(images)} "
+            f"times"
+        )
+    parts = [{"type": "text", "text": texts[0]}]
+    for image, text in zip(images, texts[1:], strict=True):
+        parts += [{"type": "image", "image": image}, {"type": "text", "text": text}]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -28,6 +28,8 @@ def test_demo_shows_prompts_answers_and_speed(pytestconfig):
     assert "47" in printed  # the second turn of the chat
     assert "20 21 22 23 24" in printed.replace(",", "")
     assert printed.count("per second") == 2
+    for answer in ("There are 4 figures", "The star is red", "The number is 47"):
+        assert answer in printed
 
 
 def test_quickstart(pytestconfig):

@@ -1,0 +1,225 @@
+"""The two sides of `bench/mmmu.py`: sglite, and Hugging Face transformers with the same files.
+
+Both are greedy, without a repetition penalty, and get conversations of the same parts. Reading the
+pictures and making tokens of prompts counts on both sides.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import is_torchvision_available
+
+from bench.mmmu_prompts import Prompt, as_messages
+
+
+class Reply(NamedTuple):
+    """What an engine answered, and how many tokens prompt and answer were."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+
+
+class Engine(Protocol):
+    """One engine with the model loaded.
+
+    Made with the checkpoint's folder, the dtype's name ("auto", "bfloat16", ...), the device
+    ("auto", "cpu", "cuda") and how many prompts a batch has where batches are made by hand.
+    """
+
+    name: str
+    about: str  # the version
+
+    def answer(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[Reply]:
+        """Answers all prompts, as fast as it can; replies come in their order."""
+
+    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
+        """From a prompt alone to its first token."""
+
+    def close(self) -> None:
+        """Gives the memory back."""
+
+
+class Sglite:
+    """All prompts at once; batches are the engine's own."""
+
+    name = "sglite"
+
+    def __init__(self, model: str, dtype: str, device: str, batch_size: int):
+        import sglite
+
+        self.about = f"sglite {sglite.__version__}"
+        self._llm = sglite.LLM(model, dtype=dtype, device=device)
+        self._settings = {"temperature": 0, "repetition_penalty": 1.0, "max_new_tokens": 1}
+        self._llm.chat([{"role": "user", "content": "warm-up"}], **self._settings)
+
+    def answer(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[Reply]:
+        settings = {**self._settings, "max_new_tokens": max_new_tokens}
+        outputs = self._llm.chat([as_messages(prompt) for prompt in prompts], **settings)
+        for output in outputs:
+            usage = output.usage
+            yield Reply(output.text, usage.prompt_tokens, usage.completion_tokens)
+
+    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
+        settings = {**self._settings, "max_new_tokens": max_new_tokens}
+        start = time.perf_counter()
+        for chunk in self._llm.stream_chat(as_messages(prompt), **settings):
+            if chunk.token_ids:
+                return time.perf_counter() - start
+        return time.perf_counter() - start  # it ended at once
+
+    def close(self) -> None:
+        self._llm.close()
+
+
+class HuggingFace:
+    """`generate` with batches padded on the left; for the first token, one prompt alone."""
+
+    name = "hf"
+
+    def __init__(self, model: str, dtype: str, device: str, batch_size: int):
+        self.about = f"transformers {transformers.__version__}"
+        self._batch_size = batch_size
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._processor = load_processor(Path(model))
+        self._model = transformers.AutoModelForImageTextToText.from_pretrained(
+            model, dtype=dtype, local_files_only=True
+        )
+        self._model = self._model.to(device).eval()
+        self._settings = {"do_sample": False, "repetition_penalty": 1.0}
+        self._generate([["warm-up"]], max_new_tokens=1)
+
+    def answer(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[Reply]:
+        for start in range(0, len(prompts), self._batch_size):
+            yield from self._generate(
+                prompts[start : start + self._batch_size], max_new_tokens=max_new_tokens
+            )
+
+    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
+        clock = _FirstToken()
+        start = time.perf_counter()
+        self._generate([prompt], max_new_tokens=max_new_tokens, streamer=clock)
+        return clock.at - start
+
+    def close(self) -> None:
+        del self._model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[Prompt], **settings: Any) -> list[Reply]:
+        conversations = [as_messages(prompt) for prompt in prompts]
+        texts = [
+            self._processor.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+            for conversation in conversations
+        ]
+        images = [_images(conversation) for conversation in conversations]
+        tokenizer = self._processor.tokenizer
+        starts = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+        inputs = self._processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not starts,
+            return_tensors="pt",
+        ).to(self._model.device)
+        ids = self._model.generate(**inputs, **self._settings, **settings)
+        length = inputs["input_ids"].shape[1]
+        replies = []
+        for mask, new_ids in zip(inputs["attention_mask"], ids[:, length:], strict=True):
+            count = _without_padding(new_ids.tolist(), self._ends())
+            text = tokenizer.decode(new_ids[:count], skip_special_tokens=True)
+            replies.append(Reply(text, int(mask.sum()), count))
+        return replies
+
+    def _ends(self) -> set[int]:
+        ends = self._model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [ends])
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when the second thing comes: the first is the prompt."""
+
+    def __init__(self):
+        self.at = 0.0
+        self._seen = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._seen += 1
+        if self._seen == 2:
+            self.at = time.perf_counter()
+
+    def end(self) -> None:
+        self.at = self.at or time.perf_counter()
+
+
+def load_processor(folder: Path) -> transformers.ProcessorMixin:
+    """The checkpoint's processor; without torchvision, less its part for videos.
+
+    Hugging Face then offers image processors on Pillow, but refuses to make a processor that has
+    a part for videos: it is put together here from the parts that there are.
+    """
+    if is_torchvision_available():
+        return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    # Not the one of `transformers` itself, which asks for torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    settings: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).exists():
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+    kind = getattr(transformers, settings["processor_class"])
+    parts = {
+        "image_processor": AutoImageProcessor.from_pretrained(folder, local_files_only=True),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
+    }
+    if "video_processor" in kind.get_attributes():
+        parts["video_processor"] = None
+    if (folder / "processor_config.json").exists():  # how its tokens are laid out
+        parts.update({key: value for key, value in settings.items() if not isinstance(value, dict)})
+        parts.pop("processor_class")
+        parts.pop("auto_map", None)
+
+    class WithoutVideo(kind):
+        """Takes None for a part that is not there."""
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument is not None:
+                return super().check_argument_for_proper_class(argument_name, argument)
+            return None
+
+    processor = WithoutVideo(**parts)
+    processor.chat_template = _chat_template(folder, processor.tokenizer)
+    return processor
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    file = folder / "chat_template.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer.chat_template
+
+
+def _images(conversation: list[dict[str, Any]]) -> list[Any]:
+    parts = [part for message in conversation for part in message["content"]]
+    return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def _without_padding(ids: list[int], ends: set[int]) -> int:
+    """How many tokens there are up to the first end token, which counts."""
+    return next((count for count, token in enumerate(ids, 1) if token in ends), len(ids))
+
+
+ENGINES: dict[str, type[Engine]] = {"sglite": Sglite, "hf": HuggingFace}

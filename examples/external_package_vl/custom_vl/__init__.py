@@ -1,0 +1,1 @@
+"""A model for sglite that takes pictures, and its processor."""

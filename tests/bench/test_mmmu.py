@@ -1,0 +1,268 @@
+"""`bench/mmmu.py`: reading, prompts, parsing, comparing, and a run on drawn questions."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from scipy.stats import binomtest
+
+from bench.mmmu_answers import is_right, open_answers, parse
+from bench.mmmu_engines import Reply
+from bench.mmmu_prompts import as_messages, make_prompt, prompt_text
+from bench.mmmu_questions import DataError, Question, read_questions
+from bench.mmmu_report import Run, mcnemar, summarise, tables
+
+ROOT = Path(__file__).parents[2]
+WRITER = ROOT / "examples" / "train_demo_vl" / "mmmu_set.py"
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+COLUMNS = ("id", "question", "options", "explanation", *(f"image_{n}" for n in range(1, 8)))
+MMMU = (*COLUMNS, "img_type", "answer", "topic_difficulty", "question_type", "subfield")
+
+
+def png(side=28):
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def write(file, rows, columns=MMMU):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([(c, IMAGE if c.startswith("image") else pa.string()) for c in columns])
+    parquet.write_table(pa.Table.from_pylist(rows, schema), file)
+
+
+def row(**fields):
+    return {
+        "id": "validation_Art_1",
+        "question": "What is in <image 1>?",
+        "options": "['a cat', \"a dog's nose\"]",
+        "image_1": png(),
+        "answer": "B",
+        "question_type": "multiple-choice",
+        **fields,
+    }
+
+
+def question(options=(), answers=("A",), setting="mmmu", text="What?", images=None):
+    return Question("x", "Art", setting, text, tuple(options), images or {}, tuple(answers))
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def test_a_folder_per_subject_is_read(tmp_path):
+    write(tmp_path / "Art" / "validation-00000-of-00001.parquet", [row()])
+    write(tmp_path / "Art" / "test-00000-of-00001.parquet", [row(answer="?")])
+    write(
+        tmp_path / "Music" / "validation-00000-of-00002.parquet",
+        [row(id="m1", question_type="open", options="[]", answer="['1/2', '0.5']")],
+    )
+    write(
+        tmp_path / "Music" / "validation-00001-of-00002.parquet",
+        [row(id="m2", image_7=png(56), question_type="open", options="[]", answer="C major")],
+    )
+    first, second, third = read_questions(tmp_path)
+    assert (first.subject, first.setting, first.is_choice) == ("Art", "mmmu", True)
+    assert first.options == ("a cat", "a dog's nose")
+    assert first.letters == ("A", "B")
+    assert first.answers == ("B",)
+    assert (second.subject, second.options, second.answers) == ("Music", (), ("1/2", "0.5"))
+    assert sorted(third.images) == [1, 7]
+    assert third.answers == ("C major",)
+    assert [q.id for q in read_questions(tmp_path, subjects=["Music"])] == ["m1", "m2"]
+    (hidden,) = read_questions(tmp_path, split="test")
+    assert hidden.answers == ()
+
+
+def test_both_settings_of_pro_are_read(tmp_path):
+    standard = (*COLUMNS, "img_type", "answer", "topic_difficulty", "subject")
+    ten = repr([str(n) for n in range(10)])
+    rows = [row(id="test_Art_1", options=ten, answer="J", subject="Art")]
+    write(tmp_path / "standard (10 options)" / "test-00000-of-00001.parquet", rows, standard)
+    vision = ("id", "image", "options", "answer", "subject")
+    rows = [{"id": "v", "image": png(), "options": ten, "answer": "A", "subject": "Music"}]
+    write(tmp_path / "vision" / "test-00000-of-00001.parquet", rows, vision)
+    (found,) = read_questions(tmp_path / "standard (10 options)")
+    assert (found.setting, found.subject, len(found.options)) == ("pro-standard", "Art", 10)
+    (found,) = read_questions(tmp_path / "vision")
+    assert (found.setting, found.subject, found.text) == ("pro-vision", "Music", "")
+    with pytest.raises(DataError, match="several settings, pro-standard, pro-vision"):
+        read_questions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"options": "not a list"}, "validation_Art_1"),
+        ({"options": "[]"}, "without options"),
+        ({"image_1": {"bytes": None, "path": "gone.png"}}, "a picture without bytes"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, fields, message):
+    write(tmp_path / "Art" / "validation-00000-of-00001.parquet", [row(**fields)])
+    with pytest.raises(DataError, match=message):
+        read_questions(tmp_path)
+
+
+def test_missing_columns_splits_and_folders_are_named(tmp_path):
+    with pytest.raises(DataError, match="there is no folder"):
+        read_questions(tmp_path / "gone")
+    with pytest.raises(DataError, match="holds no file such as"):
+        read_questions(tmp_path)
+    write(tmp_path / "Art" / "dev-00000-of-00001.parquet", [row()], MMMU[1:])
+    with pytest.raises(DataError, match="no files of the split 'test', but of dev"):
+        read_questions(tmp_path)
+    with pytest.raises(DataError, match="lacks the columns id"):
+        read_questions(tmp_path, split="dev")
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+
+def test_prompts_are_worded_as_the_benchmark_does():
+    choice = question(["4", "5"], text="How many?")
+    assert prompt_text(choice) == (
+        "How many?\n(A) 4\n(B) 5\n\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert prompt_text(question(text="How many?")) == (
+        "How many?\nAnswer the question using a single word or phrase."
+    )
+    assert prompt_text(question(["4", "5"], setting="pro-standard", text="How many?")) == (
+        "How many?\nA. 4\nB. 5\nAnswer with the option letter from the given choices directly."
+    )
+    assert prompt_text(question(["4"], setting="pro-vision")).startswith("<image 1>Answer with")
+
+
+def test_pictures_stand_where_they_are_mentioned():
+    images = {number: bytes([number]) for number in (1, 2, 3)}
+    asked = question(
+        ["<image 2>", "other"], text="Is <image 1> like <image  1>, or <image 9>?", images=images
+    )
+    prompt = make_prompt(asked)
+    # The third is mentioned nowhere, and comes first; there is no ninth.
+    assert prompt[:5] == [b"\3", "Is ", b"\1", " like ", b"\1"]
+    assert "".join(p if isinstance(p, str) else f"[{p[0]}]" for p in prompt[5:]).startswith(
+        ", or <image 9>?\n(A) [2]\n(B) other\n\nAnswer"
+    )
+
+
+def test_messages_hold_texts_and_pictures():
+    (message,) = as_messages(["a ", png(56)["bytes"], " b"])
+    kinds = [part["type"] for part in message["content"]]
+    assert kinds == ["text", "image", "text"]
+    assert message["content"][1]["image"].size == (56, 56)
+
+
+# -- answers ------------------------------------------------------------------------------------
+
+FRUIT = ["apple", "ripe banana", "cherry", "date"]
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B)", "B"),
+        ("'B'", "B"),
+        ("(B) ripe banana", "B"),
+        ("B. ripe banana", "B"),
+        ("Option C is right", "C"),
+        ("It is not (A) but (C)", "C"),
+        ("A or D is meant, D I think", "D"),
+        ("I think that it is surely the ripe Banana", "B"),
+        ("it is an apple I think, no, a cherry", "C"),
+        ("ripe banana", None),  # too short to be searched for an option, as in the original
+        ("E", None),
+        ("", None),
+        ("Dates", None),
+    ],
+)
+def test_letters_are_found(response, letter):
+    assert parse(question(FRUIT), response) == letter
+    assert is_right(question(FRUIT, ["C"]), response) == (letter == "C")
+
+
+def test_pro_looks_behind_the_word_answer_first():
+    pro = question(FRUIT, ["D"], "pro-vision")
+    assert parse(pro, "Not (A).\nAnswer: D") == "D"
+    assert parse(pro, "Answer: $D") == "D"
+    assert parse(question(FRUIT), "Not (A).\nAnswer: D") == "A"
+
+
+@pytest.mark.parametrize(
+    ("response", "answers", "right"),
+    [
+        ("42", ["42"], True),
+        ("The answer is 42.", ["42"], True),
+        ("It is 42.004 metres", ["42"], True),
+        ("1,234", ["1234"], True),
+        ("x = 3\nso y = 4", ["4"], True),
+        ("x = 3\nso y = 4", ["3"], False),  # an equals sign counts in the last line
+        ("Blue", ["blue"], True),
+        ("It is dark blue.", ["blue"], True),
+        ("red", ["blue"], False),
+        ("5", ["0.5", "5.0"], True),
+        ("a", ["a"], True),
+        ("banana", ["a"], False),  # a single letter is not looked for inside words
+        ("-3", ["3"], False),
+        ("", ["3"], False),
+    ],
+)
+def test_open_answers_are_judged(response, answers, right):
+    assert is_right(question(answers=answers), response) == right
+
+
+def test_an_empty_open_answer_is_unparsable():
+    assert parse(question(), " . ") is None
+    assert open_answers("so it is 7") == {7.0}
+
+
+# -- the report ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (3, 9), (10, 10), (40, 12)])
+def test_mcnemar_is_the_binomial_test(first, second):
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(expected)
+
+
+def run(engine, texts):
+    replies = [Reply(text, 10, 2) for text in texts]
+    return Run(engine, "1.0", replies, 2.0, [0.1, 0.3, 0.2])
+
+
+def test_subjects_unparsable_answers_and_differences_are_counted():
+    questions = [
+        Question("a1", "Art", "mmmu", "", ("x", "y"), {1: b""}, ("A",)),
+        Question("a2", "Art", "mmmu", "", ("x", "y"), {1: b"", 2: b""}, ("B",)),
+        Question("m1", "Music", "mmmu", "", (), {}, ("7",)),
+        Question("m2", "Music", "mmmu", "", (), {}, ()),
+    ]
+    result = summarise(
+        questions, [run("ours", ["A", "?", "7", "3"]), run("hf", ["(A)", "B", "8", "3"])]
+    )
+    ours = result["engines"]["ours"]
+    assert ours["accuracy"] == {
+        "Art": {"questions": 2, "right": 1, "unparsable": 1, "hidden": 0},
+        "Music": {"questions": 1, "right": 1, "unparsable": 0, "hidden": 1},
+        "overall": {"questions": 3, "right": 2, "unparsable": 1, "hidden": 1},
+    }
+    assert ours["speed"]["first_token_ms"] == pytest.approx(200)
+    assert ours["speed"]["questions_per_second"] == 2
+    assert ours["speed"]["new_tokens_per_second"] == 4
+    comparison = result["comparison"]
+    assert comparison["differing"] == ["a2", "m1"]
+    assert (comparison["same_answer"], comparison["same_text"]) == (2, 1)
+    assert (comparison["only_first_right"], comparison["only_second_right"]) == (1, 1)
+    assert comparison["p_value"] == 1.0
+    assert result["images"] == 3
+    accuracy, speed, paired = tables(json.loads(json.dumps(result)))
+    assert accuracy.cells[-1] == ["overall", "3", "2", "66.7", "1", "2", "66.7", "0"]
+    assert [len(line) for line in speed.cells] == [3] * 6
+    assert paired.cells[0] == ["same answer", "2 of 4"]

@@ -1,0 +1,128 @@
+"""The package with a vision-language model: by the three variables, and installed by pip."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sglite
+from tests.checkpoints import DEMO_FOLDER
+
+PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "number.png"
+CHECKPOINT = DEMO_FOLDER.with_name("demo-vl")
+VARIABLES = {
+    "SGLITE_EXTERNAL_MODEL_PACKAGE": "custom_vl",
+    "SGLITE_EXTERNAL_MM_MODEL_ARCH": "CustomQwen2VL",
+    "SGLITE_EXTERNAL_MM_PROCESSOR_PACKAGE": "custom_vl",
+}
+# Captures the logits of the first token, with the package's class and with the library's.
+COMPARE = """
+import sys
+import torch
+from sglite import LLM
+
+folder, picture = sys.argv[1:]
+captured = []
+for architecture in ("CustomQwen2VL", "Qwen2VLForConditionalGeneration"):
+    with LLM(folder, architecture=architecture, dtype="float32", kv_cache_tokens=1024) as llm:
+        keep = lambda token_ids, logits: captured.append(logits.clone()) or logits
+        llm.generate({"text": "<image>What is this?", "images": [picture]},
+                     temperature=0, max_new_tokens=1, logits_processors=keep)
+ours, plain = captured
+assert (plain > 1).any() and (plain < 0).any()
+expected = torch.where(plain > 0, plain.abs().sqrt(), plain)
+torch.testing.assert_close(ours, expected)
+"""
+
+
+@pytest.fixture(scope="module")
+def package(pytestconfig, tmp_path_factory):
+    """A copy, since building leaves files behind."""
+    folder = pytestconfig.rootpath / "examples" / "external_package_vl"
+    return shutil.copytree(folder, tmp_path_factory.mktemp("package") / "external_package_vl")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One that asks for the package's class."""
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path_factory.mktemp("checkpoint") / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["CustomQwen2VL"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def run(python, *arguments, cwd, **variables):
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("SGLITE_")
+    }
+    return subprocess.run(
+        [str(python), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=cwd,
+        env={**environment, **variables},
+    )
+
+
+def generate(python, checkpoint, *, cwd, **variables):
+    arguments = ["--set", "temperature=0", "--model", checkpoint, "--image", PICTURE]
+    question = "What number is this?"
+    return run(python, "-m", "sglite", "generate", *arguments, question, cwd=cwd, **variables)
+
+
+def root():
+    return str(Path(sglite.__file__).parents[1])
+
+
+def test_by_the_environment(package, checkpoint, tmp_path):
+    path = os.pathsep.join([root(), str(package)])
+    done = generate(sys.executable, checkpoint, cwd=tmp_path, PYTHONPATH=path, **VARIABLES)
+    assert done.returncode == 0, done.stderr
+    assert "47" in done.stdout
+    assert done.stderr == ""
+
+
+def test_its_logits_are_the_square_roots(package, checkpoint, tmp_path):
+    path = os.pathsep.join([root(), str(package)])
+    arguments = ["-c", COMPARE, checkpoint, PICTURE]
+    done = run(sys.executable, *arguments, cwd=tmp_path, PYTHONPATH=path, **VARIABLES)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_processor_package_is_named(package, checkpoint, tmp_path):
+    path = os.pathsep.join([root(), str(package)])
+    variables = {**VARIABLES, "SGLITE_EXTERNAL_MM_PROCESSOR_PACKAGE": "custom_vla"}
+    done = generate(sys.executable, checkpoint, cwd=tmp_path, PYTHONPATH=path, **variables)
+    assert done.returncode == 1
+    assert "SGLITE_EXTERNAL_MM_PROCESSOR_PACKAGE=custom_vla cannot be imported" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_installed_by_pip_in_a_fresh_environment(package, checkpoint, tmp_path):
+    """What the tests' own environment has is seen from there, so that nothing is downloaded."""
+    environment = tmp_path / "environment"
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120
+    )
+    python = environment / "bin" / "python"
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    (site_packages / "ours.pth").write_text(f"{root()}\n{ours}\n")
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [str(python), *install, "--no-index", str(package)], check=True, timeout=240, cwd=tmp_path
+    )
+    assert list(site_packages.glob("custom_vl-*.dist-info"))
+    by_variables = generate(python, checkpoint, cwd=tmp_path, **VARIABLES)
+    by_entry_point = generate(python, checkpoint, cwd=tmp_path)
+    for done in (by_variables, by_entry_point):
+        assert done.returncode == 0, done.stderr
+        assert "47" in done.stdout
+        assert done.stderr == ""
