@@ -38,10 +38,25 @@ class Expected:
 
     def __init__(self, oracle, text, images, videos):
         self.prompt = {"text": text, "images": images, "videos": videos}
-        inputs = oracle.inputs(**self.prompt)
-        self.token_ids = inputs["input_ids"][0].tolist()
-        self.logprobs = oracle.logits(inputs).log_softmax(-1)
-        self.tokens, self.gaps = oracle.greedy(inputs, NEW_TOKENS)
+        self._oracle = oracle
+        self._inputs = oracle.inputs(**self.prompt)
+        self._margins = {}
+        self.token_ids = self._inputs["input_ids"][0].tolist()
+        self.logprobs = oracle.logits(self._inputs).log_softmax(-1)
+
+    def margins(self, tokens):
+        """By how much each token's logit is below the best one, relative to the largest logit.
+
+        All zero: these are the tokens that greedy decoding gives, as each is the best one behind
+        those before it.
+        """
+        tokens = tuple(tokens)
+        if tokens not in self._margins:
+            inputs = self._oracle.extended(self._inputs, tokens)
+            rows = self._oracle.logits(inputs)[len(self.token_ids) - 1 : -1]
+            chosen = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            self._margins[tokens] = (rows.amax(1) - chosen) / rows.abs().amax(1)
+        return self._margins[tokens]
 
     @property
     def targets(self):
@@ -78,22 +93,21 @@ def cases(with_videos):
     return found
 
 
-def assert_same_tokens(outputs, expected):
-    """Tokens may differ only where the oracle's two best logits are within the tolerance."""
-    compared = 0
+def assert_greedy(outputs, expected):
+    """Tokens are the oracle's, but where its two best logits are within the tolerance."""
     for output, one in zip(outputs, expected, strict=True):
-        for actual, token, gap in zip(output.token_ids, one.tokens, one.gaps, strict=True):
-            if actual != token:
-                assert gap < TOLERANCE, f"{actual} instead of {token}, gap {gap:.1e}"
-                break
-            compared += 1
-    assert compared > 0.9 * len(expected) * NEW_TOKENS, "near ties must be rare"
+        assert len(output.token_ids) == NEW_TOKENS
+        margins = one.margins(output.token_ids)
+        assert (margins < TOLERANCE).all()
+        assert (margins == 0).sum() > 0.9 * NEW_TOKENS, "near ties must be rare"
 
 
-def test_the_oracle_says_different_things(family):
+def test_prompts_are_told_apart(family):
     """Otherwise equal tokens would show nothing."""
-    assert len({tuple(one.tokens) for one in family.expected}) == len(family.expected)
-    assert all(len(set(one.tokens)) > 4 for one in family.expected)
+    with family.llm() as llm:
+        outputs = llm.generate(family.prompts, GREEDY)
+    assert len({tuple(output.token_ids) for output in outputs}) == len(outputs)
+    assert len({token for output in outputs for token in output.token_ids}) > 8
 
 
 def test_prefill(family):
@@ -106,12 +120,12 @@ def test_prefill(family):
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("chunk", [7, 1000])
 def test_tokens_in_a_mixed_batch(family, prefix_cache, chunk):
     with family.llm(prefix_cache=prefix_cache, chunked_prefill_size=chunk) as llm:
         for _ in range(2):
             outputs = llm.generate(family.prompts, GREEDY)
-            assert_same_tokens(outputs, family.expected)
+            assert_greedy(outputs, family.expected)
         for output, one in zip(outputs, family.expected, strict=True):
             assert output.usage.cached_tokens == prefix_cache * cached_tokens(family, one)
 
@@ -122,10 +136,13 @@ def cached_tokens(family, one):
 
 
 def test_tokens_after_preemption(family):
-    longest = max(len(one.token_ids) for one in family.expected) + NEW_TOKENS
-    with family.llm(kv_cache_tokens=longest + 40, chunked_prefill_size=50, page_size=4) as llm:
+    longest_first = sorted(family.expected, key=lambda one: -len(one.token_ids))
+    # Two prompts fit, but not what both generate.
+    room = sum(len(one.token_ids) for one in longest_first[:2]) + NEW_TOKENS // 2
+    with family.llm(kv_cache_tokens=room, chunked_prefill_size=50, page_size=4) as llm:
         for _ in range(2):
-            assert_same_tokens(llm.generate(family.prompts, GREEDY), family.expected)
+            outputs = llm.generate([one.prompt for one in longest_first], GREEDY)
+            assert_greedy(outputs, longest_first)
         assert llm.stats()["preemptions"] > 0
 
 
@@ -190,7 +207,7 @@ class TestCache:
             features = llm._engine.runner._images
             one = family.expected[1]
             for count in (1, 2):
-                assert_same_tokens([llm.generate(one.prompt, GREEDY)], [one])
+                assert_greedy([llm.generate(one.prompt, GREEDY)], [one])
                 assert features.num_encoded == count
 
 

@@ -282,25 +282,16 @@ class Oracle:
         with torch.no_grad():
             return self.model(**inputs).logits[0].float()
 
-    def greedy(self, inputs: dict[str, Any], count: int) -> tuple[list[int], list[float]]:
-        """Tokens, each from a forward pass over everything before it; and how far apart the two
-        best logits of each were, relative to the largest.
-        """
+    def extended(self, inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+        """The same prompt with text tokens behind it."""
         inputs = dict(inputs)
-        tokens, gaps = [], []
-        for _ in range(count):
-            logits = self.logits(inputs)[-1]
-            best = logits.topk(2).values
-            tokens.append(int(logits.argmax()))
-            gaps.append(float((best[0] - best[1]) / logits.abs().max()))
-            for key, value in (("input_ids", tokens[-1]), *((key, 0) for key in _KINDS)):
-                if key in inputs:
-                    inputs[key] = torch.cat([inputs[key], torch.tensor([[value]])], 1)
-        return tokens, gaps
-
-
-# What tells a model which tokens stand for images, by the name of the argument.
-_KINDS = ("mm_token_type_ids", "token_type_ids")
+        behind = torch.tensor([list(tokens)])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], behind], 1)
+        # What tells a model which tokens stand for images.
+        for key in ("mm_token_type_ids", "token_type_ids"):
+            if key in inputs:
+                inputs[key] = torch.cat([inputs[key], torch.zeros_like(behind)], 1)
+        return inputs
 
 
 class QwenOracle(Oracle):

@@ -22,6 +22,8 @@ from sglite.multimodal.images import Fetcher, read_frames, read_image
 from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
 from sglite.multimodal.registry import register_processor
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
 #: Stands for one picture in the text of a prompt, with every model; and for one video.
 IMAGE, VIDEO = "<image>", "<video>"
 
@@ -32,7 +34,8 @@ class HubProcessor:
 
     Attributes:
         tokenizer: the Hugging Face tokenizer.
-        image_processor: Hugging Face's, the Pillow variant where there is no torchvision.
+        image_processor: Hugging Face's, the Pillow variant where there is no torchvision; None
+            where the folder has no file for one: then there can be text alone.
         settings: the contents of `processor_config.json`; empty if there is none.
         video_settings: those of its video processor, or of the file that holds them.
         chat_template: the processor's own; None: the tokenizer has it.
@@ -51,8 +54,10 @@ class HubProcessor:
         """Reads the files of a checkpoint.
 
         Raises:
-            CheckpointError: there is no image processor, or it cannot be read.
+            CheckpointError: what is there cannot be read.
         """
+        if not any((folder / name).exists() for name in _PROCESSOR_FILES):
+            return cls(tokenizer, None)
         # Not the class of that name in `transformers` itself, which asks for torchvision.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -62,8 +67,8 @@ class HubProcessor:
             )
         except Exception as error:  # whatever its code raises on a broken or missing file
             raise CheckpointError(
-                f"the image processor in {folder} (preprocessor_config.json or "
-                f"processor_config.json) cannot be read: {error}"
+                f"the image processor in {folder} ({' or '.join(_PROCESSOR_FILES)}) cannot be "
+                f"read: {error}"
             ) from error
         settings = _read_json(folder / "processor_config.json")
         video_settings = (
@@ -237,6 +242,11 @@ class BaseMultimodalProcessor:
         if videos and self.video_token is None:
             raise InvalidRequestError(
                 f"{name} has videos, but this model takes images only: pass frames as images"
+            )
+        if (images or videos) and self.image_processor is None:
+            raise InvalidRequestError(
+                f"{name} has images, but the checkpoint has no image processor "
+                f"({' or '.join(_PROCESSOR_FILES)}): it can be used for text alone"
             )
         pictures = [
             read_image(f"{name}: images[{index}]", image, fetch)
