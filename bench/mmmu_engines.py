@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import is_torchvision_available
 
 from bench.mmmu_prompts import Prompt, as_messages
+
+_AT_ONCE = 256  # prompts that sglite gets together: the pixels of all of them are in memory
 
 
 class Reply(NamedTuple):
@@ -40,7 +41,7 @@ class Engine(Protocol):
     def answer(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[Reply]:
         """Answers all prompts, as fast as it can; replies come in their order."""
 
-    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
+    def first_token_seconds(self, prompt: Prompt) -> float:
         """From a prompt alone to its first token."""
 
     def close(self) -> None:
@@ -48,7 +49,7 @@ class Engine(Protocol):
 
 
 class Sglite:
-    """All prompts at once; batches are the engine's own."""
+    """Many prompts at once; batches are the engine's own."""
 
     name = "sglite"
 
@@ -62,18 +63,16 @@ class Sglite:
 
     def answer(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[Reply]:
         settings = {**self._settings, "max_new_tokens": max_new_tokens}
-        outputs = self._llm.chat([as_messages(prompt) for prompt in prompts], **settings)
-        for output in outputs:
-            usage = output.usage
-            yield Reply(output.text, usage.prompt_tokens, usage.completion_tokens)
+        for start in range(0, len(prompts), _AT_ONCE):
+            conversations = [as_messages(prompt) for prompt in prompts[start : start + _AT_ONCE]]
+            for output in self._llm.chat(conversations, progress=False, **settings):
+                usage = output.usage
+                yield Reply(output.text, usage.prompt_tokens, usage.completion_tokens)
 
-    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
-        settings = {**self._settings, "max_new_tokens": max_new_tokens}
+    def first_token_seconds(self, prompt: Prompt) -> float:
         start = time.perf_counter()
-        for chunk in self._llm.stream_chat(as_messages(prompt), **settings):
-            if chunk.token_ids:
-                return time.perf_counter() - start
-        return time.perf_counter() - start  # it ended at once
+        self._llm.chat(as_messages(prompt), **self._settings)
+        return time.perf_counter() - start
 
     def close(self) -> None:
         self._llm.close()
@@ -103,11 +102,10 @@ class HuggingFace:
                 prompts[start : start + self._batch_size], max_new_tokens=max_new_tokens
             )
 
-    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
-        clock = _FirstToken()
+    def first_token_seconds(self, prompt: Prompt) -> float:
         start = time.perf_counter()
-        self._generate([prompt], max_new_tokens=max_new_tokens, streamer=clock)
-        return clock.at - start
+        self._generate([prompt], max_new_tokens=1)
+        return time.perf_counter() - start
 
     def close(self) -> None:
         del self._model
@@ -147,22 +145,6 @@ class HuggingFace:
     def _ends(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id
         return set(ends if isinstance(ends, list) else [ends])
-
-
-class _FirstToken(BaseStreamer):
-    """Notes when the second thing comes: the first is the prompt."""
-
-    def __init__(self):
-        self.at = 0.0
-        self._seen = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self._seen += 1
-        if self._seen == 2:
-            self.at = time.perf_counter()
-
-    def end(self) -> None:
-        self.at = self.at or time.perf_counter()
 
 
 def load_processor(folder: Path) -> transformers.ProcessorMixin:
