@@ -98,7 +98,7 @@ def make_groups(
     """
     jobs = []
     for group, (_, per_prompt, share) in enumerate(GROUPS):
-        left = max(16, round(num_pictures * share)) * per_prompt
+        left = max(4, round(num_pictures * share)) * per_prompt
         for shard in range(-(-left // _SHARD)):
             count = min(_SHARD, left - shard * _SHARD) // per_prompt * per_prompt
             jobs.append((tokenizer_json, group, count, f"{seed}/{group}/{shard}", max_turns))

@@ -144,7 +144,7 @@ def train(
     text = tokenizer.backend_tokenizer.to_str()
     groups = make_groups(text, options.pictures, options.seed, options.workers)
     held_out = make_groups(
-        text, max(100, options.pictures // 64), options.seed + _HELD_OUT_SEED, options.workers, 1
+        text, options.pictures // 64, options.seed + _HELD_OUT_SEED, options.workers, 1
     )
     data = {
         (number, family): DeviceData(group, sequences, device)
