@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from sglite.models.registry import _BUILT_IN
 from tests.checkpoints import CONFIGS
 from tests.models.unregistered import REFUSED, RUN
+from tests.vision_checkpoints import RECIPES
 
 PAGE = Path(__file__).with_suffix(".md")
 
@@ -46,7 +47,9 @@ A checkpoint's architecture is what `architectures` in its `config.json` says. W
 is run by the tests on small checkpoints with random weights, against Hugging Face in float32 with
 eager attention: logits of every position, in chunks mixed with decodes, and 32 greedy tokens of a
 batch of mixed lengths with the prefix cache on. `python -m sglite compare FOLDER` checks a
-checkpoint of yours. For models of your own see [new_models.md](new_models.md).
+checkpoint of yours. For models of your own see [new_models.md](new_models.md). Those whose names
+end in `ForConditionalGeneration` take images as well ([vision.md](vision.md)), and are tested with
+text, one picture, several of different sizes, and chunks that cut pictures.
 
 ## With a file of their own
 
@@ -78,6 +81,7 @@ def page() -> str:
     """The whole text."""
     native_configs = {
         name: [key for key, (config, _) in CONFIGS.items() if architecture_of(config) == name]
+        + [key for key, recipe in RECIPES.items() if recipe.model_class == name]
         for name in _BUILT_IN
     }
     run = sorted({architecture_of(config): config for config in RUN}, key=str.lower)

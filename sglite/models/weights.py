@@ -11,7 +11,8 @@ checkpoint calls an ordinary linear layer. Where checkpoints have several layout
 
     checkpoint_renames = {"^model[.]language_model[.]": "model."}
 
-rewrites parts of names (regular expressions, one after the other) before anything else.
+rewrites parts of names (regular expressions, one after the other) before anything else. Tensors
+that match `unused_tensors` may be there, and are not read.
 """
 
 import re
@@ -100,7 +101,8 @@ def load_weights(
     parts: dict[str, QuantizedPart] = {}
     if quantized is not None:
         parts = take_quantized(targets, found, quantized)
-    _check(targets, found, parts)
+    unused = getattr(model, "unused_tensors", None)
+    _check(targets, found, parts, re.compile(unused) if unused else None)
     choose_layouts(targets, parts)
     memory = WeightMemory()
     for target in targets.values():
@@ -202,10 +204,16 @@ def _check(
     targets: Mapping[str, Target],
     found: Mapping[str, tuple[SafetensorsFile, TensorEntry]],
     parts: Mapping[str, QuantizedPart],
+    may_be_unused: re.Pattern | None,
 ) -> None:
     filled = {targets[name].key for name in (*found, *parts) if name in targets}
     missing = [name for name, target in targets.items() if target.key not in filled]
-    unused = [name for name in found if name not in targets and not HARMLESS.search(name)]
+    harmless = [HARMLESS] if may_be_unused is None else [HARMLESS, may_be_unused]
+    unused = [
+        name
+        for name in found
+        if name not in targets and not any(pattern.search(name) for pattern in harmless)
+    ]
     misshapen = []
     for name, (file, entry) in found.items():
         target = targets.get(name)

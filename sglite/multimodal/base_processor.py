@@ -22,6 +22,8 @@ from sglite.multimodal.images import Fetcher, read_frames, read_image
 from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
 from sglite.multimodal.registry import register_processor
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
 #: Stands for one picture in the text of a prompt, with every model; and for one video.
 IMAGE, VIDEO = "<image>", "<video>"
 
@@ -32,7 +34,8 @@ class HubProcessor:
 
     Attributes:
         tokenizer: the Hugging Face tokenizer.
-        image_processor: Hugging Face's, the Pillow variant where there is no torchvision.
+        image_processor: Hugging Face's, the Pillow variant where there is no torchvision; None
+            where the folder has no file for one: then there can be text alone.
         settings: the contents of `processor_config.json`; empty if there is none.
         video_settings: those of its video processor, or of the file that holds them.
         chat_template: the processor's own; None: the tokenizer has it.
@@ -51,8 +54,10 @@ class HubProcessor:
         """Reads the files of a checkpoint.
 
         Raises:
-            CheckpointError: there is no image processor, or it cannot be read.
+            CheckpointError: what is there cannot be read.
         """
+        if not any((folder / name).exists() for name in _PROCESSOR_FILES):
+            return cls(tokenizer, None)
         # Not the class of that name in `transformers` itself, which asks for torchvision.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -62,8 +67,8 @@ class HubProcessor:
             )
         except Exception as error:  # whatever its code raises on a broken or missing file
             raise CheckpointError(
-                f"the image processor in {folder} (preprocessor_config.json or "
-                f"processor_config.json) cannot be read: {error}"
+                f"the image processor in {folder} ({' or '.join(_PROCESSOR_FILES)}) cannot be "
+                f"read: {error}"
             ) from error
         settings = _read_json(folder / "processor_config.json")
         video_settings = (
@@ -135,6 +140,14 @@ class BaseMultimodalProcessor:
         """Pixels of an RGB image."""
         raise NotImplementedError(f"{type(self).__name__} has no process_image")
 
+    def process_images(self, images: Sequence[Image.Image]) -> list[ProcessedMedia]:
+        """Pixels of all images of a prompt, where one depends on how many there are."""
+        return [self.process_image(image) for image in images]
+
+    def process_videos(self, videos: Sequence[Sequence[Image.Image]]) -> list[ProcessedMedia]:
+        """Pixels of all videos of a prompt."""
+        return [self.process_video(frames) for frames in videos]
+
     def process_video(self, frames: Sequence[Image.Image]) -> ProcessedMedia:
         """Pixels of a video's frames, at least one, all RGB and of one size."""
         raise UnsupportedModelError(f"{type(self).__name__} takes no videos")
@@ -196,7 +209,8 @@ class BaseMultimodalProcessor:
     def placeholder_ids(self) -> tuple[int, ...]:
         """Ids that stand for images and videos alone."""
         tokens = (self.image_token, self.video_token)
-        return tuple(self._id_of(token) for token in tokens if token is not None)
+        ids = (self._known_id_of(token) for token in tokens if token is not None)
+        return tuple(token_id for token_id in ids if token_id is not None)
 
     def process(
         self,
@@ -229,13 +243,22 @@ class BaseMultimodalProcessor:
             raise InvalidRequestError(
                 f"{name} has videos, but this model takes images only: pass frames as images"
             )
+        if (images or videos) and self.image_processor is None:
+            raise InvalidRequestError(
+                f"{name} has images, but the checkpoint has no image processor "
+                f"({' or '.join(_PROCESSOR_FILES)}): it can be used for text alone"
+            )
+        pictures = [
+            read_image(f"{name}: images[{index}]", image, fetch)
+            for index, image in enumerate(images)
+        ]
+        frames = [
+            read_frames(f"{name}: videos[{index}]", video, fetch)
+            for index, video in enumerate(videos)
+        ]
         found = {
-            "image": self._process_all(
-                name, "images", images, lambda *args: self.process_image(read_image(*args)), fetch
-            ),
-            "video": self._process_all(
-                name, "videos", videos, lambda *args: self.process_video(read_frames(*args)), fetch
-            ),
+            "image": _processed(name, "images", self.process_images, pictures),
+            "video": _processed(name, "videos", self.process_videos, frames),
         }
         token_ids = list(token_ids)
         spans = {}
@@ -248,25 +271,6 @@ class BaseMultimodalProcessor:
         positions, offset = self.positions(expanded, items)
         return expanded, MultimodalInputs(items, positions, offset, self.whole_spans)
 
-    def _process_all(
-        self,
-        name: str,
-        kind: str,
-        media: Sequence[Any],
-        process: Callable[[str, Any, Fetcher | None], ProcessedMedia],
-        fetch: Fetcher | None,
-    ) -> list[ProcessedMedia]:
-        processed = []
-        for index, medium in enumerate(media):
-            own_name = f"{name}: {kind}[{index}]"
-            try:
-                processed.append(process(own_name, medium, fetch))
-            except SGLiteError:
-                raise
-            except Exception as error:  # what Hugging Face refuses: a ratio of sides of 200, say
-                raise InvalidRequestError(f"{own_name} cannot be processed: {error}") from error
-        return processed
-
     def _places(
         self,
         name: str,
@@ -276,7 +280,7 @@ class BaseMultimodalProcessor:
         media: Sequence[ProcessedMedia],
     ) -> list[tuple[int, int, ProcessedMedia]]:
         """Per medium the tokens that it takes the place of, (start, stop, medium)."""
-        token_id = self._id_of(token)
+        token_id = self._id_of(token) if media else self._known_id_of(token)
         places = [index for index, other in enumerate(token_ids) if other == token_id]
         if len(places) == len(media):
             return [(place, place + 1, one) for place, one in zip(places, media, strict=True)]
@@ -298,15 +302,34 @@ class BaseMultimodalProcessor:
         )
 
     def _id_of(self, token: str) -> int:
-        found = self._ids.get(token)
+        found = self._known_id_of(token)
         if found is None:
-            found = self._ids[token] = self.tokenizer.convert_tokens_to_ids(token)
-        if found is None or found == getattr(self.tokenizer, "unk_token_id", None):
             raise CheckpointError(
                 f"the tokenizer has no token {token!r}, which stands for an image in the prompts "
                 f"of this model"
             )
         return found
+
+    def _known_id_of(self, token: str) -> int | None:
+        if token not in self._ids:
+            found = self.tokenizer.convert_tokens_to_ids(token)
+            is_known = found is not None and found != getattr(self.tokenizer, "unk_token_id", None)
+            self._ids[token] = found if is_known else None
+        return self._ids[token]
+
+
+def _processed(
+    name: str,
+    kind: str,
+    process: Callable[[Sequence[Any]], list[ProcessedMedia]],
+    media: Sequence[Any],
+) -> list[ProcessedMedia]:
+    try:
+        return process(media) if media else []
+    except SGLiteError:
+        raise
+    except Exception as error:  # what Hugging Face refuses: a ratio of sides of 200, say
+        raise InvalidRequestError(f"{name}: its {kind} cannot be processed: {error}") from error
 
 
 def _expand(

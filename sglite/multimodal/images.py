@@ -140,7 +140,8 @@ def _from_path(name: str, path: Path) -> Image.Image:
         if isinstance(error, InvalidRequestError):
             raise
         raise InvalidRequestError(
-            f"{name}: the file {checks.shorten(str(path))} cannot be read: {error}"
+            f"{name}: the file {checks.shorten(str(path))} cannot be read: "
+            f"{getattr(error, 'strerror', None) or error}"
         ) from error
 
 

@@ -27,7 +27,7 @@ def load_processor(
 
     Raises:
         UnsupportedModelError: the model takes images, and nothing is registered that makes them.
-        CheckpointError: the checkpoint has no image processor, or a broken one.
+        CheckpointError: the checkpoint's image processor is broken.
     """
     kind = find_processor(model_class, architecture)
     if kind is None:

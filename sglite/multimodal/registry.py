@@ -14,7 +14,11 @@ ARCHITECTURE_VARIABLE = "SGLITE_EXTERNAL_MM_MODEL_ARCH"
 PACKAGE_VARIABLE = "SGLITE_EXTERNAL_MM_PROCESSOR_PACKAGE"
 
 # The families that come with the library: modules that register when they are imported.
-_BUILT_IN = ("sglite.multimodal.qwen_vl",)
+_BUILT_IN = (
+    "sglite.multimodal.gemma3",
+    "sglite.multimodal.llava",
+    "sglite.multimodal.qwen_vl",
+)
 
 _classes: list[type] = []  # those with `models`, the newest last
 _by_name: dict[str, type] = {}  # those given to `sglite.register(name, processor=...)`

@@ -1,0 +1,256 @@
+"""Requests with images: every form of asking, and what is refused while the engine goes on."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sglite import LLM, CheckpointError, InvalidRequestError, SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.vision_checkpoints import make_vision_checkpoint, picture, words
+
+OWN = "<|vision_start|><|image_pad|><|vision_end|>"
+PICTURE, OTHER = picture(60, 44, 1), picture(30, 70, 2)
+PARAMS = SamplingParams(temperature=0, max_new_tokens=5, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    folder = make_vision_checkpoint(tmp_path_factory.mktemp("vision"))
+    with LLM(folder, kv_cache_tokens=4096) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def expected(llm):
+    """What the model says to two pictures in a text."""
+    return llm.generate({"text": "a <image> b <image> c", "images": [PICTURE, OTHER]}, PARAMS)
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def same(output, expected):
+    return (output.prompt_token_ids, output.token_ids) == (
+        expected.prompt_token_ids,
+        expected.token_ids,
+    )
+
+
+class TestForms:
+    def test_the_models_own_placeholder(self, llm, expected):
+        prompt = {"text": f"a {OWN} b {OWN} c", "images": [PICTURE, OTHER]}
+        assert same(llm.generate(prompt, PARAMS), expected)
+        mixed = {"text": f"a <image> b {OWN} c", "images": [PICTURE, OTHER]}
+        assert same(llm.generate(mixed, PARAMS), expected)
+
+    def test_images_beside_the_prompt(self, llm, expected):
+        text = "a <image> b <image> c"
+        images = [png(PICTURE), np.asarray(OTHER)]
+        assert same(llm.generate(text, PARAMS, images=images), expected)
+        several = llm.generate([text, "hello", text], PARAMS, images=[images, None, images])
+        assert [same(output, expected) for output in several] == [True, False, True]
+        one = llm.generate(["x<image>", "<image>"], PARAMS, images=[PICTURE, [OTHER]])
+        assert same(one[1], llm.generate("<image>", PARAMS, images=OTHER))
+
+    def test_token_ids(self, llm, expected):
+        short = llm.tokenizer.encode(f"a {OWN} b {OWN} c")
+        for token_ids in (short, expected.prompt_token_ids):
+            prompt = {"token_ids": token_ids, "images": [PICTURE, OTHER]}
+            assert same(llm.generate(prompt, PARAMS), expected)
+
+    def test_a_stream(self, llm, expected):
+        chunks = list(llm.stream("a <image> b <image> c", PARAMS, images=[PICTURE, OTHER]))
+        assert "".join(chunk.text for chunk in chunks) == expected.text
+
+    def test_several_completions_of_one_picture(self, llm):
+        features = llm._engine.runner._images
+        before = features.num_encoded
+        image = picture(50, 50, 9)
+        output = llm.generate("<image>x", images=image, n=3, seed=1, max_new_tokens=4)
+        assert len(output.outputs) == 3
+        assert features.num_encoded == before + 1
+
+    def test_a_fetcher_of_the_callers_own(self, llm, expected):
+        files = {"http://a/1.png": png(PICTURE), "http://a/2.png": png(OTHER)}
+        with LLM(llm.config.model, kv_cache_tokens=512, image_fetcher=files.__getitem__) as own:
+            output = own.generate("a <image> b <image> c", PARAMS, images=list(files))
+            assert same(output, expected)
+
+
+class TestChat:
+    def ask(self, llm, *parts):
+        return llm.chat([{"role": "user", "content": list(parts)}], PARAMS)
+
+    def test_content_parts(self, llm):
+        url = "data:image/png;base64," + base64.b64encode(png(PICTURE)).decode()
+        text = {"type": "text", "text": "what?"}
+        pictures = [
+            {"type": "image", "image": PICTURE},
+            {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
+            {"type": "image_url", "image_url": url},
+            {"type": "image", "url": url},
+            {"type": "image", "base64": base64.b64encode(png(PICTURE)).decode()},
+        ]
+        outputs = [self.ask(llm, part, text) for part in pictures]
+        rendered = f"<s>user\n{OWN}what?</s>\n<s>assistant\n"
+        assert outputs[0].prompt == rendered
+        token_ids = llm.tokenizer.encode(rendered, add_special_tokens=False)
+        wanted = llm.generate({"token_ids": token_ids, "images": [PICTURE]}, PARAMS)
+        assert all(same(output, wanted) for output in outputs)
+
+    def test_what_somebody_wrote_is_no_placeholder(self, llm):
+        output = self.ask(llm, {"type": "text", "text": "an <image> tag"})
+        assert "<image>" in output.prompt
+
+    def test_several_turns_and_a_video(self, llm):
+        output = llm.chat(
+            [
+                {"role": "user", "content": [{"type": "image", "image": PICTURE}, "one"]},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": [{"type": "video", "video": [PICTURE] * 3}, "two"]},
+            ],
+            PARAMS,
+        )
+        pads = llm.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        assert all(output.prompt_token_ids.count(pad) > 3 for pad in pads)
+
+    @pytest.mark.parametrize(
+        ("part", "message"),
+        [
+            ({"type": "audio", "audio": b""}, "text, image, image_url or video"),
+            ({"type": "image"}, "one of image, image_url"),
+            ({"type": "image", "image": PICTURE, "url": "x"}, "it has image, url"),
+            (5, "must be a dict"),
+        ],
+    )
+    def test_other_parts_are_refused(self, llm, part, message):
+        with pytest.raises(InvalidRequestError, match=message):
+            self.ask(llm, part)
+
+
+class TestRefusals:
+    CASES = (
+        ("<image>", {"images": []}, "1 placeholders for images.*and 0 images"),
+        ("hello", {"images": [PICTURE]}, "0 placeholders for images.*and 1 images"),
+        ("<image><image>", {"images": [PICTURE]}, "2 placeholders.*and 1 images"),
+        (f"{OWN}<image>", {"images": [PICTURE] * 3}, "2 placeholders.*and 3 images"),
+        ("<video>", {"images": [PICTURE]}, "0 placeholders for images"),
+        ("<image>", {"videos": [[PICTURE]]}, "placeholders for images"),
+        ("<image>", {"images": [b"no picture"]}, r"images\[0\].*no image"),
+        ("<image><image>", {"images": [PICTURE, png(PICTURE)[:200]]}, r"images\[1\].*truncated"),
+        ("<image>", {"images": [Image.new("RGB", (0, 4))]}, "empty"),
+        ("<image>", {"images": [Image.new("1", (20_000, 20_000))]}, "20000 x 20000"),
+        ("<image>", {"images": ["https://example.com/a.png"]}, "image_fetcher"),
+        ("<image>", {"images": [Image.new("RGB", (4000, 4))]}, "cannot be processed.*ratio"),
+        ("<video>", {"videos": [[]]}, "without a frame"),
+        ("<image>" * 200, {"images": [PICTURE] * 200}, "context"),
+    )
+
+    @pytest.mark.parametrize(("text", "media", "message"), CASES)
+    def test_bad_input_is_an_error_and_harms_nothing(self, llm, expected, text, media, message):
+        with pytest.raises(InvalidRequestError, match=message):
+            llm.generate([{"text": "fine"}, {"text": text, **media}], PARAMS)
+        again = {"text": "a <image> b <image> c", "images": [PICTURE, OTHER]}
+        assert same(llm.generate(again, PARAMS), expected)
+
+    @pytest.mark.parametrize(
+        ("images", "message"),
+        [
+            ([PICTURE], "2 entries, one for each prompt"),
+            (PICTURE, "2 entries"),
+            ([[PICTURE], [PICTURE]], "images of its own"),
+        ],
+    )
+    def test_images_that_do_not_fit_the_prompts(self, llm, images, message):
+        prompts = [{"text": "<image>", "images": [PICTURE]}, "<image>"]
+        with pytest.raises(InvalidRequestError, match=message):
+            llm.generate(prompts, PARAMS, images=images)
+
+    def test_a_text_model_refuses_images_by_its_name(self, tmp_path):
+        with LLM(make_checkpoint(tmp_path), kv_cache_tokens=256) as text_model:
+            with pytest.raises(InvalidRequestError, match="LlamaForCausalLM takes text only"):
+                text_model.generate("<image>", images=PICTURE)
+            with pytest.raises(InvalidRequestError, match="has videos, but LlamaForCausalLM"):
+                text_model.generate("<video>", videos=[[PICTURE]])
+            message = [{"role": "user", "content": [{"type": "image", "image": PICTURE}]}]
+            with pytest.raises(InvalidRequestError, match="LlamaForCausalLM takes text only"):
+                text_model.chat(message)
+            assert text_model.generate("an <image> tag", PARAMS).token_ids
+
+    def test_a_model_without_videos_says_so(self, tmp_path):
+        folder = make_vision_checkpoint(tmp_path, "llava")
+        with (
+            LLM(folder, kv_cache_tokens=256) as llava,
+            pytest.raises(InvalidRequestError, match="takes images only"),
+        ):
+            llava.generate("<video>", videos=[[PICTURE]])
+
+
+class TestInvariance:
+    def test_the_check_draws_no_placeholder(self, llm):
+        report = llm.check_invariance(
+            new_tokens=2, batch_sizes=(2,), chunk_sizes=(5,), prefix_lengths=(3,), num_threads=(1,)
+        )
+        assert report
+
+
+class TestChatTemplates:
+    def test_of_the_family_where_the_checkpoint_has_none(self, tmp_path):
+        folder = make_vision_checkpoint(tmp_path, "llava")
+        message = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, "what?"]}]
+        with LLM(folder, kv_cache_tokens=256) as llava:
+            assert llava.chat(message, PARAMS).prompt == "USER: <image>\nwhat? ASSISTANT:"
+
+    def test_of_the_processor_goes_before(self, tmp_path):
+        folder = make_vision_checkpoint(tmp_path, "llava")
+        template = (
+            "{% for message in messages %}{% for part in message.content %}"
+            "{% if part.type == 'image' %}<image>{% else %}[{{ part.text }}]{% endif %}"
+            "{% endfor %}{% endfor %}"
+        )
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+        message = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, "what?"]}]
+        with LLM(folder, kv_cache_tokens=256) as llava:
+            assert llava.chat(message, PARAMS).prompt == "<image>[what?]"
+
+
+def test_a_checkpoint_without_an_image_processor_is_for_text(tmp_path):
+    folder = make_vision_checkpoint(tmp_path)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (folder / name).unlink()
+    with LLM(folder, kv_cache_tokens=256) as own:
+        assert own.generate("hello", PARAMS).token_ids
+        with pytest.raises(InvalidRequestError, match=r"no image processor \(preprocessor_config"):
+            own.generate("<image>", images=PICTURE)
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
+        LLM(folder, kv_cache_tokens=256)
+
+
+def test_weights_that_changed_give_other_embeddings(tmp_path):
+    with LLM(make_vision_checkpoint(tmp_path), kv_cache_tokens=512) as own:
+        prompt = {"text": f"<image>{words(3)}", "images": [PICTURE]}
+        before = own.generate(prompt, PARAMS, logprobs=0)
+        merger = own.model.visual.merger.mlp[2]
+        merger.weight = merger.weight * 1.5
+        own.weights_changed()
+        after = own.generate(prompt, PARAMS, logprobs=0)
+        assert after.usage.cached_tokens == 0
+        assert own._engine.runner._images.num_encoded == 2
+        first = [next(iter(output.logprobs[0].values())).logprob for output in (before, after)]
+        assert first[0] != first[1]
+
+
+def test_pixels_on_another_device_or_with_gradients():
+    from sglite.multimodal.images import read_image
+
+    tensor = torch.rand(3, 8, 8, requires_grad=True)
+    assert read_image("x", tensor).size == (8, 8)
