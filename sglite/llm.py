@@ -459,6 +459,8 @@ class LLM:
         given, _ = normalize_prompts(prompts)
         if not given:
             raise InvalidRequestError("prompts=[] is not allowed: there is nothing to compare")
+        if any(prompt.images or prompt.videos for prompt in given):
+            raise InvalidRequestError("check_invariance compares prompts of text, without images")
         keywords = {"max_new_tokens": settings.room, "seed": 0}
         groups = self._make_groups(given, None, keywords, streams=False)
         token_ids = [group.requests[0].prompt_token_ids.tolist() for group in groups]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sglite import LLM, CheckpointError, InvalidRequestError, SamplingParams
 from tests.checkpoints import make_checkpoint
-from tests.vision_checkpoints import make_vision_checkpoint, picture, words
+from tests.vision_checkpoints import RECIPES, make_vision_checkpoint, picture, words
 
 OWN = "<|vision_start|><|image_pad|><|vision_end|>"
 PICTURE, OTHER = picture(60, 44, 1), picture(30, 70, 2)
@@ -185,6 +185,16 @@ class TestRefusals:
                 text_model.chat(message)
             assert text_model.generate("an <image> tag", PARAMS).token_ids
 
+    def test_positions_that_run_ahead_of_the_tokens_have_to_fit(self, tmp_path):
+        vision = {**RECIPES["qwen2.5-vl"].config["vision_config"], "tokens_per_second": 100}
+        folder = make_vision_checkpoint(tmp_path, "qwen2.5-vl", vision_config=vision)
+        with LLM(folder, kv_cache_tokens=1024, context_length=512) as own:
+            frames = [picture(16, 16, seed) for seed in range(14)]
+            message = "at 6[0-9]{2} positions.*context_length is 512"
+            with pytest.raises(InvalidRequestError, match=message):
+                own.generate("<video>", PARAMS, videos=[frames])
+            assert len(own.generate("<video>", PARAMS, videos=[frames[:10]]).token_ids) == 5
+
     def test_a_model_without_videos_says_so(self, tmp_path):
         folder = make_vision_checkpoint(tmp_path, "llava")
         with (
@@ -200,6 +210,8 @@ class TestInvariance:
             new_tokens=2, batch_sizes=(2,), chunk_sizes=(5,), prefix_lengths=(3,), num_threads=(1,)
         )
         assert report
+        with pytest.raises(InvalidRequestError, match="without images"):
+            llm.check_invariance({"text": "<image>", "images": [PICTURE]})
 
 
 class TestChatTemplates:

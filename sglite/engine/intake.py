@@ -84,10 +84,14 @@ class Intake:
         """
         token_ids, multimodal, keys = self.reader.read(name, prompt)
         self._check_tokens(name, token_ids)
-        room = self.limits.context_length - len(token_ids)
+        # A video's positions may run further ahead than its tokens.
+        num_positions = len(token_ids)
+        if multimodal is not None:
+            num_positions += max(0, multimodal.position_offset)
+        room = self.limits.context_length - num_positions
         params = params.resolve(self._defaults, room=min(room, self._room_in_cache(token_ids)))
         params.check_vocabulary(self.limits.vocab_size)
-        self._check_fit(name, len(token_ids), params.max_new_tokens)
+        self._check_fit(name, len(token_ids), num_positions, params.max_new_tokens)
         if params.prompt_logprobs_start >= len(token_ids):
             raise InvalidRequestError(
                 f"prompt_logprobs_start={params.prompt_logprobs_start} is not allowed for {name}: "
@@ -124,14 +128,18 @@ class Intake:
                 f"{self.limits.vocab_size}, the size of the vocabulary"
             )
 
-    def _check_fit(self, name: str, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    def _check_fit(
+        self, name: str, num_prompt_tokens: int, num_positions: int, max_new_tokens: int
+    ) -> None:
         limits = self.limits
-        needed = num_prompt_tokens + max_new_tokens
-        if needed > limits.context_length:
+        if num_positions + max_new_tokens > limits.context_length:
+            which = f" at {num_positions} positions" if num_positions > num_prompt_tokens else ""
             raise InvalidRequestError(
-                f"{name} has {num_prompt_tokens} tokens, and with max_new_tokens={max_new_tokens} "
-                f"it needs a context of {needed}; context_length is {limits.context_length}"
+                f"{name} has {num_prompt_tokens} tokens{which}, and with "
+                f"max_new_tokens={max_new_tokens} it needs a context of "
+                f"{num_positions + max_new_tokens}; context_length is {limits.context_length}"
             )
+        needed = num_prompt_tokens + max_new_tokens
         if needed - 1 > limits.kv_cache_tokens:
             raise InvalidRequestError(
                 f"{name} has {num_prompt_tokens} tokens, and with max_new_tokens={max_new_tokens} "

@@ -306,6 +306,11 @@ def rope_from_config(
             f"rope_parameters: different values for each of {', '.join(parameters)} are not "
             f"implemented for this architecture"
         )
+    if (parameters or {}).get("mrope_interleaved"):
+        raise UnsupportedModelError(
+            "rope_parameters: mrope_interleaved is not implemented; known are sections of M-RoPE "
+            "that lie one behind the other"
+        )
     share = (parameters or {}).get("partial_rotary_factor", 1.0)
     share = 1.0 if share is None else share
     if share != 1.0 and not is_partial:

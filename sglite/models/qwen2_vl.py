@@ -5,7 +5,6 @@ in the language model's width; its patches have rotary positions of rows and col
 others of their picture, or of their point of time in a video. (Wang et al., 2024.)
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -29,6 +28,7 @@ from sglite.layers.vision import (
     grid_rotation,
 )
 from sglite.models.qwen2 import Qwen2ForCausalLM
+from sglite.models.vision_language import text_config_of
 from sglite.multimodal.inputs import MultimodalItem
 from sglite.multimodal.keys import pad_input_ids
 
@@ -175,7 +175,7 @@ class Qwen2VLForConditionalGeneration(Qwen2ForCausalLM):
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ):
-        super().__init__(text_config_of(config), quant_config, prefix)
+        super().__init__(_with_mrope(text_config_of(config)), quant_config, prefix)
         self.config = config
         self.visual = self.vision_class(
             config.vision_config, quant_config, add_prefix("visual", prefix)
@@ -205,10 +205,9 @@ class Qwen2VLForConditionalGeneration(Qwen2ForCausalLM):
         )
 
 
-def text_config_of(config: Any) -> Any:
-    """The config of the language model, which ties its embeddings as the whole config says."""
-    text = copy.copy(config.get_text_config())
-    text.tie_word_embeddings = config.tie_word_embeddings
+def _with_mrope(text: Any) -> Any:
+    """The config of the language model with the sections of M-RoPE, which old files leave out."""
+    text.rope_parameters = {"mrope_section": [16, 24, 24], **text.rope_parameters}
     return text
 
 

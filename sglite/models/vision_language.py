@@ -1,5 +1,6 @@
 """A language model of any family that sees through a tower beside it."""
 
+import copy
 import importlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class VisionLanguageModel(nn.Module):
     ):
         super().__init__()
         self.config = config
-        text = config.get_text_config()
+        text = text_config_of(config)
         self.language_model = _language_model_class(text)(
             text, quant_config, add_prefix("language_model", prefix)
         )
@@ -99,6 +100,13 @@ class VisionLanguageModel(nn.Module):
         return self.language_model(
             input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors, get_embedding
         )
+
+
+def text_config_of(config: Any) -> Any:
+    """The config of the language model, which ties its embeddings as the whole config says."""
+    text = copy.copy(config.get_text_config())
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
 
 
 def _language_model_class(config: Any) -> type[nn.Module]:

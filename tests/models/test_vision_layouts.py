@@ -1,5 +1,6 @@
 """Checkpoints of vision-language models in the layouts that are about."""
 
+import json
 import re
 
 import pytest
@@ -62,6 +63,28 @@ def weights_of(folder):
         path: module.weight for path, module in model.named_modules() if hasattr(module, "matrix")
     }
     return stored | dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl"])
+def test_the_flat_config_of_the_hub(name, tmp_path):
+    folder = make_vision_checkpoint(tmp_path, name)
+    before = load_model(resolve_checkpoint(folder))
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    text = values.pop("text_config")
+    parameters = text.pop("rope_parameters")
+    text["rope_theta"] = parameters["rope_theta"]
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": parameters["mrope_section"]}
+    del text["model_type"], text["layer_types"]
+    path.write_text(json.dumps({**text, **values}))
+    after = load_model(resolve_checkpoint(folder))
+    rotary = [loaded.model.model.layers[0].self_attn.rotary_emb for loaded in (before, after)]
+    assert rotary[0].mrope_section == rotary[1].mrope_section == (2, 3, 3)
+    assert rotary[0].parameters == rotary[1].parameters
+    heads = [loaded.model.lm_head.matrix for loaded in (before, after)]
+    embeddings = [loaded.model.model.embed_tokens.matrix for loaded in (before, after)]
+    is_tied = name == "qwen2.5-vl"
+    assert [a is b for a, b in zip(heads, embeddings, strict=True)] == [is_tied, is_tied]
 
 
 def test_parts_that_are_not_asked_for_may_be_there(tmp_path):
