@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 
 .PHONY: build demo test test-cuda sanitize-cuda soak-cuda test-emulated test-asan soak lives fuzz \
-    fuzz-cache lint format build-cuda wheel bench peers bench-cpu bench-growth bench-cuda clean
+    fuzz-cache lint format build-cuda wheel bench peers bench-cpu bench-growth bench-mmmu bench-cuda clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -131,6 +131,16 @@ bench-growth: build
 	$(RUN) -m pip install --quiet --editable ".[bench]" --no-build-isolation
 	$(RUN) -m bench.growth --model llama-135m
 	$(RUN) -m bench.growth --model qwen3-0.6b
+
+# The shipped model that sees, on drawn questions in the layout of MMMU, beside transformers. On the
+# real sets: MODEL=/path DATA=/path/MMMU, or DATA="/path/MMMU_Pro/vision".
+MODEL ?= demo-vl
+DATA ?= build/mmmu/MMMU
+
+bench-mmmu: build
+	$(RUN) -m pip install --quiet --editable ".[bench]" --no-build-isolation
+	test -d "$(DATA)" || $(RUN) examples/train_demo_vl/mmmu_set.py --out build/mmmu
+	$(RUN) bench/mmmu.py --model "$(MODEL)" --data "$(DATA)" --engine both
 
 # On a GPU: single ops, whole models, accuracy; beside torch, transformers, and FlashInfer if it is
 # installed. Checkpoints with random weights, 19 GB in all, are kept in CHECKPOINTS.

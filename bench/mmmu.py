@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from rich.console import Console
+from tqdm import tqdm
 
 # A script's own folder is on the path, and not the one that holds the package `bench`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -90,12 +91,14 @@ def run_engine(name: str, prompts: list[Prompt], options: argparse.Namespace) ->
     )
     engine = ENGINES[name](*arguments)
     alone = evenly(prompts, options.first_tokens)
-    engine.first_token_seconds(_warm_up_prompt(), options.max_new_tokens)
-    first = [engine.first_token_seconds(prompt, options.max_new_tokens) for prompt in alone]
+    engine.first_token_seconds(_warm_up_prompt())
+    first = [engine.first_token_seconds(prompt) for prompt in alone]
     engine.close()
     engine = ENGINES[name](*arguments)
     start = time.perf_counter()
-    replies = list(engine.answer(prompts, options.max_new_tokens))
+    answers = engine.answer(prompts, options.max_new_tokens)
+    # A bar where someone is watching.
+    replies = list(tqdm(answers, desc=name, total=len(prompts), unit="question", disable=None))
     seconds = time.perf_counter() - start
     engine.close()
     return Run(name, engine.about, replies, seconds, first)
@@ -103,7 +106,7 @@ def run_engine(name: str, prompts: list[Prompt], options: argparse.Namespace) ->
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    console, progress = Console(), Console(stderr=True)
+    console = Console()
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     try:
@@ -113,10 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.limit:
         questions = evenly(questions, options.limit)
     prompts = [make_prompt(question) for question in questions]
-    runs = []
-    for name in list(ENGINES) if options.engine == "both" else [options.engine]:
-        progress.print(f"{name}: {len(questions)} questions", style="dim", highlight=False)
-        runs.append(run_engine(name, prompts, options))
+    names = list(ENGINES) if options.engine == "both" else [options.engine]
+    runs = [run_engine(name, prompts, options) for name in names]
     words = sys.argv[1:] if arguments is None else arguments
     result = {
         "model": Path(options.model).name,

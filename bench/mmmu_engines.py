@@ -13,10 +13,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import is_torchvision_available
 
+import sglite
 from bench.mmmu_prompts import Prompt, as_messages
+from sglite.models.registry import ModelRegistry
+from sglite.multimodal.chat_templates import fallback_template
+from sglite.multimodal.registry import find_processor
+
+_AT_ONCE = 256  # prompts that sglite gets together: the pixels of all of them are in memory
 
 
 class Reply(NamedTuple):
@@ -40,7 +45,7 @@ class Engine(Protocol):
     def answer(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[Reply]:
         """Answers all prompts, as fast as it can; replies come in their order."""
 
-    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
+    def first_token_seconds(self, prompt: Prompt) -> float:
         """From a prompt alone to its first token."""
 
     def close(self) -> None:
@@ -48,13 +53,11 @@ class Engine(Protocol):
 
 
 class Sglite:
-    """All prompts at once; batches are the engine's own."""
+    """Many prompts at once; batches are the engine's own."""
 
     name = "sglite"
 
     def __init__(self, model: str, dtype: str, device: str, batch_size: int):
-        import sglite
-
         self.about = f"sglite {sglite.__version__}"
         self._llm = sglite.LLM(model, dtype=dtype, device=device)
         self._settings = {"temperature": 0, "repetition_penalty": 1.0, "max_new_tokens": 1}
@@ -62,18 +65,16 @@ class Sglite:
 
     def answer(self, prompts: list[Prompt], max_new_tokens: int) -> Iterator[Reply]:
         settings = {**self._settings, "max_new_tokens": max_new_tokens}
-        outputs = self._llm.chat([as_messages(prompt) for prompt in prompts], **settings)
-        for output in outputs:
-            usage = output.usage
-            yield Reply(output.text, usage.prompt_tokens, usage.completion_tokens)
+        for start in range(0, len(prompts), _AT_ONCE):
+            conversations = [as_messages(prompt) for prompt in prompts[start : start + _AT_ONCE]]
+            for output in self._llm.chat(conversations, progress=False, **settings):
+                usage = output.usage
+                yield Reply(output.text, usage.prompt_tokens, usage.completion_tokens)
 
-    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
-        settings = {**self._settings, "max_new_tokens": max_new_tokens}
+    def first_token_seconds(self, prompt: Prompt) -> float:
         start = time.perf_counter()
-        for chunk in self._llm.stream_chat(as_messages(prompt), **settings):
-            if chunk.token_ids:
-                return time.perf_counter() - start
-        return time.perf_counter() - start  # it ended at once
+        self._llm.chat(as_messages(prompt), **self._settings)
+        return time.perf_counter() - start
 
     def close(self) -> None:
         self._llm.close()
@@ -90,6 +91,10 @@ class HuggingFace:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._processor = load_processor(Path(model))
+        tokenizer = self._processor.tokenizer
+        if tokenizer.pad_token is None:  # any token will do, since padding is masked
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        self._template = self._processor.chat_template or _registered_template(Path(model))
         self._model = transformers.AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype, local_files_only=True
         )
@@ -103,11 +108,10 @@ class HuggingFace:
                 prompts[start : start + self._batch_size], max_new_tokens=max_new_tokens
             )
 
-    def first_token_seconds(self, prompt: Prompt, max_new_tokens: int) -> float:
-        clock = _FirstToken()
+    def first_token_seconds(self, prompt: Prompt) -> float:
         start = time.perf_counter()
-        self._generate([prompt], max_new_tokens=max_new_tokens, streamer=clock)
-        return clock.at - start
+        self._generate([prompt], max_new_tokens=1)
+        return time.perf_counter() - start
 
     def close(self) -> None:
         del self._model
@@ -120,7 +124,10 @@ class HuggingFace:
         conversations = [as_messages(prompt) for prompt in prompts]
         texts = [
             self._processor.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
+                conversation,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=True,
             )
             for conversation in conversations
         ]
@@ -149,22 +156,6 @@ class HuggingFace:
         return set(ends if isinstance(ends, list) else [ends])
 
 
-class _FirstToken(BaseStreamer):
-    """Notes when the second thing comes: the first is the prompt."""
-
-    def __init__(self):
-        self.at = 0.0
-        self._seen = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        self._seen += 1
-        if self._seen == 2:
-            self.at = time.perf_counter()
-
-    def end(self) -> None:
-        self.at = self.at or time.perf_counter()
-
-
 def load_processor(folder: Path) -> transformers.ProcessorMixin:
     """The checkpoint's processor; without torchvision, less its part for videos.
 
@@ -173,24 +164,25 @@ def load_processor(folder: Path) -> transformers.ProcessorMixin:
     """
     if is_torchvision_available():
         return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    # Not the one of `transformers` itself, which asks for torchvision.
+    # Not those of `transformers` itself, which ask for torchvision.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    settings: dict[str, Any] = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).exists():
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))
-    kind = getattr(transformers, settings["processor_class"])
+    settings = _read(folder / "processor_config.json")
+    named = settings.pop("processor_class", None)
+    named = named or _read(folder / "preprocessor_config.json").get("processor_class")
+    kind = getattr(
+        transformers,
+        named or PROCESSOR_MAPPING_NAMES[_read(folder / "config.json")["model_type"]],
+    )
     parts = {
         "image_processor": AutoImageProcessor.from_pretrained(folder, local_files_only=True),
         "tokenizer": transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
     }
     if "video_processor" in kind.get_attributes():
         parts["video_processor"] = None
-    if (folder / "processor_config.json").exists():  # how its tokens are laid out
-        parts.update({key: value for key, value in settings.items() if not isinstance(value, dict)})
-        parts.pop("processor_class")
-        parts.pop("auto_map", None)
+    # How its tokens are laid out; what is a dict is one of the parts.
+    parts |= {key: value for key, value in settings.items() if not isinstance(value, dict)}
 
     class WithoutVideo(kind):
         """Takes None for a part that is not there."""
@@ -202,14 +194,33 @@ def load_processor(folder: Path) -> transformers.ProcessorMixin:
 
     processor = WithoutVideo(**parts)
     processor.chat_template = _chat_template(folder, processor.tokenizer)
+    if getattr(processor, "patch_size", 0) is None:
+        # Older checkpoints of LLaVA leave it to the model to count a picture's tokens.
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(config.vision_config.model_type != "siglip")
     return processor
 
 
 def _chat_template(folder: Path, tokenizer: Any) -> str | None:
-    file = folder / "chat_template.json"
+    file = folder / "chat_template.jinja"
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-    return tokenizer.chat_template
+        return file.read_text(encoding="utf-8")
+    return _read(folder / "chat_template.json").get("chat_template") or tokenizer.chat_template
+
+
+def _registered_template(folder: Path) -> str:
+    """What sglite uses where a checkpoint has no chat template, so that both get the same text."""
+    architecture, model = ModelRegistry.resolve(_read(folder / "config.json")["architectures"])
+    template = fallback_template(find_processor(model, architecture) or object)
+    if template is None:
+        raise ValueError(f"{folder} has no chat template, and none is registered for its family")
+    return template
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _images(conversation: list[dict[str, Any]]) -> list[Any]:

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from pictures import Picture
+from pictures import Picture, random_picture
 from questions import Question, ask_anything
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -138,8 +138,6 @@ def render(conversation: Conversation, image_tokens: int = 1) -> list[tuple[str,
 
 def tokenizer_corpus(rng: random.Random) -> list[str]:
     """Returns the texts that the tokenizer is trained on."""
-    from pictures import random_picture
-
     lines = [SYSTEM_MESSAGE, "system\n", "user\n", "assistant\n"] * 50
     for _ in range(3000):
         picture = random_picture(rng, (84, 84))

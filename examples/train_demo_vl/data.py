@@ -18,13 +18,13 @@ from tokenizers import Tokenizer
 
 #: What prompts are made of: the pictures' size, how many each has, and the share of the prompts.
 GROUPS = (
-    *((size, 1, 0.76 / len(SIZES)) for size in SIZES),
-    ((84, 84), 2, 0.09),
-    ((84, 112), 2, 0.07),
-    ((84, 84), 3, 0.08),
+    *((size, 1, 0.82 / len(SIZES)) for size in SIZES),
+    ((84, 84), 2, 0.07),
+    ((84, 112), 2, 0.05),
+    ((84, 84), 3, 0.06),
 )
 #: Conversations of each family for each picture (or set of pictures): without and with options.
-PER_PICTURE = {"open": 3, "choice": 4}
+PER_PICTURE = {"open": 2, "choice": 3}
 _MAX_LENGTH = 256
 _SHARD = 1024  # pictures that a process draws at a time
 
@@ -98,7 +98,7 @@ def make_groups(
     """
     jobs = []
     for group, (_, per_prompt, share) in enumerate(GROUPS):
-        left = max(16, round(num_pictures * share)) * per_prompt
+        left = max(4, round(num_pictures * share)) * per_prompt
         for shard in range(-(-left // _SHARD)):
             count = min(_SHARD, left - shard * _SHARD) // per_prompt * per_prompt
             jobs.append((tokenizer_json, group, count, f"{seed}/{group}/{shard}", max_turns))

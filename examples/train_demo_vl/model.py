@@ -1,12 +1,9 @@
 """The model: a Qwen2-VL of 2.7 million weights, and a fast way to train it."""
 
 import torch
-from tokenizer import MERGE_SIZE, PATCH_SIZE, VOCAB_SIZE
+from tokenizer import IMAGE_MEAN, IMAGE_STD, MERGE_SIZE, PATCH_SIZE, VOCAB_SIZE
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
@@ -54,8 +51,8 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLConfig:
 
 def normalise(pictures: torch.Tensor) -> torch.Tensor:
     """[n, height, width, 3], 0 to 255, to [n, 3, height, width] float32, as the processor does."""
-    mean = torch.tensor(_MEAN, device=pictures.device)
-    std = torch.tensor(_STD, device=pictures.device)
+    mean = torch.tensor(IMAGE_MEAN, device=pictures.device)
+    std = torch.tensor(IMAGE_STD, device=pictures.device)
     return ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pictures import COLOURS, MAX_COUNT, NUMBERS, SHAPES, Picture
 
 KINDS = ("shape", "colour", "count", "number")
-_SHARES = {"shape": 1.0, "colour": 0.7, "count": 1.6, "number": 1.2}
 
 # Offered as wrong answers only, so that ten options are to be had.
 _OTHER_SHAPES = ("ring", "heart", "oval", "hexagon", "arrow", "line")
@@ -65,11 +64,9 @@ def questions_about(picture: Picture) -> dict[str, list[Question]]:
 
 
 def ask_anything(rng: random.Random, picture: Picture) -> Question:
-    """Draws a question; kinds that are harder to learn are asked more often."""
+    """Draws a question, each kind with the same probability."""
     by_kind = questions_about(picture)
-    kinds = list(by_kind)
-    (kind,) = rng.choices(kinds, [_SHARES[kind] for kind in kinds])
-    return rng.choice(by_kind[kind])
+    return rng.choice(by_kind[rng.choice(list(by_kind))])
 
 
 def _about_number(picture: Picture) -> Iterator[Question]:

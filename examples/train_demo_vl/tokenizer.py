@@ -24,6 +24,9 @@ VOCAB_SIZE = BASE_VOCABULARY + len(SPECIAL_TOKENS)
 MAX_PIXELS = 112 * 112
 MIN_PIXELS = 84 * 84
 PATCH_SIZE, MERGE_SIZE = 14, 2
+# Of each channel, as Qwen2-VL has them from CLIP.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Words keep one leading character that is no letter; digits stand alone; line breaks end a word.
 _WORDS = (
@@ -106,8 +109,8 @@ def preprocessor_config() -> dict[str, Any]:
         "patch_size": PATCH_SIZE,
         "temporal_patch_size": 2,
         "merge_size": MERGE_SIZE,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2VLProcessor",
     }

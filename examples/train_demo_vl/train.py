@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from data import Group, Sequences, batches, make_groups
 from model import hidden_states, model_config, normalise
-from muon import Muon
 from tokenizer import preprocessor_config, train_tokenizer
 from torch.nn import functional
 from transformers import (
@@ -86,7 +85,9 @@ def make_optimizers(
         is_matrix = parameter.ndim == 2 and "embed_tokens" not in name
         (matrices if is_matrix else others).append(parameter)
     return [
-        Muon(matrices, lr=learning_rate),
+        torch.optim.Muon(
+            matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(
             others, lr=learning_rate / 2, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         ),
@@ -144,7 +145,7 @@ def train(
     text = tokenizer.backend_tokenizer.to_str()
     groups = make_groups(text, options.pictures, options.seed, options.workers)
     held_out = make_groups(
-        text, max(100, options.pictures // 64), options.seed + _HELD_OUT_SEED, options.workers, 1
+        text, options.pictures // 64, options.seed + _HELD_OUT_SEED, options.workers, 1
     )
     data = {
         (number, family): DeviceData(group, sequences, device)
@@ -216,9 +217,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop earlier than steps")
-    parser.add_argument("--batch", type=int, default=768)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--pictures", type=int, default=256_000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))

@@ -1,7 +1,9 @@
 """`bench/mmmu.py`: reading, prompts, parsing, comparing, and a run on drawn questions."""
 
+import importlib
 import io
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 from scipy.stats import binomtest
 
+from bench.mmmu import main
 from bench.mmmu_answers import is_right, open_answers, parse
 from bench.mmmu_engines import Reply
 from bench.mmmu_prompts import as_messages, make_prompt, prompt_text
@@ -17,7 +20,7 @@ from bench.mmmu_questions import DataError, Question, read_questions
 from bench.mmmu_report import Run, mcnemar, summarise, tables
 
 ROOT = Path(__file__).parents[2]
-WRITER = ROOT / "examples" / "train_demo_vl" / "mmmu_set.py"
+SCRIPTS = ROOT / "examples" / "train_demo_vl"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 COLUMNS = ("id", "question", "options", "explanation", *(f"image_{n}" for n in range(1, 8)))
 MMMU = (*COLUMNS, "img_type", "answer", "topic_difficulty", "question_type", "subfield")
@@ -266,3 +269,68 @@ def test_subjects_unparsable_answers_and_differences_are_counted():
     assert accuracy.cells[-1] == ["overall", "3", "2", "66.7", "1", "2", "66.7", "0"]
     assert [len(line) for line in speed.cells] == [3] * 6
     assert paired.cells[0] == ["same answer", "2 of 4"]
+
+
+# -- a run on drawn questions, with the checkpoint that ships --------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder in the layout of the hub's two, with 6 questions of each kind."""
+    folder = tmp_path_factory.mktemp("drawn")
+    names = ("mmmu_set", "questions", "pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        for name in names:
+            patch.delitem(sys.modules, name, raising=False)
+        writer = importlib.import_module("mmmu_set")
+        writer.write_mmmu(folder / "MMMU", 6)
+        writer.write_mmmu_pro(folder / "MMMU_Pro", 3)
+        for name in names:
+            patch.delitem(sys.modules, name)
+    return folder
+
+
+def measure(tmp_path, *arguments):
+    output = tmp_path / "result.json"
+    words = ["--model", "demo-vl", "--max-new-tokens", "8", "--first-tokens", "2"]
+    main([*words, "--output", str(output), *map(str, arguments)])
+    assert output.with_suffix(".md").read_text().startswith("# demo-vl, ")
+    return json.loads(output.read_text())
+
+
+def test_both_engines_agree_on_drawn_questions(drawn, tmp_path):
+    result = measure(tmp_path, "--data", drawn / "MMMU", "--engine", "both")
+    assert result["questions"] == 24
+    assert result["images"] > 24
+    assert list(result["engines"]) == ["sglite", "hf"]
+    for engine in result["engines"].values():
+        assert sorted(engine["accuracy"]) == ["Colour", "Count", "Number", "Shape", "overall"]
+        assert engine["accuracy"]["overall"]["right"] >= 21
+        assert engine["speed"]["first_token_ms"] > 0
+        assert engine["speed"]["prompt_tokens"] > 24 * 40
+    assert result["comparison"]["same_answer"] >= 23
+    ours, theirs = (engine["speed"] for engine in result["engines"].values())
+    assert ours["prompt_tokens"] == theirs["prompt_tokens"]
+
+
+def test_ten_options_are_read_and_pictures_of_questions_are_shown(drawn, tmp_path):
+    result = measure(tmp_path, "--data", drawn / "MMMU_Pro" / "standard (10 options)")
+    assert (result["setting"], result["questions"]) == ("pro-standard", 12)
+    assert result["engines"]["sglite"]["accuracy"]["overall"]["right"] >= 9
+    result = measure(tmp_path, "--data", drawn / "MMMU_Pro" / "vision", "--limit", "4")
+    assert (result["setting"], result["questions"], result["images"]) == ("pro-vision", 4, 4)
+
+
+def test_hidden_answers_are_not_scored(drawn, tmp_path, capsys):
+    result = measure(tmp_path, "--data", drawn / "MMMU", "--split", "test", "--subject", "Shape")
+    overall = result["engines"]["sglite"]["accuracy"]["overall"]
+    assert overall == {"questions": 0, "right": 0, "unparsable": 0, "hidden": 5}
+    assert "5 questions have no answer in the data" in capsys.readouterr().out
+
+
+def test_wrong_arguments_are_named(drawn, tmp_path):
+    with pytest.raises(SystemExit, match="several settings"):
+        main(["--model", "demo-vl", "--data", str(drawn / "MMMU_Pro")])
+    with pytest.raises(SystemExit, match="has no subject Art"):
+        main(["--model", "demo-vl", "--data", str(drawn / "MMMU"), "--subject", "Art"])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,32 @@ def test_generate_reads_prompts_from_standard_input():
 def test_generate_through_the_chat_template():
     done = run("generate", "--chat", "What is 17 + 25?", "--set", "temperature=0")
     assert "42" in done.stdout
+
+
+PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
+
+
+def look(*arguments):
+    return run("generate", "--model", "demo-vl", "--set", "temperature=0", *arguments)
+
+
+def test_generate_with_a_picture():
+    number = str(PICTURES / "number.png")
+    done = look("--image", number, "What number is this?", "What colour is <image>?")
+    assert done.returncode == 0, done.stderr
+    assert "47" in done.stdout.splitlines()[0]
+    assert "blue" in done.stdout.splitlines()[1]
+    done = look("--chat", "--image", number, "What number is in <image>?")
+    assert "47" in done.stdout
+
+
+def test_pictures_and_their_places_must_be_as_many():
+    number = str(PICTURES / "number.png")
+    for arguments in ([], ["--chat"]):
+        done = look(*arguments, "--image", number, "--image", number, "Read <image>.")
+        assert done.returncode == 1
+        assert done.stderr.startswith("sglite: ")
+        assert "Traceback" not in done.stderr
 
 
 def test_an_unknown_argument_is_refused():
