@@ -200,7 +200,7 @@ class LLM:
         processor = None
         if checkpoint is not None:
             processor = load_processor(
-                type(loaded.model),
+                loaded.model,
                 loaded.architecture,
                 loaded.whole_config,
                 checkpoint.folder,

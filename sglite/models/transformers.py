@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,12 +48,20 @@ from sglite.models.transformers_probe import (
     probe,
 )
 from sglite.models.transformers_refusals import refuse_config, refuse_modules, refuse_rope
+from sglite.models.transformers_vision import (
+    SeesImages,
+    learn_images,
+    read_image_processor,
+    refuse_vision,
+    takes_images,
+)
 from sglite.models.transformers_weights import (
     build_empty,
     find_class,
     find_config,
     read_model,
 )
+from sglite.multimodal.keys import pad_input_ids
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,7 @@ class TransformersModel(nn.Module):
         shared: whether its parameters stay where they lie; else linear layers are packed.
         device: where it runs.
         quantization: how packed weights are stored; None: plainly.
+        keeps_layers: whether decoder layers stay the model's own, for the sake of their positions.
 
     Attributes:
         info: what was found and done.
@@ -129,6 +139,7 @@ class TransformersModel(nn.Module):
         shared: bool,
         device: torch.device,
         quantization: str | None = None,
+        keeps_layers: bool = False,
     ):
         super().__init__()
         self.origin: Origin | None = None
@@ -139,7 +150,7 @@ class TransformersModel(nn.Module):
         self.kv_layers = self._place_slots(inner, found.layers)
         self.vocab_size = found.vocab_size
         whole_layers = 0
-        if not shared:
+        if not (shared or keeps_layers):
             whole_layers = replace_layers(
                 inner, found, self.kv_layers, self._running, device, quantization
             )
@@ -218,12 +229,37 @@ class TransformersModel(nn.Module):
         tokens = {"input_ids": input_ids[None]}
         if input_embeds is not None:
             tokens = {"inputs_embeds": input_embeds[None]}
+        position_ids = positions[None]
+        if forward_batch.mrope_positions is not None:
+            position_ids = forward_batch.mrope_positions[:, None]
         with self._running.of(forward_batch, positions), self._context():
-            output = self.inner(**tokens, position_ids=positions[None], **self._arguments)
+            output = self.inner(**tokens, position_ids=position_ids, **self._arguments)
         logits = logits_of(output)[0]
         if not self._has_head:
             logits = logits.index_select(0, forward_batch.logits_rows)
         return LogitsProcessorOutput(next_token_logits=logits.float())
+
+
+class TransformersVisionModel(SeesImages, TransformersModel):
+    """One that takes pictures; `pad_input_ids` and `get_image_feature` are the engine's.
+
+    Args:
+        inner, num_positions, **options: as for `TransformersModel`.
+        image_processor: Hugging Face's own of the checkpoint.
+
+    Attributes:
+        has_mrope: whether positions have three rows.
+        rope: has Hugging Face's `get_rope_index`; None where positions simply count.
+    """
+
+    pad_input_ids = staticmethod(pad_input_ids)
+
+    def __init__(
+        self, inner: nn.Module, num_positions: int | None, image_processor: Any, **options: Any
+    ):
+        found = learn_images(inner, image_processor)
+        super().__init__(inner, num_positions, keeps_layers=found.rope is not None, **options)
+        self.watch(found, exact=options.get("quantization") is None)
 
 
 def _leave_files(model: nn.Module) -> None:
@@ -273,6 +309,11 @@ def load_unregistered(
         with SafetensorsFile(path) as file:
             entries |= file.entries
     check_counts(config.get_text_config(), entries)
+    refuse_vision(name, model_class, config)
+    build = TransformersModel
+    if takes_images(model_class, config):
+        image_processor = read_image_processor(name, checkpoint.folder)
+        build = partial(TransformersVisionModel, image_processor=image_processor)
     empty = build_empty(model_class, config)
     refuse_modules(name, empty)
     run_dtype = resolve_dtype(dtype, checkpoint, entries)
@@ -283,9 +324,7 @@ def load_unregistered(
     # Not earlier: transformers' modules must not be imported on two threads at once.
     if before_reading is not None:
         before_reading()
-    model = TransformersModel(
-        inner, limit, shared=False, device=device, quantization=quantization
-    ).to(device)
+    model = build(inner, limit, shared=False, device=device, quantization=quantization).to(device)
     defaults = GenerationDefaults.from_generation_config(checkpoint.generation_config)
     return _loaded(
         model.requires_grad_(False), config, name, run_dtype, quantization, limit, defaults
@@ -362,6 +401,7 @@ def _loaded(
     return LoadedModel(
         model=model.eval(),
         config=text,
+        whole_config=config,
         architecture=name,
         dtype=dtype,
         quantization=quantization,

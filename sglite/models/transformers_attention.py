@@ -38,9 +38,9 @@ class RunningBatch:
         self._threads = threading.local()
 
     @property
-    def batch(self) -> ForwardBatch:
-        """The batch of this thread's forward."""
-        return self._threads.batch
+    def batch(self) -> ForwardBatch | None:
+        """The batch of this thread's forward; None: it is in none."""
+        return getattr(self._threads, "batch", None)
 
     @property
     def positions(self) -> Tensor:

@@ -267,11 +267,31 @@ def logits_of(output: Any) -> Tensor:
 def _run(
     model: nn.Module, count: int, token_ids: Tensor, positions: Tensor, **arguments: Any
 ) -> tuple[Recorder, Tensor]:
-    """One forward with a recorder on all modules; what it holds, and the logits [T, vocabulary]."""
-    recorder = Recorder(model, count)
-    arguments |= forward_arguments(model)
+    """`run_recorded` of tokens and their positions, both [T]."""
     if "attention_mask" not in inspect.signature(model.forward).parameters:
         arguments.pop("attention_mask", None)
+    return run_recorded(
+        model,
+        count,
+        {"input_ids": token_ids[None], "position_ids": positions[None], **arguments},
+    )
+
+
+def run_recorded(
+    model: nn.Module, count: int, arguments: Mapping[str, Any]
+) -> tuple[Recorder, Tensor]:
+    """One forward with a recorder on all modules; what it holds, and the logits [T, vocabulary].
+
+    Args:
+        model: a Hugging Face model.
+        count: how far masks are looked at.
+        arguments: of its forward, beside those of `forward_arguments`.
+
+    Raises:
+        UnsupportedModelError: a layer needs something that is not implemented, or the model fails.
+    """
+    recorder = Recorder(model, count)
+    arguments = {**arguments, **forward_arguments(model)}
     device = next(model.parameters()).device
     arguments = {
         name: value.to(device) if isinstance(value, Tensor) else value
@@ -283,11 +303,7 @@ def _run(
         # Its rows' bits do not depend on their places, so that no expert is chosen otherwise.
         linears = InvariantLinears() if device.type == "cpu" else nullcontext()
         with torch.inference_mode(), linears:
-            output = model(
-                input_ids=token_ids[None].to(device),
-                position_ids=positions[None].to(device),
-                **arguments,
-            )
+            output = model(**arguments)
     except SGLiteError:
         raise
     except Exception as error:  # of whatever kind the class's own code raises

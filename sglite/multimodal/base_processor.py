@@ -134,6 +134,9 @@ class BaseMultimodalProcessor:
         self.image_processor = _processor.image_processor
         self._ids: dict[str, int | None] = {}
 
+    def bind(self, model: Any) -> None:
+        """Told once which model the processor is for, whose weights it must not keep alive."""
+
     # -- what a family has of its own ------------------------------------------------------------
 
     def process_image(self, image: Image.Image) -> ProcessedMedia:

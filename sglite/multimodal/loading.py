@@ -8,7 +8,7 @@ from sglite.multimodal.registry import find_processor
 
 
 def load_processor(
-    model_class: type,
+    model: Any,
     architecture: str,
     hf_config: Any,
     folder: Path,
@@ -18,7 +18,7 @@ def load_processor(
     """A `BaseMultimodalProcessor` for a model; None for one that takes text only.
 
     Args:
-        model_class: of the model.
+        model: which it is for.
         architecture: the name that it is registered under.
         hf_config: the checkpoint's whole config.
         folder: the checkpoint's.
@@ -29,6 +29,7 @@ def load_processor(
         UnsupportedModelError: the model takes images, and nothing is registered that makes them.
         CheckpointError: the checkpoint's image processor is broken.
     """
+    model_class = type(model)
     kind = find_processor(model_class, architecture)
     if kind is None:
         return None
@@ -41,4 +42,6 @@ def load_processor(
     from sglite.multimodal.base_processor import HubProcessor
 
     hub = HubProcessor.load(folder, tokenizer, trust_remote_code=options.trust_remote_code)
-    return kind(hf_config, options, hub)
+    processor = kind(hf_config, options, hub)
+    processor.bind(model)
+    return processor

@@ -18,6 +18,8 @@ _BUILT_IN = (
     "sglite.multimodal.gemma3",
     "sglite.multimodal.llava",
     "sglite.multimodal.qwen_vl",
+    # The last one, which goes first: a model run by Hugging Face's class has no other.
+    "sglite.multimodal.hugging_face",
 )
 
 _classes: list[type] = []  # those with `models`, the newest last

@@ -1,0 +1,311 @@
+"""Models of Hugging Face's that see: what stands in the place of a picture's tokens.
+
+Features are the class's own `get_image_features`, of one picture at a time. That nothing else of a
+picture reaches the text model is seen, not believed: the class's own forward with pixels, and one
+with the features in the place of embeddings, must give every attention layer the same.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sglite.interface.errors import CheckpointError, SGLiteError, UnsupportedModelError
+from sglite.layers.forward_batch import ForwardBatch
+from sglite.models.transformers_attention import (
+    IMPLEMENTATION,
+    PROBED_IMPLEMENTATION,
+    use_implementation,
+)
+from sglite.models.transformers_probe import Recorder, run_recorded
+from sglite.multimodal.base_processor import HubProcessor
+from sglite.multimodal.hugging_face import rope_index
+from sglite.multimodal.inputs import MultimodalItem
+
+# The picture that a model is tried with: height, width.
+_SIZE = (50, 70)
+# What two ways to the same queries, keys and values may differ by, relative to the largest.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+
+
+@dataclass(frozen=True)
+class VisionFacts:
+    """What was learned of how a model sees.
+
+    Attributes:
+        image_token_id: the token that a row of features takes the place of.
+        rope: has `get_rope_index`, and no weights; None: positions simply count.
+        data: of the picture that was tried, what an image processor makes of it.
+        features: its rows, [tokens, hidden_size].
+    """
+
+    image_token_id: int
+    rope: Any | None
+    data: Mapping[str, Any]
+    features: Tensor
+
+
+def takes_images(model_class: type, config: Any) -> bool:
+    """Whether a class of Hugging Face's takes pictures.
+
+    Args:
+        model_class: the class.
+        config: its whole config.
+    """
+    return hasattr(model_class, "get_image_features") or (
+        getattr(config, "vision_config", None) is not None
+        and config.get_text_config() is not config
+    )
+
+
+def refuse_vision(name: str, model_class: type, config: Any) -> None:
+    """Refuses, before weights are read, models whose pictures or sounds have no place in a prompt.
+
+    Args:
+        name: of the architecture.
+        model_class: the class.
+        config: its whole config.
+
+    Raises:
+        UnsupportedModelError: naming what it is.
+    """
+    if getattr(config, "audio_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{name} takes sounds as well (audio_config), which are not implemented"
+        )
+    if not takes_images(model_class, config):
+        return
+    if not hasattr(model_class, "get_image_features"):
+        raise UnsupportedModelError(
+            f"{name} has no get_image_features: its pictures do not take the place of tokens (they "
+            f"go into cross-attention, as Mllama has it), which is not implemented"
+        )
+    if getattr(config, "image_token_id", None) is None:
+        raise UnsupportedModelError(
+            f"{name}: its config names no image_token_id, so that a picture's place in a prompt "
+            f"is not known"
+        )
+    vision = getattr(config, "vision_config", None)
+    if getattr(vision, "deepstack_visual_indexes", None):
+        raise UnsupportedModelError(
+            f"{name} adds features of a picture to the hidden states of several layers "
+            f"(deepstack: {vision.deepstack_visual_indexes}), which is not implemented"
+        )
+
+
+def read_image_processor(name: str, folder: Path) -> Any:
+    """Hugging Face's image processor of a checkpoint.
+
+    Args:
+        name: of the architecture.
+        folder: the checkpoint's.
+
+    Raises:
+        UnsupportedModelError: there is none that runs on Pillow alone, and no torchvision.
+        CheckpointError: it is not there, or broken.
+    """
+    try:
+        return HubProcessor.load(folder, None).image_processor
+    except CheckpointError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise UnsupportedModelError(
+                f"{name}: Hugging Face has no image processor for it that runs on Pillow alone, "
+                f"and torchvision is not there: {error.__cause__}"
+            ) from error
+        raise
+
+
+def learn_images(inner: nn.Module, image_processor: Any) -> VisionFacts:
+    """Tries a model with a picture.
+
+    Args:
+        inner: the Hugging Face model with its weights, before any part of it is replaced.
+        image_processor: its own.
+
+    Raises:
+        UnsupportedModelError: a picture reaches the text model otherwise than in the place of its
+            tokens, or its tokens see what follows them.
+    """
+    name = type(inner).__name__
+    try:
+        data = dict(image_processor(images=[_picture()], return_tensors="pt"))
+        with torch.inference_mode():
+            features = features_of(inner, data)
+    except SGLiteError:
+        raise
+    except Exception as error:  # of whatever kind the class's own code raises
+        raise UnsupportedModelError(
+            f"{name} fails on a picture: {type(error).__name__}: {error}"
+        ) from error
+    found = VisionFacts(inner.config.image_token_id, _rope_of(inner), data, features)
+    _check_nothing_else_is_seen(inner, found)
+    return found
+
+
+def features_of(inner: nn.Module, data: Mapping[str, Any]) -> Tensor:
+    """Rows of embeddings of one picture, [tokens, hidden_size].
+
+    Args:
+        inner: the Hugging Face model.
+        data: what its processor gave for the picture alone; what `get_image_features` does not
+            take is left out.
+    """
+    weight = inner.get_input_embeddings().weight
+    given = {
+        name: _placed(value, weight)
+        for name, value in data.items()
+        if name in inspect.signature(inner.get_image_features).parameters
+    }
+    found = inner.get_image_features(**given)
+    found = getattr(found, "pooler_output", found)
+    parts = list(found) if isinstance(found, list | tuple) else [found]
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__}.get_image_features gives {type(found).__name__}, not rows of "
+            f"embeddings (pooler_output)"
+        )
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+class SeesImages:
+    """The part of a model that takes pictures, over its `inner`, `_running` and embedding."""
+
+    def watch(self, found: VisionFacts, *, exact: bool) -> None:
+        """Has the rows of pictures put in the place of their tokens from now on.
+
+        Args:
+            found: what was learned before parts were replaced.
+            exact: whether the parts in place must give what the model's own gave.
+        """
+        self.has_mrope = found.rope is not None
+        self.rope = found.rope
+        self._image_token_id = found.image_token_id
+        self._embedding: Callable[[Tensor], Tensor] = self.inner.get_input_embeddings()
+        self._embedding.register_forward_hook(self._put_images)
+        with torch.inference_mode():
+            again = features_of(self.inner, found.data)
+        if exact and not _alike(again, found.features):
+            raise UnsupportedModelError(
+                f"{type(self.inner).__name__} gives other features of a picture with its linear "
+                f"layers and norms replaced"
+            )
+
+    def _put_images(self, _: nn.Module, __: tuple, output: Tensor) -> Tensor | None:
+        batch: ForwardBatch | None = self._running.batch
+        if batch is None or batch.image_rows is None:
+            return None
+        return batch.with_images(output.flatten(0, -2)).view_as(output)
+
+    def get_image_feature(self, items: Sequence[MultimodalItem]) -> Tensor:
+        """Embeddings of pictures, one behind the other: [their tokens, hidden_size].
+
+        The span of a picture is all that Hugging Face's processor writes for it, so that it has
+        rows of text (marks of tiles and of lines) among those of features.
+        """
+        return torch.cat([self._rows_of(item) for item in items])
+
+    def _rows_of(self, item: MultimodalItem) -> Tensor:
+        data = dict(item.data)
+        token_ids = data.pop("token_ids").to(self.inner.get_input_embeddings().weight.device)
+        is_image = token_ids == self._image_token_id
+        features = features_of(self.inner, {**data, "pixel_values": item.pixel_values})
+        if len(features) != int(is_image.sum()):
+            raise UnsupportedModelError(
+                f"{type(self.inner).__name__}.get_image_features gave {len(features)} rows for a "
+                f"picture that has {int(is_image.sum())} placeholders in the prompt"
+            )
+        # The placeholder may be no row of the table.
+        rows = self._embedding(token_ids.masked_fill(is_image, 0)[None])[0].clone()
+        rows[is_image] = features.to(rows.dtype)
+        return rows
+
+
+def _picture() -> Image.Image:
+    draw = np.random.default_rng(0)
+    return Image.fromarray(draw.integers(0, 256, (*_SIZE, 3), np.uint8))
+
+
+def _placed(value: Any, weight: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(weight.device)
+    return value.to(weight.dtype) if value.is_floating_point() else value
+
+
+def _rope_of(inner: nn.Module) -> Any | None:
+    """A module without weights that has the model's own `get_rope_index`; None: it has none."""
+    for module in (inner, getattr(inner, "model", None)):
+        if hasattr(module, "get_rope_index"):
+            # Not the module, which would be kept alive by whoever reads prompts.
+            shell = type(module).__new__(type(module))
+            nn.Module.__init__(shell)
+            shell.config = module.config
+            return shell
+    return None
+
+
+def _check_nothing_else_is_seen(inner: nn.Module, found: VisionFacts) -> None:
+    name = type(inner).__name__
+    text = [5, 6]
+    ids = torch.tensor([[*text, *[found.image_token_id] * len(found.features), 7, 8, 9]])
+    kinds = (ids == found.image_token_id).long()
+    positions = torch.arange(ids.shape[1])[None]
+    if found.rope is not None:
+        positions = rope_index(name, found.rope, ids[0], kinds[0], [found.data])[0][:, None]
+    taken = inspect.signature(inner.forward).parameters
+    weight = inner.get_input_embeddings().weight
+    pixels = {key: _placed(value, weight) for key, value in found.data.items() if key in taken}
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": kinds,
+        "token_type_ids": kinds,
+        **pixels,
+    }
+    given = {key: value for key, value in given.items() if key in taken or "mm_token" in key}
+    if "mm_token_type_ids" not in taken and found.rope is None:
+        given.pop("mm_token_type_ids")
+
+    def put(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[0, len(text) : len(text) + len(found.features)] = found.features.to(output.dtype)
+        return output
+
+    use_implementation(inner, PROBED_IMPLEMENTATION)
+    own, _ = run_recorded(inner, ids.shape[1], given)
+    use_implementation(inner, IMPLEMENTATION)
+    handle = inner.get_input_embeddings().register_forward_hook(put)
+    try:
+        ours, _ = run_recorded(
+            inner, ids.shape[1], {"input_ids": ids, "position_ids": positions}
+        )
+    finally:
+        handle.remove()
+    _compare(name, own, ours)
+
+
+def _compare(name: str, own: Recorder, ours: Recorder) -> None:
+    if own.calls.keys() != ours.calls.keys():
+        raise UnsupportedModelError(f"{name} has other layers attend where there is a picture")
+    for path, call in own.calls.items():
+        other = ours.calls[path]
+        for part in ("query", "key", "value"):
+            if not _alike(getattr(other, part), getattr(call, part)):
+                raise UnsupportedModelError(
+                    f"{name} lets a picture reach its text model otherwise than in the place of "
+                    f"its tokens (deepstack, or positions that are not known): {path} gets another "
+                    f"{part}"
+                )
+
+
+def _alike(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape:
+        return False
+    error = (actual.float() - expected.float()).abs().max()
+    return bool(error <= _TOLERANCE.get(expected.dtype, 1e-3) * expected.float().abs().max())

@@ -1,0 +1,355 @@
+"""Small vision-language checkpoints without a file of their own, and Hugging Face as the oracle."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import transformers
+from transformers.models.auto import processing_auto
+
+from tests.checkpoints import VOCAB_SIZE, make_tokenizer
+from tests.vision_checkpoints import _TEXT, _draw_weights, Oracle
+
+_LLAMA = {**_TEXT, "model_type": "llama", "vocab_size": VOCAB_SIZE + 48, "pad_token_id": None}
+_QWEN2 = {**_LLAMA, "model_type": "qwen2"}
+_TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 24,
+    "patch_size": 4,
+}
+_ENDS = {"bos_token_id": 0, "eos_token_id": 1}
+_TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+_IDEFICS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *_TILES)
+_IDEFICS_CONFIG = {
+    **_ENDS,
+    "text_config": _LLAMA,
+    "vision_config": _TOWER,
+    "image_token_id": VOCAB_SIZE,
+    "scale_factor": 2,
+    "pad_token_id": 1,
+}
+_IDEFICS_IMAGES = {
+    "size": {"longest_edge": 48},
+    "max_image_size": {"longest_edge": 24},
+    "do_image_splitting": True,
+}
+_SQUARE = {"size": {"height": 24, "width": 24}}
+_CROPS = {**_SQUARE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4}
+_GLM_TOKENS = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>")
+_GLM_IDS = {
+    "image_start_token_id": VOCAB_SIZE,
+    "image_end_token_id": VOCAB_SIZE + 1,
+    "image_token_id": VOCAB_SIZE + 2,
+    "video_token_id": VOCAB_SIZE + 3,
+    "video_start_token_id": VOCAB_SIZE + 4,
+    "video_end_token_id": VOCAB_SIZE + 5,
+}
+_GRIDS = {
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "size": {"shortest_edge": 2 * 4 * 8**2, "longest_edge": 2 * 40 * 8**2},
+}
+_GLM_VISION = {
+    "depth": 2,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "out_hidden_size": 64,
+    "num_heads": 2,
+    "patch_size": 4,
+    "image_size": 24,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_GLM_ROPE = {**_MROPE, "partial_rotary_factor": 1.0}
+
+
+class Stranger(NamedTuple):
+    """How a checkpoint is made: classes of transformers, and what its files say."""
+
+    config_class: str
+    model_class: str
+    processor_class: str
+    image_processor: str
+    tokens: Sequence[str]  # those beside the tokenizer's own, from id `VOCAB_SIZE` on
+    config: dict[str, Any]
+    images: dict[str, Any]  # preprocessor_config.json
+    settings: dict[str, Any] = {}  # processor_config.json
+    names: dict[str, str] = {}  # tokens that the tokenizer has as attributes
+    takes_wide: bool = True
+
+
+RUN = {
+    "idefics3": Stranger(
+        "Idefics3Config",
+        "Idefics3ForConditionalGeneration",
+        "Idefics3Processor",
+        "Idefics3ImageProcessor",
+        _IDEFICS,
+        _IDEFICS_CONFIG,
+        _IDEFICS_IMAGES,
+        {"image_seq_len": 9},
+    ),
+    "smolvlm": Stranger(
+        "SmolVLMConfig",
+        "SmolVLMForConditionalGeneration",
+        "SmolVLMProcessor",
+        "SmolVLMImageProcessor",
+        _IDEFICS,
+        _IDEFICS_CONFIG,
+        _IDEFICS_IMAGES,
+        {"image_seq_len": 9},
+    ),
+    "internvl": Stranger(
+        "InternVLConfig",
+        "InternVLForConditionalGeneration",
+        "InternVLProcessor",
+        "GotOcr2ImageProcessor",
+        ("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
+        {
+            **_ENDS,
+            "text_config": _QWEN2,
+            "vision_config": {**_TOWER, "image_size": [24, 24], "patch_size": [4, 4]},
+            "image_token_id": VOCAB_SIZE,
+            "image_seq_length": 9,
+        },
+        _CROPS,
+        {"image_seq_length": 9},
+        {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    ),
+    "aya-vision": Stranger(
+        "AyaVisionConfig",
+        "AyaVisionForConditionalGeneration",
+        "AyaVisionProcessor",
+        "GotOcr2ImageProcessor",
+        ("<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE_GLOBAL", "TILE"),
+        {
+            **_ENDS,
+            "text_config": {**_LLAMA, "model_type": "cohere2", "sliding_window": 7},
+            "vision_config": {**_TOWER, "model_type": "siglip_vision_model"},
+            "image_token_index": VOCAB_SIZE,
+            "downsample_factor": 2,
+            "adapter_layer_norm_eps": 1e-6,
+            "alignment_intermediate_size": 64,
+        },
+        _CROPS,
+        {"patch_size": 4, "img_size": 24, "downsample_factor": 2},
+    ),
+    "mistral3": Stranger(
+        "Mistral3Config",
+        "Mistral3ForConditionalGeneration",
+        "PixtralProcessor",
+        "PixtralImageProcessor",
+        ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+        {
+            **_ENDS,
+            "text_config": {**_LLAMA, "model_type": "mistral", "sliding_window": None},
+            "vision_config": {**_TOWER, "model_type": "pixtral", "image_size": 48},
+            "image_token_index": VOCAB_SIZE,
+            "spatial_merge_size": 2,
+        },
+        {"size": {"longest_edge": 48}, "patch_size": 4},
+        {"patch_size": 4, "spatial_merge_size": 2},
+    ),
+    "lighton-ocr": Stranger(
+        "LightOnOcrConfig",
+        "LightOnOcrForConditionalGeneration",
+        "LightOnOcrProcessor",
+        "PixtralImageProcessor",
+        ("<|image_pad|>", "<|vision_pad|>", "<|vision_end|>"),
+        {
+            **_ENDS,
+            "text_config": {**_LLAMA, "model_type": "qwen3", "head_dim": 16},
+            "vision_config": {**_TOWER, "model_type": "pixtral", "image_size": 48},
+            "image_token_id": VOCAB_SIZE,
+            "spatial_merge_size": 2,
+        },
+        {"size": {"longest_edge": 48}, "patch_size": 4},
+        {"patch_size": 4, "spatial_merge_size": 2},
+        {
+            "image_token": "<|image_pad|>",
+            "image_break_token": "<|vision_pad|>",
+            "image_end_token": "<|vision_end|>",
+        },
+    ),
+    "vip-llava": Stranger(
+        "VipLlavaConfig",
+        "VipLlavaForConditionalGeneration",
+        "LlavaProcessor",
+        "CLIPImageProcessor",
+        ("<image>",),
+        {
+            **_ENDS,
+            "text_config": _LLAMA,
+            "vision_config": {**_TOWER, "model_type": "clip_vision_model", "projection_dim": 16},
+            "image_token_index": VOCAB_SIZE,
+            "vision_feature_layers": [-2, -1],
+        },
+        {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}},
+        {
+            "patch_size": 4,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    ),
+    "ovis2": Stranger(
+        "Ovis2Config",
+        "Ovis2ForConditionalGeneration",
+        "Ovis2Processor",
+        "Ovis2ImageProcessor",
+        (
+            *("<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"),
+            "<image>",
+        ),
+        {
+            **_ENDS,
+            "text_config": _QWEN2,
+            "vision_config": {
+                **_TOWER,
+                "hidden_stride": 2,
+                "vocab_size": 40,
+                "num_visual_indicator_tokens": 5,
+            },
+            "image_token_id": VOCAB_SIZE,
+            "visual_indicator_token_ids": [VOCAB_SIZE + index for index in range(1, 6)],
+            "vocab_size": VOCAB_SIZE + 48,
+            "hidden_size": 64,
+        },
+        _CROPS,
+        {"image_seq_length": 9},
+        {"image_token": "<IMG_ATOM>", "image_token_id": VOCAB_SIZE},
+    ),
+    "glm4v": Stranger(
+        "Glm4vConfig",
+        "Glm4vForConditionalGeneration",
+        "Glm4vProcessor",
+        "Glm4vImageProcessor",
+        _GLM_TOKENS,
+        {
+            **_ENDS,
+            **_GLM_IDS,
+            "text_config": {**_LLAMA, "model_type": "glm4v_text", "rope_parameters": _GLM_ROPE},
+            "vision_config": _GLM_VISION,
+        },
+        _GRIDS,
+    ),
+    "glm46v": Stranger(
+        "Glm46VConfig",
+        "Glm46VForConditionalGeneration",
+        "Glm46VProcessor",
+        "Glm46VImageProcessor",
+        _GLM_TOKENS,
+        {
+            **_ENDS,
+            **_GLM_IDS,
+            "text_config": {**_LLAMA, "model_type": "glm4v_text", "rope_parameters": _GLM_ROPE},
+            "vision_config": {**_GLM_VISION, "model_type": "glm4v_vision"},
+        },
+        _GRIDS,
+    ),
+    "paddleocr-vl": Stranger(
+        "PaddleOCRVLConfig",
+        "PaddleOCRVLForConditionalGeneration",
+        "PaddleOCRVLProcessor",
+        "PaddleOCRVLImageProcessor",
+        ("<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|video_pad|>"),
+        {
+            **_ENDS,
+            "text_config": {
+                **_LLAMA,
+                "model_type": "paddleocr_vl_text",
+                "rope_parameters": _MROPE,
+                "head_dim": 16,
+            },
+            "vision_config": _TOWER,
+            "vision_start_token_id": VOCAB_SIZE,
+            "vision_end_token_id": VOCAB_SIZE + 1,
+            "image_token_id": VOCAB_SIZE + 2,
+            "video_token_id": VOCAB_SIZE + 3,
+        },
+        {**_GRIDS, "temporal_patch_size": 1, "min_pixels": 4 * 8**2, "max_pixels": 40 * 8**2},
+        {},
+        {"image_token": "<|IMAGE_PLACEHOLDER|>"},
+    ),
+    "video-llama3": Stranger(
+        "VideoLlama3Config",
+        "VideoLlama3ForConditionalGeneration",
+        "VideoLlama3Processor",
+        "VideoLlama3ImageProcessor",
+        ("<image>", "<video>"),
+        {
+            **_ENDS,
+            "text_config": _QWEN2,
+            "vision_config": _TOWER,
+            "image_token_id": VOCAB_SIZE,
+            "video_token_id": VOCAB_SIZE + 1,
+        },
+        {**_GRIDS, "temporal_patch_size": 1, "merge_size": 1},
+        {},
+        {"image_token": "<image>", "video_token": "<video>"},
+    ),
+}
+
+
+def make_stranger(folder: Path, one: Stranger, *, seed: int = 0, tokens: bool = True) -> Path:
+    """Writes a checkpoint as Hugging Face writes it, with what its processor needs."""
+    values = json.loads(json.dumps(one.config))
+    config = getattr(transformers, one.config_class)(**values)
+    model = getattr(transformers, one.model_class)._from_config(config)
+    _draw_weights(model, seed)
+    model.eval().save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(one.tokens)})
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    saved = json.loads(path.read_text())
+    saved |= {"processor_class": one.processor_class, "extra_special_tokens": one.names}
+    saved |= {"additional_special_tokens": list(one.tokens)}
+    path.write_text(json.dumps(saved))
+    images = {"image_processor_type": one.image_processor, **one.images}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    settings = {"processor_class": one.processor_class, **one.settings}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+class StrangerOracle(Oracle):
+    """Any model, with Hugging Face's own processor of whole prompts."""
+
+    def __init__(self, folder: Path, one: Stranger):
+        super().__init__(folder)
+        kind = processing_auto.processor_class_from_name(one.processor_class)
+        parts = {"tokenizer": self.tokenizer, "image_processor": self.image_processor}
+        with mock.patch.object(kind, "check_argument_for_proper_class"):
+            given = {name: parts.get(name) for name in kind.get_attributes()}
+            self.processor = kind(**given, **one.settings)
+
+    def inputs(self, text: str, images: Sequence[Any], videos: Sequence[Any]) -> dict[str, Any]:
+        """What the model takes."""
+        text = text.replace("<image>", self.processor.image_token)
+        found = dict(self.processor(images=list(images) or None, text=[text], return_tensors="pt"))
+        if hasattr(self.model.model, "get_rope_index"):
+            ids = found["input_ids"]
+            found["mm_token_type_ids"] = (ids == self.config.image_token_id).long()
+        return found
+
+    def logits(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Of every position, [tokens, vocabulary] float32."""
+        if hasattr(self.model.model, "rope_deltas"):
+            self.model.model.rope_deltas = None
+        return super().logits({"use_cache": False, **inputs})
+
+    def greedy(self, inputs: dict[str, Any], count: int) -> tuple[list[int], list[float]]:
+        """As the base's; every token is attended to."""
+        return super().greedy({k: v for k, v in inputs.items() if k != "attention_mask"}, count)
