@@ -6,8 +6,8 @@ RUN := $(VENV)/bin/python
 # Pinned here, not in the package: an unpinned torch pulls several GB of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: build demo test test-cuda sanitize-cuda soak-cuda test-emulated lint format build-cuda wheel \
-    bench peers bench-cpu bench-growth bench-mmmu bench-cuda clean
+.PHONY: build demo test test-cuda sanitize-cuda soak-cuda test-emulated test-asan soak lives fuzz \
+    fuzz-cache lint format build-cuda wheel bench peers bench-cpu bench-growth bench-mmmu bench-cuda clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +55,42 @@ soak-cuda: build
 
 test-emulated: $(VENV)/.installed
 	SGLITE_CUDA=emulate $(RUN) setup.py --quiet build_ext --build-lib build/emulated
-	SGLITE_EMULATED=1 $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile tests/cuda
+	SGLITE_BUILD=emulated $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile tests/cuda
+
+# The extension with the address and undefined-behaviour sanitizers: ops, tree and pool. The C++ library
+# is loaded along, as the sanitizer finds its exceptions only there. Python itself leaks on purpose.
+ASAN := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 SGLITE_BUILD=asan
+
+build/asan/.built: $(VENV)/.installed $(shell find csrc -type f) setup.py
+	SGLITE_SANITIZE=address,undefined SGLITE_CUDA=0 $(RUN) setup.py --quiet build_ext \
+	    --build-temp build/asan-objects --build-lib build/asan
+	touch $@
+
+test-asan: build/asan/.built
+	$(ASAN) $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --timeout 3000 tests/ops tests/cache
+
+# Everything at once on a small cache: threads, tasks, aborts, interrupts, planted failures.
+SOAK_MINUTES ?= 30
+
+soak: build
+	$(RUN) -m tests.soak --minutes $(SOAK_MINUTES)
+
+# Two hundred LLMs one after the other; resident memory must stay where it is.
+lives: build
+	$(RUN) -m tests.many_lives --count 200
+
+# Broken checkpoints: nothing but CheckpointError.
+MUTATIONS ?= 10000
+
+fuzz: build
+	$(RUN) -m tests.fuzz_loader --mutations $(MUTATIONS)
+
+# The state machines of pool, tree and prefix cache, on the build with sanitizers.
+FUZZ_MINUTES ?= 60
+
+fuzz-cache: build/asan/.built
+	$(ASAN) $(RUN) -m tests.fuzz_cache --minutes $(FUZZ_MINUTES)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

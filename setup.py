@@ -33,6 +33,8 @@ X86_PATHS = {
     "portable": "",
 }
 PORTABLE_PATHS = {"portable": ""}
+# Of the files in csrc/cpu/amx, which stand beside those of avx512, and of attention.
+AMX_FLAGS = f"{X86_PATHS['avx512']} -mamx-tile -mamx-bf16"
 
 
 def cuda_home():
@@ -140,7 +142,7 @@ class NinjaBuild(build_ext):
         elif sys.platform == "darwin":
             link += " -undefined dynamic_lookup"
         if os.environ.get("SGLITE_SANITIZE"):
-            sanitize = f" -fsanitize={os.environ['SGLITE_SANITIZE']} -fno-omit-frame-pointer -g"
+            sanitize = f" -fsanitize={os.environ['SGLITE_SANITIZE']} -fno-omit-frame-pointer -O1 -g"
             flags, link = flags + sanitize, link + sanitize
         # What differs from one build to the next goes to few files, whose objects are kept apart:
         # so builds with and without CUDA, in place and of a wheel, share all the others.
@@ -192,6 +194,10 @@ class NinjaBuild(build_ext):
                     f"cpu/{source.stem}.{path}.o",
                     f"-DSGLITE_CPU_PATH={path} {path_flags}",
                 )
+        with_tiles = [CSRC / "cpu" / "attention.cpp", *sorted((CSRC / "cpu" / "amx").glob("*.cpp"))]
+        for source in with_tiles if x86_linux else []:
+            name = f"cpu/{source.parent.name}.{source.stem}.amx.o"
+            compile_rule("compile", source, name, f"-DSGLITE_CPU_PATH=amx {AMX_FLAGS}")
         libraries = ""
         if architectures == ["emulated"]:
             for source in sorted((CSRC / "cuda").glob("*.cu")):

@@ -35,6 +35,20 @@ CONFIGS = {
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     },
+    # Of the size of llama-135m, with a norm on the heads of q and k.
+    "qwen3-135m": {
+        "model_type": "qwen3",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    },
     "qwen3-0.6b": {
         "model_type": "qwen3",
         "vocab_size": 151936,

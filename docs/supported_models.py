@@ -33,7 +33,6 @@ _REASONS = {
     "replaced by attention over the cache",
     "attends twice": "attention modules that attend twice, and would need a cache for each time",
     "mask of the model's own making": "a mask of its own making",
-    "sinks": "attention sinks",
     "chunk": "attention in chunks",
     "encoder-decoder": "an encoder-decoder; models that continue a text are implemented",
 }
@@ -46,10 +45,11 @@ _HEAD = """\
 A checkpoint's architecture is what `architectures` in its `config.json` says. What is listed here
 is run by the tests on small checkpoints with random weights, against Hugging Face in float32 with
 eager attention: logits of every position, in chunks mixed with decodes, and 32 greedy tokens of a
-batch of mixed lengths with the prefix cache on. `python -m sglite compare FOLDER` checks a
-checkpoint of yours. For models of your own see [new_models.md](new_models.md). Those whose names
-end in `ForConditionalGeneration` take images as well ([vision.md](vision.md)), and are tested with
-text, one picture, several of different sizes, and chunks that cut pictures.
+batch of mixed lengths with the prefix cache on, and `sglite.compare`, which looks at every layer.
+`python -m sglite compare FOLDER` checks a checkpoint of yours. For models of your own see
+[new_models.md](new_models.md). Those whose names end in `ForConditionalGeneration` take images as
+well ([vision.md](vision.md)), and are tested with text, one picture, several of different sizes,
+and chunks that cut pictures, but not by `compare`.
 
 ## With a file of their own
 

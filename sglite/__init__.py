@@ -6,6 +6,7 @@ llm = LLM("demo")
 print(llm.generate("What is 17 + 25?", temperature=0).text)
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from sglite.tools.show_config import show_config
 
 __version__ = "0.1.0"
+
+# Says nothing until the program that imports this sets up logging.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Public names and where they live. They are imported at first use, so that `import sglite` is quick
 # and does not load torch.

@@ -1,19 +1,20 @@
 """`LLM`: load a model, generate text. The one class that most people ever see."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from sglite.engine.assembly import make_engine
+from sglite.engine.calls import Calls, Work
 from sglite.engine.conversations import render_conversations
 from sglite.engine.device import (
     EngineThread,
@@ -21,7 +22,7 @@ from sglite.engine.device import (
     resolve_device,
     resolve_num_threads,
 )
-from sglite.engine.driver import Call, Driver
+from sglite.engine.driver import Driver
 from sglite.engine.gpu_memory import free_memory
 from sglite.engine.intake import Intake, Limits
 from sglite.engine.invariance import (
@@ -32,25 +33,27 @@ from sglite.engine.invariance import (
     compute,
 )
 from sglite.engine.kv_tokens import kv_tokens
+from sglite.engine.progress import someone_is_watching
 from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.request import Request
-from sglite.engine.results import RequestGroup
 from sglite.engine.tokenizer import Tokenizer
 from sglite.interface.config import EngineConfig, LLMOptions
-from sglite.interface.errors import (
-    ConfigError,
-    EngineClosedError,
-    GenerationError,
-    InvalidRequestError,
-)
+from sglite.interface.errors import ConfigError, EngineClosedError, InvalidRequestError
 from sglite.interface.outputs import RequestOutput, StreamChunk
-from sglite.interface.prompts import Prompt, normalize_prompts
-from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_params
-from sglite.models.checkpoint import Checkpoint, load_tokenizer, resolve_checkpoint
+from sglite.interface.prompts import normalize_prompts
+from sglite.interface.sampling_params import SamplingParams
+from sglite.models.checkpoint import (
+    Checkpoint,
+    errors_name_files,
+    load_tokenizer,
+    resolve_checkpoint,
+)
 from sglite.models.description import ModelDescription, describe
 from sglite.models.live import device_of, take_module
 from sglite.models.loader import load_model
 from sglite.multimodal.loading import load_processor
+
+_log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -144,10 +147,12 @@ class LLM:
                 token=options.token,
             )
         try:
-            self._start(options, checkpoint, device, num_threads)
+            with errors_name_files(checkpoint) if checkpoint else nullcontext():
+                self._start(options, checkpoint, device, num_threads)
         except BaseException as error:
-            if device.type == "cuda":
-                release_after(error)
+            # Whoever keeps the error, as notebooks do, keeps this frame, and with it `self`.
+            self.__dict__.clear()
+            release_after(error)
             raise
 
     def _start(
@@ -227,7 +232,9 @@ class LLM:
         )
         self._engine = self._make_engine(config)
         self._driver = Driver(self._engine, thread)
+        self._calls = Calls(self._intake, self._driver)
         self._thread = thread
+        _log.info("loaded %r, with a cache of %d tokens", self, config.kv_cache_tokens)
 
     # -- generation -------------------------------------------------------------------------
 
@@ -262,11 +269,12 @@ class LLM:
             InvalidRequestError: a prompt or a parameter is wrong; nothing has been computed.
             GenerationError: a request failed; `.outputs` holds all outputs, those of the others
                 complete.
-            EngineClosedError: after `close()`.
+            EngineClosedError: after `close()`, and in a fork of the process.
+            KeyboardInterrupt: as it came; see `interrupted` and `resume`.
         """
-        normalized, is_single = normalize_prompts(prompts, images=images, videos=videos)
-        outputs = self._generate(normalized, sampling_params, keywords, progress)
-        return outputs[0] if is_single else outputs
+        calls = self._open_calls()
+        normalized = normalize_prompts(prompts, images=images, videos=videos)
+        return calls.run(calls.prepare(*normalized, sampling_params, keywords), progress)
 
     def chat(
         self,
@@ -295,9 +303,9 @@ class LLM:
         Returns, raises: as `generate`; also InvalidRequestError where the model's tokenizer has no
         chat template, or the template refuses the conversation.
         """
-        prompts, is_single = self._render(messages, tools, chat_template_kwargs)
-        outputs = self._generate(prompts, sampling_params, keywords, progress)
-        return outputs[0] if is_single else outputs
+        calls = self._open_calls()
+        conversations = self._render(messages, tools, chat_template_kwargs)
+        return calls.run(calls.prepare(*conversations, sampling_params, keywords), progress)
 
     def stream(
         self,
@@ -315,9 +323,8 @@ class LLM:
         prompt carries its `output`. Leaving the loop early frees the requests. The arguments are
         checked at once, not at the first piece.
         """
-        normalized, _ = normalize_prompts(prompts, images=images, videos=videos)
-        groups = self._make_groups(normalized, sampling_params, keywords, streams=True)
-        return self._stream(groups)
+        normalized = normalize_prompts(prompts, images=images, videos=videos)
+        return self._stream(self._prepare_stream(normalized, sampling_params, keywords))
 
     def stream_chat(
         self,
@@ -329,83 +336,95 @@ class LLM:
         **keywords: Any,
     ) -> Iterator[StreamChunk]:
         """`chat`, handing out the text in pieces as `stream` does."""
-        prompts, _ = self._render(messages, tools, chat_template_kwargs)
-        groups = self._make_groups(prompts, sampling_params, keywords, streams=True)
-        return self._stream(groups)
+        conversations = self._render(messages, tools, chat_template_kwargs)
+        work = self._open_calls().prepare(*conversations, sampling_params, keywords, streams=True)
+        return self._stream(work)
 
-    def _generate(
-        self, prompts: list[Prompt], sampling_params, keywords: dict, progress: bool | None
-    ) -> list[RequestOutput]:
-        if not prompts:
-            return []
-        groups = self._make_groups(prompts, sampling_params, keywords, streams=False)
-        call = Call([request for group in groups for request in group.requests])
-        driver = self._open_driver()
-        try:
-            driver.submit(call)
-            self._wait(call, groups, progress)
-        except BaseException:
-            driver.abort(call)
-            raise
-        outputs = [group.output() for group in groups]
-        _check_complete(outputs)
-        return outputs
+    async def agenerate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Mapping | Sequence | None = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
+        **keywords: Any,
+    ) -> RequestOutput | list[RequestOutput]:
+        """`generate` for a task of a running event loop, which goes on meanwhile.
 
-    @staticmethod
-    def _wait(call: Call, groups: list[RequestGroup], progress: bool | None) -> None:
-        if progress is None:
-            progress = len(groups) > 1 and _someone_is_watching()
-        seen = 0
-        # Even a bar that is switched off would start a thread of tqdm's.
-        with tqdm(total=len(groups), unit="prompt") if progress else nullcontext() as bar:
-            while not call.is_finished:
-                seen = call.wait(seen)
-                if bar is not None:
-                    bar.update(sum(group.is_finished for group in groups) - bar.n)
+        Requests of all tasks and threads share batches. Cancelling the task ends its requests.
+        Arguments, results and errors are those of `generate`.
+        """
+        calls = self._open_calls()
+        normalized = normalize_prompts(prompts, images=images, videos=videos)
+        return await calls.run_in_loop(calls.prepare(*normalized, sampling_params, keywords))
 
-    def _stream(self, groups: list[RequestGroup]) -> Iterator[StreamChunk]:
-        if not groups:
-            return
-        call = Call([request for group in groups for request in group.requests], every_token=True)
-        driver = self._open_driver()
-        seen, is_last = 0, False
-        try:
-            driver.submit(call)
-            while not is_last:
-                seen = call.wait(seen)
-                is_last = call.is_finished  # read before the chunks, which then hold everything
-                for group in groups:
-                    yield from group.chunks()
-        finally:
-            driver.abort(call)
-        _check_complete([group.output() for group in groups])
+    def astream(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Mapping | Sequence | None = None,
+        *,
+        images: Any = None,
+        videos: Any = None,
+        **keywords: Any,
+    ) -> AsyncIterator[StreamChunk]:
+        """`stream` for `async for`, in a running event loop."""
+        normalized = normalize_prompts(prompts, images=images, videos=videos)
+        return self._astream(self._prepare_stream(normalized, sampling_params, keywords))
 
-    def _make_groups(
-        self, prompts: list[Prompt], sampling_params, keywords: dict, *, streams: bool
-    ) -> list[RequestGroup]:
-        intake = self._intake  # before the check, as another thread may close at any moment
-        self._open_driver()
-        params = broadcast_sampling_params(sampling_params, len(prompts), **keywords)
-        return [
-            intake.make_group(
-                index,
-                prompt,
-                params[index],
-                name="the prompt" if len(prompts) == 1 else f"prompts[{index}]",
-                streams=streams,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
+    #: SGLang's name.
+    async_generate = agenerate
 
-    def _open_driver(self) -> Driver:
-        driver = self._driver
-        if driver is None:
+    @property
+    def interrupted(self) -> RequestOutput | list[RequestOutput] | None:
+        """What this thread's call that was interrupted last had generated until then.
+
+        Of `generate`, `chat` and streams, in threads; also of a stream that was left early, as
+        Ctrl-C may come while its reader is at work. In the shape in which the call would have
+        returned it, unfinished completions with the finish reason "abort". None if there is none,
+        and after `resume`.
+        """
+        return self._open_calls().interrupted
+
+    def resume(self, *, progress: bool | None = None) -> RequestOutput | list[RequestOutput]:
+        """Carries on with the interrupted call, and returns what it would have returned.
+
+        The tokens are those of a call that was never interrupted. A stream's come as outputs too,
+        from their first token on.
+
+        Args:
+            progress: as in `generate`.
+
+        Raises: as `generate`; InvalidRequestError also where no call was interrupted.
+        """
+        return self._open_calls().resume(progress)
+
+    def _prepare_stream(self, normalized: tuple, sampling_params, keywords: dict) -> Work:
+        return self._open_calls().prepare(*normalized, sampling_params, keywords, streams=True)
+
+    # These two keep the LLM alive until their stream ends.
+    def _stream(self, work: Work) -> Iterator[StreamChunk]:
+        yield from self._open_calls().stream(work)
+
+    async def _astream(self, work: Work) -> AsyncIterator[StreamChunk]:
+        async with aclosing(self._open_calls().stream_in_loop(work)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def _open_calls(self) -> Calls:
+        """What runs calls, unless the LLM is closed."""
+        calls, driver = self._calls, self._driver  # as another thread may close at any moment
+        if calls is None or driver is None:
             raise EngineClosedError("this LLM is closed; make a new one")
-        return driver
+        if driver.is_forked:
+            raise EngineClosedError(
+                "this LLM was made in another process, of which this one is a fork: its threads "
+                "are not here; make a new one"
+            )
+        return calls
 
-    def _render(self, messages, tools, arguments) -> tuple[list[Prompt], bool]:
+    def _render(self, messages, tools, arguments) -> tuple:
         intake = self._intake  # before the check, as another thread may close at any moment
-        self._open_driver()
+        self._open_calls()
         return render_conversations(
             self._tokenizer, intake.reader, self.config.model, messages, tools, arguments
         )
@@ -447,7 +466,7 @@ class LLM:
             InvalidRequestError: a prompt or an argument is wrong.
             RequestError: the model fails on a prompt.
         """
-        self._open_driver()
+        calls = self._open_calls()
         make_engine, limits = self._make_engine, self._intake.limits
         settings = Settings(
             new_tokens, batch_sizes, chunk_sizes, prefix_lengths, num_threads, prompt_logits
@@ -461,10 +480,9 @@ class LLM:
             raise InvalidRequestError("prompts=[] is not allowed: there is nothing to compare")
         if any(prompt.images or prompt.videos for prompt in given):
             raise InvalidRequestError("check_invariance compares prompts of text, without images")
-        keywords = {"max_new_tokens": settings.room, "seed": 0}
-        groups = self._make_groups(given, None, keywords, streams=False)
-        token_ids = [group.requests[0].prompt_token_ids.tolist() for group in groups]
-        progress = _someone_is_watching() if progress is None else progress
+        work = calls.prepare(given, False, None, {"max_new_tokens": settings.room, "seed": 0})
+        token_ids = [group.requests[0].prompt_token_ids.tolist() for group in work.groups]
+        progress = someone_is_watching() if progress is None else progress
         return check_invariance(make_engine, self.config, token_ids, settings, progress=progress)
 
     def record_logits(self, batches: Sequence[Sequence[Request]], **changes: Any) -> None:
@@ -479,7 +497,7 @@ class LLM:
         Raises:
             RequestError: the model fails on a request.
         """
-        self._open_driver()
+        self._open_calls()
         compute(self._make_engine, replace(self.config, **changes), batches)
 
     def describe(self) -> ModelDescription:
@@ -488,7 +506,7 @@ class LLM:
         Of a model that Hugging Face's class runs, also what stands in for that class's parts.
         """
         loaded = self._loaded  # before the check, as another thread may close at any moment
-        self._open_driver()
+        self._open_calls()
         return describe(loaded)
 
     def weights_changed(self) -> None:
@@ -501,7 +519,7 @@ class LLM:
             ConfigError: a live module's parameter was replaced instead of changed.
         """
         loaded = self._loaded  # before the check, as another thread may close at any moment
-        self._open_driver()
+        self._open_calls()
         origin = getattr(loaded.model, "origin", None)
         if origin is not None:
             origin.check()
@@ -516,7 +534,7 @@ class LLM:
         Raises EngineClosedError after `close()`.
         """
         engine = self._engine  # before the check, as another thread may close at any moment
-        self._open_driver()
+        self._open_calls()
         return engine.runner.model
 
     def stats(self) -> dict[str, int | float]:
@@ -528,19 +546,26 @@ class LLM:
         `tokens_per_second` (completion tokens over the time spent in steps).
         """
         engine = self._engine  # before the check, as another thread may close at any moment
-        self._open_driver()
+        self._open_calls()
         return engine.stats()
 
     def close(self) -> None:
         """Ends running requests and gives back weights and cache. May be called again."""
-        if self._driver is not None:
-            self._driver.close()
-            self._engine.close()
+        driver, engine = self._driver, self._engine
+        # In a fork there is nothing to wait for.
+        if driver is not None and engine is not None and not driver.is_forked:
+            driver.close()
+            engine.close()
             self._thread.close()
-        self._driver = self._engine = self._make_engine = self._intake = self._loaded = None
+        self._driver = self._engine = self._make_engine = self._intake = None
+        self._calls = self._loaded = None
 
-    def __del__(self):
-        if getattr(self, "_driver", None) is not None and not sys.is_finalizing():
+    #: SGLang's name.
+    shutdown = close
+
+    # The interpreter's own end may have emptied this module already.
+    def __del__(self, is_finalizing=sys.is_finalizing):
+        if getattr(self, "_driver", None) is not None and not is_finalizing():
             self.close()
 
     def __enter__(self) -> "LLM":
@@ -580,16 +605,3 @@ def _load(options: LLMOptions, checkpoint: Checkpoint, device: torch.device) -> 
             before_reading=lambda: tokenizers.append(begin_tokenizer()),
         )
     return loaded, tokenizers[0].result()
-
-
-def _check_complete(outputs: list[RequestOutput]) -> None:
-    """Raises what became of a call whose requests did not all run to their end."""
-    if any(output.error for output in outputs):
-        raise GenerationError(outputs)
-    if any(output.finish_reason == "abort" for output in outputs):
-        raise EngineClosedError("this LLM was closed while the call was running")
-
-
-def _someone_is_watching() -> bool:
-    """Whether output goes to a terminal or a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules

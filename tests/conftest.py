@@ -1,20 +1,12 @@
 """Fixtures that every test may use."""
 
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
 import pytest
-import torch  # noqa: F401  (before the extension, which resolves OpenMP through it)
 
-if os.environ.get("SGLITE_EMULATED"):  # the build that runs CUDA kernels on the CPU
-    (path,) = (Path(__file__).parents[1] / "build/emulated/sglite").glob("_C.*.so")
-    spec = importlib.util.spec_from_file_location("sglite._C", path)
-    sys.modules["sglite._C"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["sglite._C"])
+from tests.builds import use_chosen_build
 
-from sglite import _C, ModelRegistry
+use_chosen_build()
+
+from sglite import _C, ModelRegistry  # noqa: E402
 
 
 @pytest.fixture(params=_C.available_cpu_paths())

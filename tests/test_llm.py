@@ -498,11 +498,13 @@ class TestLife:
             answers = [model.generate(QUESTIONS[0], temperature=0).text for model in (one, two)]
         assert all("42" in answer for answer in answers)
 
-    def test_without_a_progress_bar_there_is_no_thread_of_tqdms(self, llm, monkeypatch):
-        monkeypatch.setattr(sglite.llm, "tqdm", None)
-        assert len(llm.generate(QUESTIONS, temperature=0, progress=False)) == 3
-        with pytest.raises(TypeError):
-            llm.generate(QUESTIONS, temperature=0, progress=True)
+    def test_a_progress_bar_leaves_no_thread(self, llm, capsys):
+        before = set(threading.enumerate())
+        assert len(llm.generate(QUESTIONS, temperature=0, progress=True)) == 3
+        assert "3/3" in capsys.readouterr().err
+        assert {t.name for t in set(threading.enumerate()) - before} <= {"sglite-driver"}
+        llm.generate(QUESTIONS, temperature=0, progress=False)
+        assert not capsys.readouterr().err
 
     def test_threads_share_batches(self, llm):
         expected = [llm.generate(question, temperature=0).text for question in QUESTIONS]

@@ -3,11 +3,18 @@
 // Scores are kept as exponents of 2.
 #include "cpu/attention.h"
 
+#include <cmath>
+
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#if defined(__AMX_BF16__)
+#include "cpu/amx/attention_tiles.h"
+#endif
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
+
+constexpr double kLog2E = 1.44269504088896340736;
 
 // total = total (+) part, where both are records whose weights are relative to their own maxima.
 static void merge_record(float* total, const float* part, int64_t channels) {
@@ -28,10 +35,13 @@ static void clear_record(float* record, int64_t channels) {
     record[channels + 1] = 0.0f;
 }
 
-// Divides by the sum of weights; a row that sees nothing gets zeros.
+// Divides by the sum of weights, to which a sink adds its own; a row that sees nothing gets zeros.
 template <typename T>
-static void write_output(T* out, const float* record, int64_t channels, int64_t head_dim) {
-    const float sum = record[channels + 1];
+static void write_output(T* out, const float* record, int64_t channels, int64_t head_dim,
+                         const float* sink) {
+    float sum = record[channels + 1];
+    if (sink && sum != 0.0f)
+        sum += std::exp2(*sink * static_cast<float>(kLog2E) - record[channels]);
     const Vec inverse = splat(sum == 0.0f ? 0.0f : 1.0f / sum);
     int64_t i = 0;
     for (; i + Vec::kSize <= head_dim; i += Vec::kSize) store(out + i, load(record + i) * inverse);
@@ -62,10 +72,11 @@ class UnitRunner {
         weight_sums_ = parts_ + rows * record_;
         block_.keys = weight_sums_ + rows * 16;
         block_.values = block_.keys + kAttentionBlock * channels_;
+        block_.value_pairs =
+            reinterpret_cast<uint32_t*>(block_.values + kAttentionBlock * channels_);
         block_.head_dim = args.head_dim;
         block_.words = words_of<T>(args.head_dim);
         block_.channels = channels_;
-        constexpr double kLog2E = 1.44269504088896340736;
         block_.scale =
             static_cast<float>(args.soft_cap ? args.scale / args.soft_cap : args.scale * kLog2E);
         block_.cap = static_cast<float>(args.soft_cap * kLog2E);
@@ -197,6 +208,14 @@ class UnitRunner {
         block_.key_rows = k_cache_ + head_offset(head);
         block_.value_rows = v_cache_ + head_offset(head);
         pack_keys<T>(block_, begin, end);
+#if defined(__AMX_BF16__)
+        if constexpr (kPairs<T>) {
+            tiles_.start_block();
+            if (all_see_whole(first)) {
+                return attend<CachedValues<T>>(head * head_rows_, head_rows_, 0, kAttentionBlock);
+            }
+        }
+#endif
         if (head_rows_ <= kTileRows && args_.head_dim % Vec::kSize == 0) {
             attend_tokens<CachedValues<T>>(head * head_rows_, first);
         } else {
@@ -205,12 +224,16 @@ class UnitRunner {
         }
     }
 
+    // Whether every token of the unit sees the whole block of keys from `first` on.
+    bool all_see_whole(int64_t first) const {
+        return all_begin_ <= first && first + kAttentionBlock <= all_end_;
+    }
+
     // Neighbouring tokens that see the same keys of the block are taken together. Keys that a token
     // does not see are not touched for it, so that what they hold cannot matter.
     template <typename Values>
     void attend_tokens(int64_t first_row, int64_t first) {
-        if (all_begin_ <= first && first + kAttentionBlock <= all_end_)
-            return attend<Values>(first_row, head_rows_, 0, kAttentionBlock);
+        if (all_see_whole(first)) return attend<Values>(first_row, head_rows_, 0, kAttentionBlock);
         int64_t token = 0;
         while (token < unit_.tokens) {
             int begin, end, next_begin, next_end;
@@ -228,10 +251,15 @@ class UnitRunner {
 
     template <typename Values>
     void attend(int64_t row, int64_t count, int begin, int end) {
-        attend_rows<T, Values>(block_,
-                               {queries_ + row * channels_, parts_ + row * record_,
-                                weight_sums_ + row * 16, channels_, record_},
-                               count, begin, end);
+        const Rows rows{queries_ + row * channels_, parts_ + row * record_, weight_sums_ + row * 16,
+                        channels_, record_};
+#if defined(__AMX_BF16__)
+        // Which keys a row sees decides, never what else is in the unit.
+        if constexpr (kPairs<T>) {
+            if (begin == 0 && end == kAttentionBlock) return tiles_.attend(block_, rows, count);
+        }
+#endif
+        attend_rows<T, Values>(block_, rows, count, begin, end);
     }
 
     void visible_in_block(int64_t token, int64_t first, int& begin, int& end) const {
@@ -248,7 +276,8 @@ class UnitRunner {
                 T* to = out + (unit_.first_token + token) * args_.out.token_stride +
                         head * group_ * args_.out.head_stride;
                 for (int64_t i = 0; i < group_; ++i, record += record_)
-                    write_output(to + i * args_.out.head_stride, record, channels_, args_.head_dim);
+                    write_output(to + i * args_.out.head_stride, record, channels_, args_.head_dim,
+                                 args_.sink(head * group_ + i));
             }
         }
     }
@@ -264,6 +293,9 @@ class UnitRunner {
     int64_t begin_, end_;  // the unit's keys: what some token sees of its splits
     float *queries_, *totals_, *parts_, *weight_sums_;
     Block block_;
+#if defined(__AMX_BF16__)
+    AttentionTiles tiles_;
+#endif
 };
 
 // Merges the records of one KV head and writes its rows; `total` has room for one record.
@@ -284,10 +316,11 @@ static void merge_splits(const AttentionArgs& args, const AttentionMerge& merge,
                 merge.shared_row + row);
         for (int64_t split = 0; split < merge.splits; ++split)
             add(merge.partials + (split * args.kv_heads + head) * rows + row);
+        const int64_t query_head = head * group + row % group;
         T* out = static_cast<T*>(args.out.data) +
                  (merge.first_token + row / group) * args.out.token_stride +
-                 (head * group + row % group) * args.out.head_stride;
-        write_output(out, total, channels, args.head_dim);
+                 query_head * args.out.head_stride;
+        write_output(out, total, channels, args.head_dim, args.sink(query_head));
     }
 }
 

@@ -50,7 +50,8 @@ struct AttentionArgs {
     int64_t requests, tokens, table_width, pages, page_size, q_heads, kv_heads, head_dim;
     int64_t window;  // 0: none
     double scale;
-    double soft_cap;  // 0: none
+    double soft_cap;     // 0: none
+    const float* sinks;  // [q_heads], or null
     DType dtype;
 
     // The plan.
@@ -63,6 +64,8 @@ struct AttentionArgs {
     int threads = 1;
 
     int64_t group() const { return q_heads / kv_heads; }
+    // What is added to a query head's scores without a key of its own; null where there is none.
+    const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
     // The first position that a token at `position` sees; it ends at kv_end.
     int64_t first_visible(int64_t position) const {
         return window && position >= window ? position - window + 1 : 0;
@@ -77,11 +80,11 @@ constexpr int64_t attention_channels(int64_t head_dim) { return (head_dim + 15) 
 constexpr int64_t attention_record(int64_t head_dim) { return attention_channels(head_dim) + 16; }
 
 // Floats of scratch for one thread whose units have up to `rows` rows over all their heads: per row
-// the query, a record for the total, one for the split, and lane sums; and a block of keys and
-// values.
+// the query, a record for the total, one for the split, and lane sums; and a block of keys, of
+// values, and of values as pairs.
 constexpr int64_t attention_scratch(int64_t head_dim, int64_t rows) {
     return rows * (attention_channels(head_dim) + 2 * attention_record(head_dim) + 16) +
-           2 * kAttentionBlock * attention_channels(head_dim);
+           5 * kAttentionBlock / 2 * attention_channels(head_dim);
 }
 
 }  // namespace sglite::cpu

@@ -103,6 +103,7 @@ struct Block {
     const int64_t* offsets;  // in bytes; beyond the keys in use, those of a key in use
     float* keys;             // packed: [words, kAttentionBlock]
     float* values;           // in float32: [kAttentionBlock, channels]
+    uint32_t* value_pairs;   // of two keys each: [kAttentionBlock / 2, channels]
     int64_t head_dim, words, channels;
     // Scores become exponents of 2: dot * scale, or with a cap cap * tanh(dot * scale).
     float scale, cap;
@@ -232,16 +233,17 @@ static inline void score(const Block& block, const Rows& rows, int from, int to,
 }
 
 // Turns the scores of keys [begin, end) into weights relative to the row's largest score so far,
-// adds them up, and leaves in `corrections` what the row's earlier sums must be multiplied by.
+// adds them up, and leaves in `corrections` what the row's earlier sums must be multiplied by; for
+// the first `count` of kRows rows.
 template <int kRows, bool kWhole>
 static inline void weigh(const Block& block, const Rows& rows, int begin, int end, float* scores,
-                         float* corrections) {
+                         float* corrections, int count = kRows) {
     static_assert(kRows <= Vec::kSize);
     if (kWhole) begin = 0, end = kAttentionBlock;
     const int from = begin / Vec::kSize * Vec::kSize;
     float before[Vec::kSize] = {}, after[Vec::kSize] = {};
     float* maxima = rows.records + block.channels;
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < count; ++r) {
         float* row = scores + r * kAttentionBlock;
         Vec largest = splat(-INFINITY);
         for (int key = from; key < end; key += Vec::kSize) {
@@ -262,7 +264,7 @@ static inline void weigh(const Block& block, const Rows& rows, int begin, int en
         maxima[r * rows.record_stride] = after[r];
     }
     store(corrections, exp2_nonpositive(load(before) - load(after)));
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < count; ++r) {
         float* row = scores + r * kAttentionBlock;
         Vec sums = load(rows.weight_sums + r * 16) * splat(corrections[r]);
         for (int key = from; key < end; key += Vec::kSize) {

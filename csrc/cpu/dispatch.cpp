@@ -5,6 +5,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef SGLITE_X86_PATHS
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace sglite {
@@ -25,10 +30,38 @@ extern const Kernels table;
 namespace avx2 {
 extern const Kernels table;
 }
+namespace amx {
+int64_t linear_workspace(int64_t m, int64_t k, DType dtype);
+void linear(const LinearArgs& args);
+void paged_attention(const AttentionArgs& args);
+}  // namespace amx
 #endif
 namespace portable {
 extern const Kernels table;
 }
+
+#ifdef SGLITE_X86_PATHS
+// AVX-512's, but for what matrix tiles are better at.
+static const Kernels& amx_table() {
+    static const Kernels table = [] {
+        Kernels changed = avx512::table;
+        changed.path = "amx";
+        changed.linear_workspace = amx::linear_workspace;
+        changed.linear = amx::linear;
+        changed.paged_attention = amx::paged_attention;
+        return changed;
+    }();
+    return table;
+}
+
+// Whether this process may use tiles. Linux asks a process to ask, since their state is large.
+// Source: https://docs.kernel.org/arch/x86/xstate.html
+static bool gets_tiles() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 static std::vector<const Kernels*> runnable_tables() {
     std::vector<const Kernels*> tables;
@@ -39,6 +72,7 @@ static std::vector<const Kernels*> runnable_tables() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bf16")) {
+        if (gets_tiles()) tables.push_back(&amx_table());
         tables.push_back(&avx512::table);
     }
     if (avx2) tables.push_back(&avx2::table);

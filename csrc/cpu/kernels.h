@@ -50,7 +50,7 @@ constexpr int64_t sampling_workspace_bytes(int64_t vocab) {
 }
 
 struct Kernels {
-    const char* path;  // "avx512", "avx2" or "portable"
+    const char* path;  // "amx", "avx512", "avx2" or "portable"
     void (*rms_norm)(const RmsNormArgs&);
     void (*pack_rows)(const PackRowsArgs&);
     void (*unpack_rows)(const PackRowsArgs&);

@@ -4,7 +4,7 @@
 #include "cpu/linear_output.h"
 #include "cpu/linear_plan.h"
 #include "cpu/linear_tile.h"
-#include "cpu/weight_panels.h"
+#include "cpu/weight_rows.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
@@ -156,7 +156,7 @@ class Linear {
         const int64_t next_panel = kPanelColumns * args_.segments[0].stride;
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
             const T* rows[kPanelColumns];
-            find_rows(panel, rows);
+            find_rows(args_, panel, rows);
             for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
                 const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
                 for (int64_t step = 0; step < steps_; step += kPieceSteps) {
@@ -178,19 +178,6 @@ class Linear {
 
     static float* tile_of(float* tiles, int64_t block, int64_t first) {
         return tiles + (block - first) * kMaxRows * kPanelColumns;
-    }
-
-    // The weight's rows behind a panel's columns; null beyond the last.
-    void find_rows(int64_t panel, const T** rows) const {
-        int64_t row = panel * kPanelColumns, column = 0;
-        for (int64_t i = 0; i < args_.num_segments; ++i) {
-            const WeightSegment& segment = args_.segments[i];
-            for (; row < segment.rows && column < kPanelColumns; ++row, ++column) {
-                rows[column] = static_cast<const T*>(segment.data) + row * segment.stride;
-            }
-            row -= segment.rows;
-        }
-        for (; column < kPanelColumns; ++column) rows[column] = nullptr;
     }
 
     // From sums to results. tile: [height of the block][32 * panels].

@@ -7,25 +7,9 @@
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
-// Rounds a vector to T and back, as storing it would.
+// The sum of squares of a row.
 template <typename T>
-static Vec round_through(Vec a) {
-    T stored[Vec::kSize];
-    store(stored, a);
-    return load(stored);
-}
-
-// x += residual, written to both; returns nothing. Only for rows that carry a residual.
-template <typename T>
-static void add_row(T* residual, const T* x, int64_t width) {
-    int64_t i = 0;
-    for (; i + Vec::kSize <= width; i += Vec::kSize)
-        store(residual + i, load(x + i) + load(residual + i));
-    for (; i < width; ++i) residual[i] = from_float<T>(to_float(x[i]) + to_float(residual[i]));
-}
-
-template <typename T>
-static float inverse_rms(const T* x, int64_t width, float epsilon) {
+static float sum_squares(const T* x, int64_t width) {
     Vec squares = splat(0.0f);
     int64_t i = 0;
     for (; i + Vec::kSize <= width; i += Vec::kSize) {
@@ -36,7 +20,26 @@ static float inverse_rms(const T* x, int64_t width, float epsilon) {
         const Vec value = load_partial(x + i, static_cast<int>(width - i));
         squares = fma(value, value, squares);
     }
-    return 1.0f / std::sqrt(reduce_sum(squares) / static_cast<float>(width) + epsilon);
+    return reduce_sum(squares);
+}
+
+// residual += x, rounded; returns the sum of its squares then.
+template <typename T>
+static float add_and_sum_squares(T* residual, const T* x, int64_t width) {
+    Vec squares = splat(0.0f);
+    int64_t i = 0;
+    for (; i + Vec::kSize <= width; i += Vec::kSize) {
+        const Vec value = round_to<T>(load(x + i) + load(residual + i));
+        store(residual + i, value);
+        squares = fma(value, value, squares);
+    }
+    if (i < width) {
+        const int rest = static_cast<int>(width - i);
+        const Vec value = round_to<T>(load_partial(x + i, rest) + load_partial(residual + i, rest));
+        store_partial(residual + i, value, rest);
+        squares = fma(value, value, squares);
+    }
+    return reduce_sum(squares);
 }
 
 template <typename T>
@@ -44,7 +47,7 @@ static void norm_row(T* out, const T* x, const T* weight, int64_t width, float s
                      float weight_offset) {
     int64_t i = 0;
     for (; i + Vec::kSize <= width; i += Vec::kSize) {
-        const Vec normed = round_through<T>(load(x + i) * splat(scale));
+        const Vec normed = round_to<T>(load(x + i) * splat(scale));
         store(out + i, normed * (load(weight + i) + splat(weight_offset)));
     }
     for (; i < width; ++i) {
@@ -59,14 +62,18 @@ static void norm_rows(const RmsNormArgs& args) {
     parallel_for(args.rows, grain, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
+            float squares;
             if (args.residual) {
                 T* residual = static_cast<T*>(args.residual) + row * args.residual_stride;
-                add_row(residual, x, args.width);
+                squares = add_and_sum_squares(residual, x, args.width);
                 x = residual;
+            } else {
+                squares = sum_squares(x, args.width);
             }
+            const float mean = squares / static_cast<float>(args.width);
             norm_row(static_cast<T*>(args.out) + row * args.out_stride, x,
                      static_cast<const T*>(args.weight), args.width,
-                     inverse_rms(x, args.width, args.epsilon), args.weight_offset);
+                     1.0f / std::sqrt(mean + args.epsilon), args.weight_offset);
         }
     });
 }

@@ -1,7 +1,9 @@
 // Vectors of float32 for the path being compiled, and their loads and stores from every element
-// type. Arithmetic is float32 whatever the storage. Reductions add in a fixed tree order.
+// type. Arithmetic is float32 whatever the storage; `round_to<T>` rounds as storing would.
+// Reductions add in a fixed tree order.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -86,6 +88,18 @@ static inline void store(Float16* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+template <typename T>
+static inline Vec round_to(Vec a) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        const __m256i half = std::bit_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+    } else if constexpr (std::is_same_v<T, Float16>) {
+        return {
+            _mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+    } else {
+        return a;
+    }
+}
 static inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -124,19 +138,36 @@ static inline Vec load(const Float16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 static inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
-static inline void store(BFloat16* p, Vec a) {
+// Bits of which the upper half is a, rounded to bfloat16; the lower half is anything.
+static inline __m256i bfloat16_bits(Vec a) {
     const __m256i bits = _mm256_castps_si256(a.v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
-    __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(_mm256_add_epi32(bits, bias)),
+                                                _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
+                                                nan));
+}
+static inline void store(BFloat16* p, Vec a) {
+    const __m256i rounded = _mm256_srli_epi32(bfloat16_bits(a), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 static inline void store(Float16* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+template <typename T>
+static inline Vec round_to(Vec a) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+        return {_mm256_castsi256_ps(_mm256_and_si256(bfloat16_bits(a), upper))};
+    } else if constexpr (std::is_same_v<T, Float16>) {
+        return {
+            _mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+    } else {
+        return a;
+    }
 }
 static inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 static inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -182,6 +213,10 @@ static inline Vec load(const T* p) {
 template <typename T>
 static inline void store(T* p, Vec a) {
     for (int i = 0; i < Vec::kSize; ++i) p[i] = from_float<T>(a.v[i]);
+}
+template <typename T>
+static inline Vec round_to(Vec a) {
+    return make_lanes([&](int i) { return to_float(from_float<T>(a.v[i])); });
 }
 static inline Vec operator+(Vec a, Vec b) {
     return make_lanes([&](int i) { return a.v[i] + b.v[i]; });

@@ -117,4 +117,6 @@ void hold_team(int threads, void (*body)(const void* context), const void* conte
 
 bool holds_team() { return held_team; }
 
+void pause_teams() { omp_pause_resource_all(omp_pause_hard); }
+
 }  // namespace sglite::cpu

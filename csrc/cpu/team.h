@@ -24,4 +24,8 @@ void hold_team(int threads, void (*body)(const void* context), const void* conte
 // Whether this thread holds a team of several. Little work is then worth sharing.
 bool holds_team();
 
+// Ends the threads that wait for this one's next job. A copy of the process that `fork` makes has
+// none of them, and would wait for them forever at its first job.
+void pause_teams();
+
 }  // namespace sglite::cpu

@@ -42,7 +42,8 @@ int blocks_per_multiprocessor(const void* kernel, int device, int threads, size_
 
 bool planned_attention(const AttentionArgs& args) {
     const AttentionShape& shape = args.shape;
-    if (args.dtype == DType::kFloat32 || shape.head_dim % 8 || !padded_head_dim(shape.head_dim) ||
+    if (args.sinks || args.dtype == DType::kFloat32 || shape.head_dim % 8 ||
+        !padded_head_dim(shape.head_dim) ||
         !std::has_single_bit(static_cast<uint64_t>(shape.page_size))) {
         return false;
     }

@@ -181,6 +181,7 @@ struct AttentionArgs {
     const int32_t* kv_lens;      // [requests]
     const int32_t* kv_end;       // [tokens]
     double scale, soft_cap;      // soft_cap 0: none
+    const float* sinks;          // [q_heads], or null
     DType dtype;
     void* workspace;  // as the plan has filled it; null where planned_attention() is false
 };

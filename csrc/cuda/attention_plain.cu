@@ -1,5 +1,5 @@
 // Paged attention for what the tensor cores do not take: float32, any head size, any page size and
-// alignment. One warp for each row, one key after the other. Slow.
+// alignment, sinks. One warp for each row, one key after the other. Slow.
 #include "cuda/attention.h"
 #include "cuda/launchers.h"
 #include "cuda/primitives.cuh"
@@ -59,6 +59,7 @@ __global__ void plain_attention_kernel(const __grid_constant__ AttentionArgs arg
         for (int64_t i = lane; i < width; i += kWarp)
             sums[i] = sums[i] * scale + weight * to_float(v[i]);
     }
+    if (args.sinks && sum != 0.0f) sum += expf(args.sinks[query_head] - largest);
     T* out = static_cast<T*>(args.out.data) + token * args.out.token_stride +
              query_head * args.out.head_stride;
     for (int64_t i = lane; i < width; i += kWarp)

@@ -92,6 +92,12 @@ AttentionSizes check_attention(const AttentionInputs& in) {
         refuse("window: expected at least 1, got " + std::to_string(*in.window));
     if (in.soft_cap && !(*in.soft_cap > 0))
         refuse("soft_cap: expected more than 0, got " + std::to_string(*in.soft_cap));
+    if (in.sinks)
+        Check(kOp, "sinks", *in.sinks)
+            .dtype(DType::kFloat32)
+            .shape({q_heads})
+            .dense()
+            .same_device(in.q);
     if (!std::isfinite(in.scale))
         refuse("scale: expected a finite number, got " + std::to_string(in.scale));
     return {
@@ -130,6 +136,7 @@ PagedAttention::PagedAttention(const Inputs& in, bool team_held) {
         .window = in.window.value_or(0),
         .scale = in.scale,
         .soft_cap = in.soft_cap.value_or(0),
+        .sinks = in.sinks ? in.sinks->ptr<const float>() : nullptr,
         .dtype = in.q.dtype,
     };
     cpu::require_cpu(kOp, in.q);

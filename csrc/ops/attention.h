@@ -22,6 +22,7 @@ struct AttentionInputs {
     double scale;
     std::optional<int64_t> window;
     std::optional<double> soft_cap;
+    const Tensor* sinks = nullptr;  // [q_heads] float32, or none
 };
 
 struct AttentionSizes {

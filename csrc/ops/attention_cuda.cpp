@@ -120,6 +120,7 @@ void paged_attention_cuda(const AttentionInputs& in, const Tensor& workspace,
         .kv_end = in.kv_end.ptr<const int32_t>(),
         .scale = in.scale,
         .soft_cap = in.soft_cap.value_or(0),
+        .sinks = in.sinks ? in.sinks->ptr<const float>() : nullptr,
         .dtype = in.q.dtype,
         .workspace = workspace.data,
     };

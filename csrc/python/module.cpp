@@ -1,5 +1,6 @@
 // The module `sglite._C`.
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 #include "python/bindings.h"
 #include "python/torch_tensor.h"
 
@@ -33,6 +34,7 @@ static void bind_machine(py::module_& m) {
     m.def("select_cpu_path", &cpu::select_path, py::arg("name"));
     m.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
     m.def("num_threads", &cpu::num_threads);
+    m.def("pause_teams", &cpu::pause_teams);
 #ifdef SGLITE_CUDA
     cuda::install(&cuda::table, &torch_stream);
     m.attr("cuda_architectures") = SGLITE_CUDA;

@@ -220,9 +220,11 @@ static void bind_attention(py::module_& m) {
         [](const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
            const Tensor& page_table, const Tensor& query_start, const Tensor& kv_lens,
            const Tensor& kv_end, double scale, std::optional<int64_t> window,
-           std::optional<double> soft_cap, const py::function& empty) {
+           std::optional<double> soft_cap, const std::optional<Tensor>& sinks,
+           const py::function& empty) {
             ops::PagedAttention attention({out, q, k_cache, v_cache, page_table, query_start,
-                                           kv_lens, kv_end, scale, window, soft_cap});
+                                           kv_lens, kv_end, scale, window, soft_cap,
+                                           sinks ? &*sinks : nullptr});
             const py::object workspace = empty(attention.workspace_size());
             const auto view = workspace.cast<Tensor>();
             ReleaseGilIfLong release(attention.cost());
@@ -230,22 +232,22 @@ static void bind_attention(py::module_& m) {
         },
         py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("page_table"),
         py::arg("query_start"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("scale"),
-        py::arg("window"), py::arg("soft_cap"), py::arg("empty"));
+        py::arg("window"), py::arg("soft_cap"), py::arg("sinks"), py::arg("empty"));
     m.def(
         "paged_attention_cuda",
         [](const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
            const Tensor& page_table, const Tensor& query_start, const Tensor& kv_lens,
            const Tensor& kv_end, double scale, std::optional<int64_t> window,
-           std::optional<double> soft_cap, const Tensor& workspace, int64_t max_query_tokens,
-           bool batch_invariant) {
+           std::optional<double> soft_cap, const std::optional<Tensor>& sinks,
+           const Tensor& workspace, int64_t max_query_tokens, bool batch_invariant) {
             ops::paged_attention_cuda({out, q, k_cache, v_cache, page_table, query_start, kv_lens,
-                                       kv_end, scale, window, soft_cap},
+                                       kv_end, scale, window, soft_cap, sinks ? &*sinks : nullptr},
                                       workspace, max_query_tokens, batch_invariant);
         },
         py::arg("out"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("page_table"),
         py::arg("query_start"), py::arg("kv_lens"), py::arg("kv_end"), py::arg("scale"),
-        py::arg("window"), py::arg("soft_cap"), py::arg("workspace"), py::arg("max_query_tokens"),
-        py::arg("batch_invariant"));
+        py::arg("window"), py::arg("soft_cap"), py::arg("sinks"), py::arg("workspace"),
+        py::arg("max_query_tokens"), py::arg("batch_invariant"));
 }
 
 static void bind_sampling(py::module_& m) {

@@ -72,8 +72,13 @@ class PrefixCache:
     ):
         self.enabled = enabled
         self.page_size = page_size
-        self._pool = _C.PagePool(num_pages, num_reserved)
-        self._tree = _C.RadixTree(self._pool, page_size)
+        self._sizes = num_pages, num_reserved
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything, locks and pages in use too, whatever state it was left in."""
+        self._pool = _C.PagePool(*self._sizes)
+        self._tree = _C.RadixTree(self._pool, self.page_size)
 
     @property
     def num_pages(self) -> int:

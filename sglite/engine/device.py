@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import traceback
 from collections.abc import Iterator
 
 import torch
 
 from sglite import _C
+from sglite.engine.failures import let_go
 from sglite.interface import checks
 from sglite.interface.errors import ConfigError
 
@@ -80,9 +80,7 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
 
 def release_after(error: BaseException) -> None:
     """Lets go of what an error's frames hold, such as weights, and gives a GPU's memory back."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    let_go(error)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sglite import ops
+from sglite.engine.failures import failed
 from sglite.engine.sampling_state import SamplingState, step_error
 from sglite.engine.transfer import Download
 from sglite.interface.errors import RequestError
@@ -67,10 +68,11 @@ class DrawnTokens:
             logprobs = logprobs[2:]
         if not (logprobs or self._failures or any(codes)):
             return [Sampled(token_id, None, None) for token_id in token_ids]
-        described = self._describe_all(token_ids, logprobs)
+        described, failures = self._describe_all(token_ids, logprobs)
+        failures |= self._failures
         results = []
         for row, (token_id, code) in enumerate(zip(token_ids, codes, strict=True)):
-            error = self._failures.get(row)
+            error = failures.get(row)
             if error is None and code != SAMPLED:
                 error = _no_token(code, self._states[row], self._output_indices[row])
             if error is not None:
@@ -81,16 +83,29 @@ class DrawnTokens:
 
     def _describe_all(
         self, token_ids: Sequence[int], logprobs: Sequence[Tensor]
-    ) -> dict[int, TokenLogprobs]:
-        """By row, for the rows that ask for log-probabilities and have a token."""
+    ) -> tuple[dict[int, TokenLogprobs], dict[int, RequestError]]:
+        """By row, for the rows that ask for log-probabilities and have a token; what failed."""
         places = [place for place, row in enumerate(self._logprob_rows) if token_ids[row] >= 0]
         rows = [self._logprob_rows[place] for place in places]
         if not rows:
-            return {}
+            return {}, {}
+        ids = [token_ids[row] for row in rows]
         found = [tensor[places] for tensor in logprobs]
         wanted = [self._states[row].logprobs for row in rows]
-        entries = self._describe([token_ids[row] for row in rows], found, wanted)
-        return dict(zip(rows, entries, strict=True))
+        try:
+            return dict(zip(rows, self._describe(ids, found, wanted), strict=True)), {}
+        except BaseException:  # the tokenizer, on one of the texts: on which is seen below
+            pass
+        described, failures = {}, {}
+        for index, row in enumerate(rows):
+            one = slice(index, index + 1)
+            try:
+                (described[row],) = self._describe(
+                    ids[one], [tensor[one] for tensor in found], wanted[one]
+                )
+            except BaseException as error:
+                failures[row] = failed("the text of log-probabilities", error)
+        return described, failures
 
 
 def _no_token(status: int, state: SamplingState, output_index: int) -> RequestError:

@@ -5,13 +5,19 @@ Callers never touch the engine; they hand requests over, set flags that are read
 and wait.
 """
 
+import asyncio
+import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from queue import SimpleQueue
 
 from sglite.engine.engine import Engine
 from sglite.engine.request import Request
 from sglite.interface.errors import EngineClosedError, SGLiteError
+
+_log = logging.getLogger(__name__)
 
 
 class Call:
@@ -26,7 +32,8 @@ class Call:
         self.requests = list(requests)
         self.is_submitted = False
         self._every_token = every_token
-        self._changed = threading.Condition()
+        # Not a Condition: an interrupt in the wrong place makes that raise something else.
+        self._wakes: SimpleQueue[None] = SimpleQueue()
         self._news = 0
         self._num_finished = 0
         self._owner = threading.current_thread()
@@ -48,10 +55,9 @@ class Call:
         A finished request is a change; with `every_token`, so is a new token.
         """
         self._owner = threading.current_thread()
-        with self._changed:
-            while self._news == seen and not self.is_finished:
-                self._changed.wait()
-            return self._news
+        while self._news == seen and not self.is_finished:
+            self._wakes.get()
+        return self._news
 
     def request_abort(self) -> None:
         """Asks the driver to end the unfinished requests before its next step."""
@@ -61,10 +67,37 @@ class Call:
         """Called by the driver after a step: wakes the caller if there is news for it."""
         num_finished = sum(request.is_finished for request in self.requests)
         if self._every_token or num_finished > self._num_finished:
+            self._wake()
             self._num_finished = num_finished
-            with self._changed:
-                self._news += 1
-                self._changed.notify_all()
+
+    def _wake(self) -> None:
+        self._news += 1
+        if self._wakes.empty():  # one is enough, however much there is to see
+            self._wakes.put(None)
+
+
+class TaskCall(Call):
+    """A call that a task of the running event loop waits for."""
+
+    def __init__(self, requests: Sequence[Request], *, every_token: bool = False):
+        super().__init__(requests, every_token=every_token)
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+
+    async def wait_in_loop(self, seen: int) -> int:
+        """`wait` for a task: the loop goes on meanwhile."""
+        while True:
+            self._event.clear()  # before the look, so that nothing new is slept through
+            if self._news != seen or self.is_finished:
+                return self._news
+            await self._event.wait()
+
+    def _wake(self) -> None:
+        super()._wake()
+        try:
+            self._loop.call_soon_threadsafe(self._event.set)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            self.request_abort()
 
 
 class Driver:
@@ -82,6 +115,12 @@ class Driver:
         self._inbox: list[Call] = []
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._process = os.getpid()
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a copy in a forked process, where its thread does not live on."""
+        return os.getpid() != self._process
 
     def submit(self, call: Call) -> None:
         """Hands a call's requests to the engine, starting the thread if there is none."""
@@ -116,27 +155,49 @@ class Driver:
             thread.join()
 
     def _run(self) -> None:
-        with self._thread_state():
-            calls: list[Call] = []
-            while True:
-                with self._lock:
-                    arrived, self._inbox = self._inbox, []
-                    if not arrived and not self._engine.has_work:
-                        self._thread = None
-                        return
-                for call in arrived:
-                    calls.append(call)
+        calls: list[Call] = []
+        try:
+            with self._thread_state():
+                while True:
+                    with self._lock:
+                        calls += self._inbox
+                        arrived, self._inbox = self._inbox, []
+                        if not calls and not self._engine.has_work:
+                            self._thread = None
+                            return
+                    self._turn(calls, arrived)
+        except BaseException as error:  # what a turn cannot catch: the thread's state, say
+            with self._lock:
+                if self._thread is threading.current_thread():
+                    self._thread = None
+                    calls += self._inbox
+                    self._inbox = []
+            self._fail(calls, error)
+
+    def _turn(self, calls: list[Call], arrived: Sequence[Call]) -> None:
+        """One step, with what its calls want done before, and what they are told afterwards."""
+        try:
+            for call in arrived:
+                for request in call.requests:
+                    self._engine.add(request)
+            for call in calls:
+                if self._closed or call.is_abandoned:
                     for request in call.requests:
-                        self._engine.add(request)
-                try:
-                    for call in calls:
-                        if self._closed or call.is_abandoned:
-                            for request in call.requests:
-                                self._engine.abort(request)
-                    if self._engine.has_work:
-                        self._engine.step()
-                except BaseException as error:  # nobody may be left waiting, whatever happened
-                    self._engine.fail_all(error)
-                for call in calls:
-                    call.announce()
-                calls = [call for call in calls if not call.is_finished]
+                        self._engine.abort(request)
+            if self._engine.has_work:
+                self._engine.step()
+            elif not all(call.is_finished for call in calls):
+                raise RuntimeError("the engine has lost a request")
+            for call in calls:
+                call.announce()
+        except BaseException as error:  # nobody may be left waiting, whatever happened
+            self._fail(calls, error)
+        calls[:] = [call for call in calls if not call.is_finished]
+
+    def _fail(self, calls: Sequence[Call], error: BaseException) -> None:
+        """Ends all requests with an error, those too that have not reached the scheduler."""
+        self._engine.fail_all(error, [request for call in calls for request in call.requests])
+        if calls:
+            _log.error("all running requests have failed", exc_info=error)
+        for call in calls:
+            call.announce()

@@ -1,11 +1,15 @@
 """The engine: schedule, run, commit."""
 
+import logging
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
+from sglite.engine.failures import failed
 from sglite.engine.request import Request
 from sglite.engine.scheduler import Outcome, Scheduler, Step
-from sglite.interface.errors import RequestError
+
+_log = logging.getLogger(__name__)
 
 
 class LaunchedStep(Protocol):
@@ -98,8 +102,8 @@ class Engine:
             return None
         try:
             launched = self.runner.launch(step)
-        except Exception as error:
-            self.scheduler.fail(step, _step_failed(error))
+        except BaseException as error:  # Rust's panics and SystemExit are no `Exception`
+            self._fail(step, error)
             return None
         self.scheduler.release_copied(step)
         return step, launched
@@ -111,25 +115,30 @@ class Engine:
         (step, launched), self._in_flight = self._in_flight, None
         try:
             outcomes = launched.outcomes()
-        except Exception as error:
-            self.scheduler.fail(step, _step_failed(error))
+        except BaseException as error:
+            self._fail(step, error)
         else:
             self.scheduler.commit(step, outcomes)
 
-    def fail_all(self, error: BaseException) -> None:
-        """Ends every request with an error, when not even the step's bookkeeping went through."""
+    def _fail(self, step: Step, error: BaseException) -> None:
+        failure = failed("the step", error)
+        # Afterwards, as a log may be kept: now it holds nothing but text.
+        _log.warning("a step of %d requests has failed", len(step.items), exc_info=error)
+        self.scheduler.fail(step, failure)
+
+    def fail_all(self, error: BaseException, requests: Sequence[Request] = ()) -> None:
+        """Ends every request with an error, when not even the step's bookkeeping went through.
+
+        The prefix cache is emptied with them, since nobody knows what state it was left in.
+
+        Args:
+            error: what happened.
+            requests: further ones that may be unfinished, unknown to the scheduler.
+        """
         self._in_flight = None
-        for request in (*self.scheduler.running, *self.scheduler.waiting):
-            self.scheduler.remove(request, "error", _step_failed(error))
+        self.scheduler.reset(failed("the step", error), requests)
 
     def close(self) -> None:
         """Drops the tensors of the cache and the model."""
         self._in_flight = None
         self.runner.close()
-
-
-def _step_failed(error: BaseException) -> RequestError:
-    """The error of the requests that took part in a step which raised; `error` is its cause."""
-    failure = RequestError(f"the step failed: {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

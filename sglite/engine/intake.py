@@ -114,6 +114,32 @@ class Intake:
         ]
         return RequestGroup(index, prompt.text, requests, self._tokenizer)
 
+    def continue_group(self, group: RequestGroup) -> RequestGroup:
+        """The group once more: requests that were aborted go on from where they stand."""
+        requests = [
+            self._continue(request) if request.finish_reason == "abort" else request
+            for request in group.requests
+        ]
+        return RequestGroup(group.index, group.prompt, requests, self._tokenizer)
+
+    def _continue(self, request: Request) -> Request:
+        token_ids = request.prompt_token_ids.tolist()
+        again = Request(
+            token_ids,
+            request.params,
+            seed=request.seed,
+            sample_index=request.sample_index,
+            namespace=self._namespace,
+            banned_sequences=request.banned_sequences,
+            stop_checker=self._stop_checker(
+                token_ids, request.params, streams=request.stop_checker.keeps_text
+            ),
+            multimodal=request.multimodal,
+            prompt_keys=None if request.multimodal is None else request.keys[: len(token_ids)],
+        )
+        again.continue_from(request)
+        return again
+
     def _room_in_cache(self, token_ids: Sequence[int]) -> int:
         # The last token that is sampled needs no place in the cache.
         return self.limits.kv_cache_tokens - len(token_ids) + 1

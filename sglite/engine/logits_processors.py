@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sglite.engine.failures import detach
 from sglite.engine.sampling_state import SamplingState, step_error
 from sglite.interface.errors import RequestError
 
@@ -34,7 +35,7 @@ def _process(row: Tensor, state: SamplingState) -> RequestError | None:
                 len(state.output_token_ids),
                 f"the logits processor {_name(processor)} raised {type(error).__name__}: {error}",
             )
-            failure.__cause__ = error
+            failure.__cause__ = detach(error)
             return failure
         if not isinstance(result, Tensor):
             got = type(result).__name__

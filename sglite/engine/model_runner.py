@@ -1,6 +1,8 @@
 """Runs the model on a scheduled step and samples the next tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -11,12 +13,16 @@ from sglite.engine.batch import LogitsRows, lay_out, to_forward
 from sglite.engine.decode_graphs import DecodeGraphs
 from sglite.engine.decode_steps import DecodeSteps
 from sglite.engine.drawn_tokens import DrawnTokens
+from sglite.engine.failures import failed
 from sglite.engine.image_features import ImageFeatures
 from sglite.engine.request import Request
 from sglite.engine.sampler import Sampler
 from sglite.engine.scheduler import Outcome, PageCopy, ScheduledRequest, Step
 from sglite.engine.tokenizer import Tokenizer
 from sglite.engine.transfer import upload
+from sglite.interface.errors import RequestError
+
+_NOTHING: Mapping[int, Any] = MappingProxyType({})
 
 
 class ModelRunner:
@@ -58,10 +64,10 @@ class ModelRunner:
         # Also in a step that has nothing else, for want of pages: the copied tokens are counted.
         self._copy_pages(step.page_copies)
         if not step.items:
-            return LaunchedStep([], None, {})
+            return LaunchedStep([], None)
         if self._decode is not None and self._decode.takes(step):
             launched = LaunchedStep(
-                step.items, self._decode.launch(step, self._drawn, self._sources(step)), {}
+                step.items, self._decode.launch(step, self._drawn, self._sources(step))
             )
         else:
             launched = self._launch_eagerly(step)
@@ -83,14 +89,15 @@ class ModelRunner:
             (source_tensor,) = upload([sources], self.pool.device)
             ops.gather_tokens(input_ids, self._drawn, source_tensor)
         logits = self.model(input_ids, positions, batch).next_token_logits
-        prompt_logprobs = {
-            index: self.score_prompt(item.request, row, logits)
-            for index, (item, row) in enumerate(zip(step.items, layout.rows, strict=True))
-            if row.num_prompt_rows
-        }
-        return LaunchedStep(
-            step.items, self._draw(step.items, layout.rows, logits), prompt_logprobs
-        )
+        prompt_logprobs, failures = {}, {}
+        for index, (item, row) in enumerate(zip(step.items, layout.rows, strict=True)):
+            if row.num_prompt_rows:
+                try:
+                    prompt_logprobs[index] = self.score_prompt(item.request, row, logits)
+                except BaseException as error:  # the tokenizer, on the texts of one request
+                    failures[index] = failed("prompt_logprobs", error)
+        drawn = self._draw(step.items, layout.rows, logits)
+        return LaunchedStep(step.items, drawn, prompt_logprobs, failures)
 
     def _sources(self, step: Step) -> list[int]:
         """For each request the row of what was drawn last with its last token; -1 if known."""
@@ -160,22 +167,25 @@ class LaunchedStep:
         items: its requests.
         drawn: the tokens of those that sample; None if none does.
         prompt_logprobs: by index of the request.
+        failures: by index of the request, of those that failed by themselves.
     """
 
     def __init__(
         self,
         items: Sequence[ScheduledRequest],
         drawn: DrawnTokens | None,
-        prompt_logprobs: dict[int, list],
+        prompt_logprobs: Mapping[int, list] = _NOTHING,
+        failures: Mapping[int, RequestError] = _NOTHING,
     ):
         self.drawn = drawn
         self._items = items
         self._prompt_logprobs = prompt_logprobs
+        self._failures = failures
 
     def outcomes(self) -> list[Outcome]:
         """Waits for the step; gives one outcome for each of its requests, in order."""
         drawn = self.drawn.collect() if self.drawn else []
-        if len(drawn) == len(self._items) and not self._prompt_logprobs:
+        if len(drawn) == len(self._items) and not (self._prompt_logprobs or self._failures):
             return [Outcome(token, logprobs, (), error) for token, logprobs, error in drawn]
         tokens = iter(drawn)
         outcomes = []
@@ -185,7 +195,7 @@ class LaunchedStep:
                 Outcome(
                     token_id=token.token_id if token else None,
                     logprobs=token.logprobs if token else None,
-                    error=token.error if token else None,
+                    error=self._failures.get(index) or (token.error if token else None),
                     prompt_logprobs=self._prompt_logprobs.get(index, []),
                 )
             )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sglite.engine.failures import failed
 from sglite.engine.stopping import StopChecker
 from sglite.interface.sampling_params import SamplingParams
 from sglite.multimodal.inputs import MultimodalInputs
@@ -245,11 +246,28 @@ class Request:
         """int32[num_pages]."""
         return self.pages[: self.num_pages]
 
+    def continue_from(self, other: "Request") -> None:
+        """Takes over what another request with the same prompt and parameters has generated.
+
+        It goes on from there with the tokens that the other one would have got.
+        """
+        for token_id in other.output_token_ids:
+            self.append(token_id)
+        self.logprobs = list(other.logprobs)
+        self.prompt_logprobs = list(other.prompt_logprobs)
+        self.num_cached_tokens = other.num_cached_tokens
+        self.created_at = other.created_at
+        self.first_token_at = other.first_token_at
+
     def finish(self, reason: str, error: BaseException | None = None) -> None:
         """Marks the request as done; its pages are the scheduler's affair."""
+        try:
+            self.stop_checker.finish()
+        except BaseException as failure:  # the tokenizer; the text stays as it was
+            if error is None:
+                reason, error = "error", failed("the text", failure)
         self.finish_reason = reason
         self.error = error
-        self.stop_checker.finish()
         self.finished_at = time.perf_counter()
         # Last, since the thread that waits reads everything else once it sees this.
         self.state = RequestState.FINISHED

@@ -1,8 +1,8 @@
 """From requests to what the caller gets."""
 
-import traceback
 from collections.abc import Sequence
 
+from sglite.engine.failures import failed
 from sglite.engine.request import Request
 from sglite.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from sglite.interface.outputs import CompletionOutput, RequestOutput, StreamChunk, Usage
@@ -67,18 +67,20 @@ class RequestGroup:
     def _completion(self, index: int) -> CompletionOutput:
         request = self.requests[index]
         logprobs = None if request.params.logprobs is None else list(request.logprobs)
-        if request.error is not None:
-            # The traceback stays readable, but holds no tensor and no engine alive.
-            cause: BaseException | None = request.error
-            while cause is not None:
-                traceback.clear_frames(cause.__traceback__)
-                cause = cause.__cause__
+        text, error, finish_reason = "", request.error, request.finish_reason
+        try:
+            text = self._text(request)
+        except BaseException as failure:  # the tokenizer, on the text of this one alone
+            if isinstance(failure, KeyboardInterrupt | SystemExit):
+                raise
+            if error is None:
+                error, finish_reason = failed("the text", failure), "error"
         return CompletionOutput(
             index=index,
-            text=self._text(request),
+            text=text,
             token_ids=list(request.output_token_ids),
             logprobs=logprobs,
-            finish_reason=request.finish_reason,
+            finish_reason=finish_reason,
             stop_reason=request.stop_reason,
             cumulative_logprob=(
                 None
@@ -89,7 +91,7 @@ class RequestGroup:
                 )
             ),
             seed=request.seed,
-            error=request.error,
+            error=error,
         )
 
     def _text(self, request: Request) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sglite.cache.prefix_cache import CachedPrefix, PrefixCache
+from sglite.engine.failures import failed
 from sglite.engine.request import Request, RequestState
 from sglite.engine.statistics import Statistics
 from sglite.interface.errors import OutOfMemoryError
@@ -326,7 +327,11 @@ class Scheduler:
             if token_id is not None:
                 if logprobs is not None:
                     request.logprobs.append(logprobs)
-                request.append(token_id)
+                try:
+                    request.append(token_id)
+                except BaseException as failure:  # the tokenizer, looking for stop strings
+                    self.remove(request, "error", failed("the text", failure))
+                    continue
                 num_tokens += 1
             if request.finish_reason:
                 self.remove(request, request.finish_reason)
@@ -365,6 +370,22 @@ class Scheduler:
             self.waiting.remove(request)
         self._num_needing_commit -= request.needs_commit
         request.finish(reason, error)
+
+    def reset(self, error: BaseException, requests: Iterable[Request] = ()) -> None:
+        """Ends every request with an error and empties the cache, whatever state they are in.
+
+        Args:
+            error: of the requests.
+            requests: further ones to end, which stand in no queue.
+        """
+        unfinished = [*self.running, *self.waiting, *requests]
+        self.running, self.waiting = [], []
+        self._num_needing_commit = 0
+        for request in unfinished:
+            if not request.is_finished:
+                request.num_pages, request.prefix_lock = 0, None
+                request.finish("error", error)
+        self.cache.reset()
 
     def _preempt(self, request: Request) -> None:
         self._store(request)

@@ -1,13 +1,19 @@
 """Text to token ids and back, over the checkpoint's own Hugging Face tokenizer."""
 
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from sglite.interface.errors import RequestError
 
 # Enough prompt tokens before the output for a tokenizer whose tokens depend on the one before
 # (SentencePiece drops the space of a first word), and for a character that the prompt began.
 _CONTEXT = 6
 # Tokens that are decoded again with every new one, at most.
 _MOST_DECODED = 24
+# Seconds after which somebody who keeps the tokenizer for himself is no longer waited for.
+_LONGEST_BORROW = 2.0
 
 
 class Tokenizer:
@@ -24,21 +30,20 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's special tokens unless told otherwise."""
-        with self._lock:
-            return list(self.hf.encode(text, add_special_tokens=add_special_tokens))
+        return list(self._call(self.hf.encode, text, add_special_tokens=add_special_tokens))
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids that have no token give nothing."""
-        with self._lock:
-            if self._backend is not None:
-                return self._backend.decode(
-                    list(token_ids), skip_special_tokens=skip_special_tokens
-                )
-            return self.hf.decode(
-                list(token_ids),
-                skip_special_tokens=skip_special_tokens,
-                clean_up_tokenization_spaces=False,
+        if self._backend is not None:
+            return self._call(
+                self._backend.decode, list(token_ids), skip_special_tokens=skip_special_tokens
             )
+        return self._call(
+            self.hf.decode,
+            list(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
 
     def decode_one(self, token_id: int) -> str:
         """Text of a single token, special or not."""
@@ -46,10 +51,36 @@ class Tokenizer:
 
     def apply_chat_template(self, messages, *, tools=None, **template_arguments) -> str:
         """A conversation as text, special tokens included, as the checkpoint's template has it."""
+        return self._call(
+            self.hf.apply_chat_template,
+            messages,
+            tools=tools,
+            tokenize=False,
+            **template_arguments,
+        )
+
+    def _call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Calls the tokenizer, alone among the library's threads.
+
+        The caller has the tokenizer as well, and may be changing its truncation right now, which
+        excludes every other use ("Already borrowed"): that takes microseconds, and is waited for.
+
+        Raises:
+            RequestError: the tokenizer panicked: Rust's panics are no `Exception`.
+        """
         with self._lock:
-            return self.hf.apply_chat_template(
-                messages, tools=tools, tokenize=False, **template_arguments
-            )
+            give_up = time.monotonic() + _LONGEST_BORROW
+            while True:
+                try:
+                    return function(*arguments, **keywords)
+                except RuntimeError as error:
+                    if "borrowed" not in str(error) or time.monotonic() > give_up:
+                        raise
+                    time.sleep(0.0005)
+                except BaseException as error:
+                    if isinstance(error, Exception | KeyboardInterrupt | SystemExit):
+                        raise
+                    raise RequestError(f"the tokenizer panicked: {error}") from error
 
 
 def _backend_of(hf_tokenizer):

@@ -40,7 +40,7 @@ class CheckpointError(SGLiteError):
     """A checkpoint cannot be read: the message names the file or the tensor, and what is wrong."""
 
 
-class UnsupportedModelError(SGLiteError):
+class UnsupportedModelError(CheckpointError):
     """A checkpoint is sound, but something in it (an architecture, a kind) is not implemented."""
 
 
@@ -60,7 +60,7 @@ class RequestError(SGLiteError):
 
 
 class EngineClosedError(SGLiteError):
-    """The `LLM` was used after `close()` or after its `with` block."""
+    """The `LLM` was used after `close()`, after its `with` block, or in a fork of its process."""
 
 
 class OutOfMemoryError(SGLiteError, MemoryError):

@@ -35,6 +35,7 @@ class RadixAttention(nn.Module):
 
     Attributes:
         batch_invariant: as for `Linear`.
+        has_sinks: whether calls come with sinks; for people to read.
     """
 
     def __init__(
@@ -76,9 +77,18 @@ class RadixAttention(nn.Module):
         self.logit_cap = logit_cap or None
         self.sliding_window = sliding_window
         self.batch_invariant = False
+        self.has_sinks = False
         self.width = num_heads * head_dim
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, forward_batch: ForwardBatch) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        forward_batch: ForwardBatch,
+        *,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Gives [T, num_heads * head_dim].
 
         Args:
@@ -86,6 +96,7 @@ class RadixAttention(nn.Module):
             k: [T, num_kv_heads, head_dim] or [T, num_kv_heads * head_dim], likewise.
             v: shaped like `k`.
             forward_batch: whose tokens these are, and the cache.
+            sinks: [num_heads] float32: of each head a score without a key (GPT-OSS); None: none.
         """
         if q.ndim == 2:
             q = q.view(-1, self.num_heads, self.head_dim)
@@ -93,14 +104,15 @@ class RadixAttention(nn.Module):
             v = v.view(-1, self.num_kv_heads, self.head_dim)
         k_cache, v_cache = forward_batch.kv_cache[self.layer_id]
         ops.write_kv(k, v, k_cache, v_cache, forward_batch.slots)
-        return self.attend(q, forward_batch)
+        return self.attend(q, forward_batch, sinks)
 
-    def attend(self, q: Tensor, forward_batch: ForwardBatch) -> Tensor:
+    def attend(self, q: Tensor, forward_batch: ForwardBatch, sinks: Tensor | None = None) -> Tensor:
         """Attention alone, [T, num_heads * head_dim]: keys and values are in the cache already.
 
         Args:
             q: [T, num_heads, head_dim]; rows may be apart.
             forward_batch: whose tokens these are, and the cache.
+            sinks: as for `forward`.
         """
         k_cache, v_cache = forward_batch.kv_cache[self.layer_id]
         out = ops.paged_attention(
@@ -114,6 +126,7 @@ class RadixAttention(nn.Module):
             self.scaling,
             window=self.sliding_window,
             soft_cap=self.logit_cap,
+            sinks=sinks,
             plan=forward_batch.attention_plan(
                 self.num_heads,
                 self.num_kv_heads,

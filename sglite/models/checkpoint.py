@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def resolve_checkpoint(
     )
 
 
+@contextmanager
+def errors_name_files(checkpoint: Checkpoint) -> Iterator[None]:
+    """Has errors about a checkpoint say which one, where they were raised without knowing."""
+    try:
+        yield
+    except CheckpointError as error:
+        message, folder = str(error), checkpoint.folder
+        if str(folder) not in message:
+            own = re.match(r"(\w*config\.json): ", message)
+            place = folder if own else folder / "config.json:"
+            error.args = (f"{place}/{message}" if own else f"{place} {message}",)
+        raise
+
+
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether a tokenizer lies beside the weights."""
     return any((checkpoint.folder / name).exists() for name in _TOKENIZER_FILES)
@@ -117,6 +132,7 @@ def load_tokenizer(
         folder = folder or download_tokenizer(name, cache_dir=cache_dir, token=token)
     else:
         return tokenizer
+    _check_tokenizer_files(folder)
     try:
         if _is_generic_tokenizer(folder):
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -125,8 +141,29 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # whatever the tokenizer's own code raises on a broken file
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    except BaseException as error:  # whatever its code raises on a broken file, and Rust's panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuses a tokenizer that would be read from elsewhere, or forever.
+
+    transformers joins the names that it finds here to the folder, whatever they are.
+    """
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path} is no regular file")
+    settings = _read_json(folder, "tokenizer_config.json") or {}
+    for key in ("fast_tokenizer_files", "gguf_file"):
+        names = settings.get(key) or []
+        for name in names if isinstance(names, list) else [names]:
+            if not isinstance(name, str) or name != os.path.basename(name):
+                raise CheckpointError(
+                    f"{folder / 'tokenizer_config.json'}: {key} names {name!r}, which is no file "
+                    f"of the same folder"
+                )
 
 
 def _is_generic_tokenizer(folder: Path) -> bool:
@@ -163,6 +200,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / name
     if not path.exists():
         return None
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -34,6 +34,19 @@ BASIC_FIELDS: Mapping[str, type] = {
 }
 #: What those of Llama's kind read.
 DECODER_FIELDS: Mapping[str, type] = {**BASIC_FIELDS, "hidden_act": str, "rms_norm_eps": float}
+# Sizes of tensors.
+_TENSOR_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_local_experts",
+)
 # Null stands for "none" and not for a default in these.
 _NULLABLE = (
     "head_dim",
@@ -120,6 +133,41 @@ def _config_class(values: Mapping[str, Any]) -> type[PreTrainedConfig]:
     model_type = values.get("model_type")
     known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     return CONFIG_MAPPING[model_type] if known else PreTrainedConfig
+
+
+def check_counts(config: Any, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuses sizes that the weight files cannot have, before anything is built by them.
+
+    Args:
+        config: of the text part.
+        entries: the tensors of the weight files.
+
+    Raises:
+        CheckpointError: naming the size.
+    """
+    vocab_size = getattr(config, "vocab_size", None)
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise CheckpointError(f"config.json: vocab_size={vocab_size!r} must be 1 or more")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and not (isinstance(positions, int) and 1 <= positions < 1 << 62):
+        raise CheckpointError(
+            f"config.json: max_position_embeddings={positions!r} must be an integer of 1 or more"
+        )
+    num_layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(num_layers, int) and num_layers > len(entries):  # a layer has at least one
+        raise CheckpointError(
+            f"config.json: num_hidden_layers={num_layers}, but the weight files hold "
+            f"{len(entries)} tensors in all"
+        )
+    largest = max((size for entry in entries.values() for size in entry.shape), default=0)
+    largest = max(largest, len(entries))  # where every expert has tensors of its own
+    for name in _TENSOR_SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size > largest:
+            raise CheckpointError(
+                f"config.json: {name}={size}, but no tensor of the weight files has more than "
+                f"{largest} rows or columns"
+            )
 
 
 def resolve_dtype(

@@ -96,6 +96,8 @@ def _attention_text(layer: RadixAttention) -> str:
         text += f", window {layer.sliding_window}"
     if layer.logit_cap:
         text += f", soft cap {layer.logit_cap:g}"
+    if layer.has_sinks:
+        text += ", sinks"
     return text
 
 

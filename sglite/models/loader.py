@@ -22,6 +22,7 @@ from sglite.layers.weight import WeightModule
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.config import (
     architectures_of,
+    check_counts,
     end_token_ids_of,
     read_config,
     resolve_dtype,
@@ -113,7 +114,7 @@ def load_model(
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in checkpoint.weight_files]
         entries = {entry.name: entry for file in files for entry in file.entries.values()}
-        _check_counts(config, len(entries))
+        check_counts(config, entries)
         takes_whole = getattr(model_class, "takes_whole_config", False)
         model = _build(model_class, name, whole_config if takes_whole else config, checkpoint)
         run_dtype = resolve_dtype(dtype, checkpoint, entries)
@@ -186,22 +187,6 @@ def kv_layers_of(model: nn.Module) -> tuple[LayerSpec, ...]:
         )
     ordered = (parts[by_id[layer_id]] for layer_id in range(len(by_id)))
     return tuple(LayerSpec(part.num_kv_heads, part.head_dim) for part in ordered)
-
-
-def _check_counts(config: Any, num_tensors: int) -> None:
-    """Refuses absurd counts before anything is built; a layer has at least one tensor."""
-    vocab_size = getattr(config, "vocab_size", None)
-    if not isinstance(vocab_size, int) or vocab_size < 1:
-        raise CheckpointError(f"config.json: vocab_size={vocab_size!r} must be 1 or more")
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions < 1:
-        raise CheckpointError(f"config.json: max_position_embeddings={positions} must be 1 or more")
-    num_layers = getattr(config, "num_hidden_layers", 0)
-    if num_layers > num_tensors:
-        raise CheckpointError(
-            f"config.json: num_hidden_layers={num_layers}, but the weight files hold "
-            f"{num_tensors} tensors in all"
-        )
 
 
 def _build(

@@ -73,8 +73,6 @@ class MixtralForCausalLM(LlamaForCausalLM):
     """Mixtral with its output head; `config` is a `transformers.MixtralConfig`."""
 
     model_class = MixtralModel
-    # Which rows an expert gets is read on the host.
-    cuda_graphs = False
     config_fields: ClassVar[Mapping[str, type]] = {
         **DECODER_FIELDS,
         "head_dim": int,

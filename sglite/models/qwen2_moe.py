@@ -62,8 +62,6 @@ class Qwen2MoeForCausalLM(LlamaForCausalLM):
     """Qwen2-MoE with its output head; `config` is a `transformers.Qwen2MoeConfig`."""
 
     model_class = Qwen2MoeModel
-    # Which rows an expert gets is read on the host.
-    cuda_graphs = False
     config_fields: ClassVar[Mapping[str, type]] = {
         **DECODER_FIELDS,
         **SPARSE_FIELDS,

@@ -46,8 +46,6 @@ class Qwen3MoeForCausalLM(LlamaForCausalLM):
     """Qwen3-MoE with its output head; `config` is a `transformers.Qwen3MoeConfig`."""
 
     model_class = Qwen3MoeModel
-    # Which rows an expert gets is read on the host.
-    cuda_graphs = False
     # Files that call the number of experts `num_experts` need the config class, which knows both.
     config_fields: ClassVar[Mapping[str, type]] = {
         **DECODER_FIELDS,

@@ -41,6 +41,7 @@ _DTYPES = {
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LONGEST_HEADER = 100_000_000  # as the format's own library has it
+_MOST_DIMENSIONS = 64  # torch's limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        if path.exists() and not path.is_file():  # it might be read forever
+            raise CheckpointError(f"{path} is no regular file")
         try:
             with path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -168,8 +171,12 @@ class SafetensorsFile:
             )
         except (TypeError, KeyError, ValueError) as error:
             raise self._bad_entry(name, fields) from error
-        if not isinstance(dtype_name, str) or not all(
-            type(number) is int and number >= 0 for number in (*shape, start, stop)
+        if (
+            not isinstance(dtype_name, str)
+            or len(shape) > _MOST_DIMENSIONS
+            or not all(
+                type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop)
+            )
         ):
             raise self._bad_entry(name, fields)
         entry = TensorEntry(name, dtype_name, shape, data_start + start, data_start + stop)

@@ -24,7 +24,7 @@ from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.logits import LogitsProcessorOutput
 from sglite.layers.porting import PPProxyTensors, refuse_pipeline_and_embedding
 from sglite.models.checkpoint import Checkpoint
-from sglite.models.config import end_token_ids_of, resolve_dtype
+from sglite.models.config import check_counts, end_token_ids_of, resolve_dtype
 from sglite.models.loaded_model import LoadedModel, check_room
 from sglite.models.quantization import AT_LOAD
 from sglite.models.safetensors_file import SafetensorsFile
@@ -185,6 +185,7 @@ class TransformersModel(nn.Module):
                 sliding_window=facts.window,
                 prefix=facts.path,
             )
+            attention.has_sinks = facts.has_sinks
             modules[facts.path]._modules[SLOT] = AttentionSlot(
                 attention,
                 facts.head_dim,
@@ -267,12 +268,13 @@ def load_unregistered(
             f"float32"
         )
     limit = _limit(name, config, context_length)
-    empty = build_empty(model_class, config)
-    refuse_modules(name, empty)
     entries = {}
     for path in checkpoint.weight_files:
         with SafetensorsFile(path) as file:
             entries |= file.entries
+    check_counts(config.get_text_config(), entries)
+    empty = build_empty(model_class, config)
+    refuse_modules(name, empty)
     run_dtype = resolve_dtype(dtype, checkpoint, entries)
     if room is not None:
         needed = sum(parameter.numel() for parameter in empty.parameters()) * run_dtype.itemsize

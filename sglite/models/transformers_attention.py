@@ -92,22 +92,28 @@ class AttentionSlot(nn.Module):
         self.writes = writes
         self._running = running
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
         """Gives [1, T, num_heads, v_head_dim].
 
         Args:
             query: [1, num_heads, T, head_dim].
             key: [1, num_kv_heads, T, head_dim].
             value: [1, num_kv_heads, T, v_head_dim].
+            sinks: [num_heads], of each head a score without a key; None: none.
         """
         batch = self._running.batch
         attention = self.attention
         dtype = batch.kv_cache[attention.layer_id][0].dtype
         q = self._rows(query, dtype)
+        if sinks is not None:
+            sinks = sinks.detach().float().contiguous()
         if self.writes:
-            out = attention(q, self._rows(key, dtype), self._rows(value, dtype), batch)
+            k, v = self._rows(key, dtype), self._rows(value, dtype)
+            out = attention(q, k, v, batch, sinks=sinks)
         else:
-            out = attention.attend(q, batch)
+            out = attention.attend(q, batch, sinks)
         out = out.view(1, -1, attention.num_heads, attention.head_dim)
         if self.v_head_dim != attention.head_dim:
             out = out[..., : self.v_head_dim]
@@ -143,7 +149,7 @@ def attend(
         value: [1, num_kv_heads, T, v_head_dim].
         attention_mask: None, but in a probe.
         scaling: factor on the scores; known from the probe.
-        **options: likewise.
+        **options: `s_aux` is sinks, [num_heads], or None; the others are known from the probe.
     """
     recorder = module.__dict__.get(RECORDER)
     if recorder is not None:
@@ -154,7 +160,7 @@ def attend(
             f"{type(module).__name__} attends in this step, but did not when the model was loaded: "
             f"a model whose layers differ from step to step cannot be run"
         )
-    return slot(query, key, value), None
+    return slot(query, key, value, options.get("s_aux")), None
 
 
 def describe_mask(

@@ -161,6 +161,7 @@ def _parts_of(
     if (
         facts.head_dim != facts.v_head_dim
         or facts.shares is not None
+        or facts.has_sinks
         or not is_plain(layer, type(layer))
     ):
         return None

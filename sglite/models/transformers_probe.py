@@ -33,7 +33,7 @@ _FIRST_PLACE, _SECOND_PLACE = 4, 1
 _MOST_POSITIONS = 1 << 20
 # What may differ between two places in a batch, relative to the largest: rounding.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.15}
-# Options of attention functions that change nothing in inference.
+# Options of attention functions that change nothing in inference, or are seen to.
 _HARMLESS = {
     "dropout",
     "position_ids",
@@ -46,6 +46,7 @@ _HARMLESS = {
     "return_dict",
     "sliding_window",
     "softcap",
+    "s_aux",
     "is_causal",
     "cache",
     "past_key_values",
@@ -67,6 +68,7 @@ class AttentionFacts:
         window: positions that a token sees, its own among them; None: all.
         soft_cap: of the scores; None: none.
         shares: path of the module whose keys and values it reads; None: its own.
+        has_sinks: whether each head has a score without a key, a parameter of the module's.
     """
 
     path: str
@@ -78,6 +80,7 @@ class AttentionFacts:
     window: int | None
     soft_cap: float | None
     shares: str | None
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Recorder:
                 f"{name} attends twice in one forward; layers that share one module need a cache "
                 f"for each, which is not implemented"
             )
-        _check_options(name, options)
+        _check_options(name, options, query.shape[1])
         _check_shapes(name, query, key, value)
         window = options.get("sliding_window")
         if mask is not None:
@@ -152,6 +155,7 @@ class Recorder:
             window=window or None,
             soft_cap=options.get("softcap") or None,
             shares=self._owner(key, value),
+            has_sinks=options.get("s_aux") is not None,
         )
         self.calls[path] = _Call(query, key, value, facts)
         group = query.shape[1] // key.shape[1]
@@ -297,10 +301,12 @@ def _run(
     return recorder, logits_of(output)[0]
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    if options.get("s_aux") is not None:
+def _check_options(name: str, options: Mapping[str, Any], num_heads: int) -> None:
+    sinks = options.get("s_aux")
+    if sinks is not None and tuple(sinks.shape) != (num_heads,):
         raise UnsupportedModelError(
-            f"{name} has attention sinks (s_aux), which are not implemented"
+            f"{name} has attention sinks (s_aux) {list(sinks.shape)}; one for each of the "
+            f"{num_heads} query heads is implemented"
         )
     for option, value in options.items():
         if option not in _HARMLESS and isinstance(value, Tensor):

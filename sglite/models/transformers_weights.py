@@ -13,11 +13,13 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from sglite.interface.errors import CheckpointError
+from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.weights import HARMLESS
 
 _NAMES_SHOWN = 5
+# transformers reads weights from wherever it says.
+_ADAPTER_FILE = "adapter_config.json"
 _REPORTED = {
     "missing_keys": "missing",
     "unexpected_keys": "not used by the model",
@@ -113,7 +115,13 @@ def read_model(
 
     Raises:
         CheckpointError: weights are missing, left over or misshapen; the message names them.
+        UnsupportedModelError: the checkpoint is an adapter of another one.
     """
+    if (checkpoint.folder / _ADAPTER_FILE).exists():
+        raise UnsupportedModelError(
+            f"{checkpoint.folder / _ADAPTER_FILE} names another checkpoint, which this one is an "
+            f"adapter of: adapters are not implemented; merge it, or remove the file"
+        )
     try:
         model, report = model_class.from_pretrained(
             checkpoint.folder,

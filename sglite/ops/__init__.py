@@ -4,8 +4,11 @@ Every op has the same function in plain torch in `sglite.ops.reference`, which t
 a fused op is held to the bits of the ops that it is made of.
 """
 
+import os
+
 import torch  # noqa: F401  (the extension resolves OpenMP and DLPack through the loaded torch)
 
+from sglite import _C
 from sglite.ops.activation import gelu_and_mul, silu_and_mul, soft_cap
 from sglite.ops.advance import advance, gather_tokens
 from sglite.ops.attention import (
@@ -39,6 +42,9 @@ from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
 from sglite.ops.weight_memory import WeightMemory
 from sglite.ops.weight_writer import WeightWriter
+
+# So that a forked process finds no team of threads that it does not have.
+os.register_at_fork(before=_C.pause_teams)
 
 __all__ = [
     "AttentionPart",

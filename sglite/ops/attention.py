@@ -123,6 +123,7 @@ def paged_attention(
     *,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
     plan: AttentionPlan | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -137,7 +138,9 @@ def paged_attention(
     are computed together may see each other's NaN.)
 
     With `soft_cap` the scores become `soft_cap * tanh(score / soft_cap)` before the softmax
-    (Gemma 2). Query heads share KV heads in groups of `q_heads / kv_heads` neighbours.
+    (Gemma 2). With `sinks` a row's sum of weights has `exp(sinks[h])` added, as of a key whose
+    value is zero (GPT-OSS). Query heads share KV heads in groups of `q_heads / kv_heads`
+    neighbours.
 
     Arithmetic is float32, rounded once at the end. A row's bits depend on its query, on the keys
     and values it sees and on their positions, never on the rest of the batch, on how a prompt is
@@ -159,6 +162,7 @@ def paged_attention(
         scale: usually `head_dim ** -0.5`.
         window: how many positions up to its own a row sees; None for all.
         soft_cap: None for none.
+        sinks: [q_heads] float32; None for none. On a GPU they take a slow kernel.
         plan: what `plan_attention` gave for this batch, heads and window; on a GPU one is made for
             this call when it is absent. Not looked at on the CPU.
         out: [T, q_heads, head_dim], where to write; allocated when absent.
@@ -172,7 +176,7 @@ def paged_attention(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     tensors = (out, q, k_cache, v_cache, page_table, query_start, kv_lens, kv_end)
-    numbers = (scale, window, soft_cap)
+    options = (scale, window, soft_cap, sinks)
     if _C.attention_is_planned(q):
         heads = (q.shape[1], k_cache.shape[2], q.shape[2])
         if plan is None:
@@ -194,8 +198,8 @@ def paged_attention(
                 f"{heads[2]} and {window}"
             )
         _C.paged_attention_cuda(
-            *tensors, *numbers, plan.workspace, plan.max_query_tokens, plan.batch_invariant
+            *tensors, *options, plan.workspace, plan.max_query_tokens, plan.batch_invariant
         )
     else:
-        _C.paged_attention(*tensors, *numbers, _empty_bytes)
+        _C.paged_attention(*tensors, *options, _empty_bytes)
     return out

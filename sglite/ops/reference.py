@@ -197,6 +197,7 @@ def paged_attention(
     *,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `sglite.ops.paged_attention`. Rounds where Hugging Face's eager attention does."""
     out = torch.zeros_like(q)
@@ -218,7 +219,11 @@ def paged_attention(
         visible = key_position < kv_end[start:stop, None]
         if window is not None:
             visible &= key_position > position - window
-        weights = scores.to(softmax_dtype).masked_fill(~visible, -torch.inf).softmax(-1)
+        scores = scores.to(softmax_dtype).masked_fill(~visible, -torch.inf)
+        if sinks is not None:  # one more score of each row, whose weight is left out
+            column = sinks.to(softmax_dtype)[:, None, None].expand(-1, stop - start, 1)
+            scores = torch.cat([scores, column], -1)
+        weights = scores.softmax(-1)[..., :kv_len]
         weights = weights.masked_fill(~visible, 0.0)  # rows that see nothing
         out[start:stop] = (weights.to(q.dtype) @ v).transpose(0, 1)
     return out

@@ -103,7 +103,9 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument(
         "--new-tokens", type=int, default=16, help="decoded after each prompt (16)"
     )
-    compare.add_argument("--architecture", help="a registered class, instead of config.json's")
+    compare.add_argument(
+        "--architecture", help='a registered class instead of config.json\'s, or "transformers"'
+    )
     compare.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
     compare.add_argument(
         "--quantization", help="int8 or int4: measure what quantising loses as well"

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from bench.checkpoints import make_checkpoint
 from bench.engines import EngineError, EngineProcess, engine_names
 from bench.models import CONFIGS, checkpoint_folder
+from bench.peers.sglite import SgliteEngine
+from bench.peers.sglite_transformers import SgliteTransformersEngine
 from bench.report import tables
 from bench.roofline import Weights, least_seconds, read_weights
 from bench.throughput import main, parse_arguments
@@ -150,6 +152,15 @@ def test_an_engine_that_fails_says_why_and_lives_on(tiny, tmp_path):
         process = engine._process.pid
         assert engine.quit() > engine.memory_after_imports > 0
     assert not os.path.exists(f"/proc/{process}")
+
+
+def test_the_path_through_transformers_is_an_engine(tiny):
+    prompts = [[5, 6, 7], [8] * 20]
+    expected = SgliteEngine(str(tiny), "float32", 1, 512, None)
+    engine = SgliteTransformersEngine(str(tiny), "float32", 1, 512, None)
+    assert engine.about["settings"] == "architecture=transformers"
+    assert "Hugging Face's class" in str(engine.llm.describe())
+    assert engine.generate(prompts, 8) == expected.generate(prompts, 8)
 
 
 def test_an_engine_that_cannot_start_says_why():

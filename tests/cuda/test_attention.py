@@ -31,6 +31,8 @@ def run(gpu, arguments, scale, **options):
         window=options.get("window"),
         batch_invariant=True,
     )
+    if options.get("sinks") is not None:
+        options["sinks"] = options["sinks"].to(gpu)
     out = torch.full_like(q, torch.nan)
     return ops.paged_attention(*arguments, scale, plan=plan, out=out, **options).cpu()
 
@@ -57,17 +59,30 @@ def check_close(gpu, arguments, scale, **options):
     window=st.none() | st.integers(1, 300),
     soft_cap=st.none() | st.sampled_from([2.0, 30.0]),
     scale=st.sampled_from([None, 1.0]),
+    has_sinks=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_matches_reference(
-    gpu, dtype, spans, kv_heads, group, head_dim, page_size, window, soft_cap, scale, seed
+    gpu,
+    dtype,
+    spans,
+    kv_heads,
+    group,
+    head_dim,
+    page_size,
+    window,
+    soft_cap,
+    scale,
+    has_sinks,
+    seed,
 ):
     generator = torch.Generator().manual_seed(seed)
     lengths = [stop for _, _, stop in spans]
     sequences = Sequences.draw(lengths, kv_heads * group, kv_heads, head_dim, dtype, generator)
     arguments = sequences.batch(spans, page_size, generator)
     scale = head_dim**-0.5 if scale is None else scale
-    check_close(gpu, arguments, scale, window=window, soft_cap=soft_cap)
+    sinks = 3 * torch.randn(kv_heads * group, generator=generator) if has_sinks else None
+    check_close(gpu, arguments, scale, window=window, soft_cap=soft_cap, sinks=sinks)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

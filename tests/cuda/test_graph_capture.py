@@ -11,14 +11,29 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 # Ops whose own tests capture them.
 ELSEWHERE = {"log_probs", "paged_attention", "plan_attention", "sample"}
 NOT_KERNELS = {
+    "AttentionPart",
     "AttentionPlan",
+    "LayerBatch",
+    "LayerCall",
+    "LayerParts",
+    "LinearPart",
     "LogProbs",
+    "NormPart",
     "PackedWeight",
+    "QuantizedLayout",
+    "QuantizedRows",
+    "QuantizedWeight",
     "TokenEdits",
+    "WeightMemory",
+    "WeightWriter",
     "attention_workspace",
+    "decoder_layers",
     "gated",
     "pack_weight",
+    "quantize_weight",
+    "rows_of_experts",
     "sampling_workspace",
+    "used_experts",
 }
 
 
@@ -69,6 +84,14 @@ def decode_inputs():
     ]
 
 
+def experts_of(x, logits, gate_up, down):
+    """Routing and experts, which take their weights as lists."""
+    weights, experts = ops.route(logits, 2, normalize=True)
+    return ops.mix_experts(
+        x, weights, experts, list(gate_up), list(down), activation="silu", batch_invariant=True
+    )
+
+
 # By name: the op on tensors, some of which it may change; and fresh tensors for it.
 CALLS = {
     "embedding": (ops.embedding, lambda: [torch.randint(0, 50, (5,)).cuda(), random(50, 64)]),
@@ -94,6 +117,15 @@ CALLS = {
         with_norm(ops.norm_gated_linear, activation="silu"),
         lambda: [*linear_inputs(), random(512)],
     ),
+    "soft_cap": (lambda x: ops.soft_cap(x, 30.0), lambda: [random(5, 512).float()]),
+    "route": (
+        lambda logits: torch.stack(ops.route(logits, 2, normalize=True)),
+        lambda: [random(5, 8).float()],
+    ),
+    "mix_experts": (
+        experts_of,
+        lambda: [random(5, 256), random(5, 8).float(), random(8, 512, 256), random(8, 256, 256)],
+    ),
     "gather_tokens": (
         ops.gather_tokens,
         lambda: [torch.randint(-1, 9, (9,), device="cuda") for _ in range(3)],
@@ -110,8 +142,8 @@ def test_every_op_is_here():
     assert set(CALLS) | ELSEWHERE | NOT_KERNELS == set(ops.__all__)
 
 
-@pytest.fixture(autouse=True)
-def needs_the_gpu(gpu):
+@pytest.fixture
+def seeded(gpu):
     torch.manual_seed(0)
 
 
@@ -120,6 +152,7 @@ def results(out, tensors):
     return [*tensors, *([] if out is None else [out])]
 
 
+@pytest.mark.usefixtures("seeded")
 @pytest.mark.parametrize("name", CALLS)
 def test_runs_on_a_side_stream(name):
     call, make = CALLS[name]
@@ -138,6 +171,7 @@ def test_runs_on_a_side_stream(name):
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.usefixtures("seeded")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_replay_equals_the_eager_op(name):
     call, make = CALLS[name]
@@ -157,6 +191,7 @@ def test_a_replay_equals_the_eager_op(name):
             assert torch.equal(actual, wanted)
 
 
+@pytest.mark.usefixtures("seeded")
 def test_kernels_that_overlap_see_each_others_results():
     """A chain in which each kernel may start while the one before it still runs."""
     tokens, width, inner = 64, 1024, 2048
@@ -185,6 +220,7 @@ def test_kernels_that_overlap_see_each_others_results():
         assert torch.equal(out, expected)
 
 
+@pytest.mark.usefixtures("seeded")
 def test_positions_written_by_the_kernel_before():
     """The fused kernel reads a position early, and again once it may rely on it."""
     qkv, positions = random(64, 8 * 64), torch.zeros(64, dtype=torch.int64, device="cuda")

@@ -111,10 +111,11 @@ def test_an_interrupted_or_failed_start_leaves_nothing(checkpoint, baseline):
     with pytest.raises(OutOfMemoryError):
         LLM(checkpoint, device="cuda", kv_cache_tokens=1 << 40)
     gc.collect()
-    assert abs(free_bytes() - baseline) <= MIB
+    # More may be free: an allocation that fails makes torch give back what it had kept.
+    assert free_bytes() >= baseline - MIB
 
 
-def test_two_models_share_a_card(checkpoint, baseline):
+def test_two_models_share_a_card(checkpoint):
     several = prompts(6)
 
     def answers(llm):
@@ -122,23 +123,32 @@ def test_two_models_share_a_card(checkpoint, baseline):
 
     with LLM(checkpoint, device="cuda", batch_invariant=True) as llm:
         alone = answers(llm)
-    found = {}
-    with (
-        LLM(checkpoint, device="cuda", mem_fraction=0.3, batch_invariant=True) as one,
-        LLM(checkpoint, device="cuda", mem_fraction=0.3, batch_invariant=True) as other,
-    ):
-        threads = [
-            threading.Thread(target=lambda llm=llm, name=name: found.update({name: answers(llm)}))
-            for name, llm in (("one", one), ("other", other))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert found == {"one": alone, "other": alone}
-        one.close()
-        assert answers(other) == alone
-    assert abs(free_bytes() - baseline) <= MIB
+
+    def run_two():
+        found = {}
+        with (
+            LLM(checkpoint, device="cuda", mem_fraction=0.3, batch_invariant=True) as one,
+            LLM(checkpoint, device="cuda", mem_fraction=0.3, batch_invariant=True) as other,
+        ):
+            threads = [
+                threading.Thread(
+                    target=lambda llm=llm, name=name: found.update({name: answers(llm)})
+                )
+                for name, llm in (("one", one), ("other", other))
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert found == {"one": alone, "other": alone}
+            one.close()
+            assert answers(other) == alone
+
+    # cuBLAS keeps a workspace for each of the most threads that ever worked at once.
+    run_two()
+    before = free_bytes()
+    run_two()
+    assert abs(free_bytes() - before) <= MIB
 
 
 def test_kv_cache_tokens_is_taken_exactly(checkpoint, baseline):

@@ -31,7 +31,7 @@ def output(error=None):
         ("InvalidRequestError", ValueError),
         ("OutOfMemoryError", MemoryError),
         ("CheckpointError", SGLiteError),
-        ("UnsupportedModelError", SGLiteError),
+        ("UnsupportedModelError", errors.CheckpointError),
         ("RequestError", SGLiteError),
         ("EngineClosedError", SGLiteError),
         ("GenerationError", SGLiteError),

@@ -3,6 +3,7 @@
 import importlib
 import sys
 import textwrap
+import warnings
 
 import pytest
 
@@ -239,3 +240,12 @@ def test_other_models_load_with_a_warning(package):
     package("their_other", wrapper="1 / 0")
     with pytest.warns(UserWarning, match=r"'their_other\.wrapper' cannot be imported"):
         LLM("demo", kv_cache_tokens=256).close()
+
+
+def test_a_broken_package_is_warned_of_once(package):
+    package("their_third", wrapper="1 / 0")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            LLM("demo", kv_cache_tokens=256).close()
+    assert sum("their_third" in str(warning.message) for warning in caught) == 1

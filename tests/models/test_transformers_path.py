@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sglite
 from sglite import LLM, ModelRegistry, SamplingParams
 from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoints import VOCAB_SIZE, hugging_face_logits
@@ -68,6 +69,11 @@ def test_against_hugging_face(name, tmp_path):
     with LLM(folder, kv_cache_tokens=2048, chunked_prefill_size=24) as llm:
         check_logits(model_of(llm), torch.float32, oracle)
         check_greedy(llm, oracle)
+    report = sglite.compare(
+        folder, reference=oracle, prompts=prompts()[2:], new_tokens=3, itself=False
+    )
+    assert report.passed, str(report)
+    assert report.layers
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -48,6 +48,29 @@ _MLA = {
     "first_k_dense_replace": 1,
 }
 
+# The last two of five layers read keys and values of the layers before them.
+_SHARED_KV = {
+    "head_dim": 16,
+    "num_hidden_layers": 5,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", *(["sliding_attention", "full_attention"] * 2)],
+    "sliding_window": 9,
+    "activation_sparsity_pattern": [0.0] * 5,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "laurel_rank": 8,
+}
+
+_LONGCAT = {
+    **_MLA,
+    "num_layers": 2,
+    "head_dim": 8,
+    "ffn_hidden_size": 64,
+    "expert_ffn_hidden_size": 32,
+    "moe_topk": 2,
+    "zero_expert_num": 2,
+}
+
 #: Per config class what is special about it, against `_SMALL`.
 RUN: dict[str, dict[str, Any]] = {
     "GPT2Config": _GPT2,
@@ -92,6 +115,10 @@ RUN: dict[str, dict[str, Any]] = {
     "DeepseekV3Config": _MLA,
     "PhimoeConfig": {**_MOE},
     "Phi3Config": {},
+    "GptOssConfig": {**_MOE, "head_dim": 12, **_WINDOWED},  # attention sinks
+    "Gemma3nTextConfig": _SHARED_KV,
+    "LongcatFlashConfig": _LONGCAT,  # attends twice in a layer, and has experts that do nothing
+    "GraniteMoeSharedConfig": {**_MOE, "shared_intermediate_size": 32},
 }
 
 
@@ -112,7 +139,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
         "computes attention itself",
     ),
-    "GptOss": ("GptOssConfig", {**_MOE, "head_dim": 12}, "sinks"),
     "Llama4": ("Llama4TextConfig", {**_MOE, "head_dim": 12}, "chunk"),
     "DiffLlama": ("DiffLlamaConfig", {}, "attends twice"),
     "Doge": ("DogeConfig", {}, "mask of the model's own making"),

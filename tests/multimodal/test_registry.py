@@ -18,6 +18,8 @@ from sglite.multimodal.registry import find_processor
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
     """What a test registers is forgotten behind it."""
+    # The library's own register once, when they are first asked for: not within a test.
+    find_processor(Qwen2VLForConditionalGeneration, "Qwen2VLForConditionalGeneration")
     monkeypatch.setattr(registry, "_classes", list(registry._classes))
     monkeypatch.setattr(registry, "_by_name", dict(registry._by_name))
     before = dict(ModelRegistry.models._classes)

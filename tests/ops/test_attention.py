@@ -5,6 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    eager_attention_forward as sinks_attention_forward,
+)
 
 from sglite import _C, ops
 from sglite.ops import reference
@@ -64,17 +67,46 @@ def ragged_batches(draw, most_positions=300):
     window=st.none() | st.integers(1, 300),
     soft_cap=st.none() | st.sampled_from([2.0, 30.0]),
     scale=st.sampled_from([None, 1.0]),
+    has_sinks=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_matches_reference(
-    dtype, spans, kv_heads, group, head_dim, page_size, window, soft_cap, scale, seed
+    dtype, spans, kv_heads, group, head_dim, page_size, window, soft_cap, scale, has_sinks, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     lengths = [stop for _, _, stop in spans]
     sequences = Sequences.draw(lengths, kv_heads * group, kv_heads, head_dim, dtype, generator)
     arguments = sequences.batch(spans, page_size, generator)
     scale = head_dim**-0.5 if scale is None else scale
-    check_close(arguments, scale, window=window, soft_cap=soft_cap)
+    sinks = 3 * torch.randn(kv_heads * group, generator=generator) if has_sinks else None
+    check_close(arguments, scale, window=window, soft_cap=soft_cap, sinks=sinks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_are_hugging_faces(cpu_path, num_threads, dtype):
+    """Also of a sequence that several splits share, and where a sink outweighs all keys."""
+    length, q_heads, kv_heads, scale = 1100, 6, 2, 0.125
+    generator = torch.Generator().manual_seed(0)
+    sequences = Sequences.draw([length], q_heads, kv_heads, 64, dtype, generator)
+    visible = torch.ones(length, length).tril().bool()
+
+    class Module:
+        num_key_value_groups = q_heads // kv_heads
+        training = False
+        sinks = torch.tensor([-1.0, 0.0, 2.0, 5.0, 9.0, 80.0])
+
+    def eager(cast):
+        q, k, v = (
+            cast(t[0]).transpose(0, 1)[None] for t in (sequences.q, sequences.k, sequences.v)
+        )
+        mask = torch.zeros(length, length, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+        return sinks_attention_forward(Module, q, k, v, mask[None, None], scaling=scale)[0][0]
+
+    arguments = sequences.batch([(0, 0, length)], 16, generator)
+    actual = ops.paged_attention(*arguments, scale, sinks=Module.sinks)
+    assert_close(actual, eager(lambda t: t), eager(lambda t: t.float()))
+    decode = sequences.batch([(0, length - 1, length)], 16, generator)
+    assert torch.equal(ops.paged_attention(*decode, scale, sinks=Module.sinks)[0], actual[-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ from sglite import CheckpointError, InvalidRequestError, UnsupportedModelError, 
 from sglite.models.llama import LlamaForCausalLM
 from sglite.tools.compare.matching import Layout
 from sglite.tools.compare.metrics import Closeness, cosines, rouge_l, row_errors
+from sglite.tools.compare.recording import as_rows
 from tests.checkpoints import CONFIGS, edit_json, hugging_face, make_checkpoint
 from tests.tools import ported  # noqa: F401  (registers its models)
 from tests.tools.planted import BUGS
@@ -330,6 +331,19 @@ def test_measures_of_closeness():
     rows = torch.tensor([[3.0, 0], [0, 5]]), torch.tensor([[3.0, 4], [0, 4]])
     assert row_errors(*rows).tolist() == pytest.approx([0.8, 0.25])
     assert cosines(*rows).tolist() == pytest.approx([0.6, 1.0])
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (1, 5, 6), (1, 3, 5, 2), (3, 1, 5, 2), (4, 7), (3, 4)])
+def test_tensors_become_rows_of_tokens(shape):
+    """Whichever of the shapes in which models hand five tokens from part to part."""
+    value = torch.arange(torch.Size(shape).numel()).float().view(shape)
+    rows = as_rows(value, 5)
+    if 5 not in shape:
+        assert rows is None
+        return
+    assert rows.shape == (5, 6)
+    assert torch.equal(rows[3], value.select(shape.index(5), 3).flatten())
+    assert torch.equal(as_rows(value.narrow(shape.index(5), 3, 1), 1)[0], rows[3])
 
 
 def test_a_row_that_vanishes_is_measured_against_the_others():

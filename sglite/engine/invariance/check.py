@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from sglite.engine.device import EngineThread
 from sglite.engine.driver import Call, Driver
@@ -12,6 +11,7 @@ from sglite.engine.engine import Engine
 from sglite.engine.invariance.plans import TAIL, Plan, Planner, Settings, Span, alone
 from sglite.engine.invariance.recording import Comparison, Recorder, RecordingRunner, Reference
 from sglite.engine.invariance.report import Condition, InvarianceReport
+from sglite.engine.progress import ProgressBar
 from sglite.engine.request import Request
 from sglite.interface.config import EngineConfig
 from sglite.interface.sampling_params import SamplingParams
@@ -44,8 +44,7 @@ def check_invariance(
     conditions = [check.start()]
     planner = Planner(check.texts, settings, config)
     plans = list(planner.plans())
-    # Even a bar that is switched off would start a thread of tqdm's.
-    for plan in tqdm(plans, unit="condition") if progress else plans:
+    for plan in ProgressBar(plans, unit="condition") if progress else plans:
         conditions.append(check.run(plan))
     return InvarianceReport(
         f"{config.model} ({config.architecture}, {config.dtype}, {config.device})",

@@ -1,6 +1,7 @@
 """The first module whose output diverges from Hugging Face's while what it was given agrees."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from sglite.tools.compare.metrics import cosines, row_errors
 from sglite.tools.compare.ours import Text
 from sglite.tools.compare.recording import Record
 from sglite.tools.compare.reference import Reference
+from sglite.tools.compare.routing import Guide, steered
 
 # An error within a layer may be so many times smaller in what the layer gives.
 _DILUTED = 10
@@ -98,6 +100,7 @@ class Search:
         limit: relative error of a module's output that is a divergence.
         ours: paths of the modules to look at.
         theirs: paths to record in the reference.
+        steering: what ours is run within.
     """
 
     def __init__(
@@ -109,10 +112,11 @@ class Search:
         limit: float,
         ours: list[str],
         theirs: list[str],
+        steering: AbstractContextManager,
     ):
         self._limit = limit
         self._layout = layout
-        ours_recorded = record_ours(llm, text, ours)
+        ours_recorded = record_ours(llm, text, ours, steering)
         theirs_recorded = record_theirs(reference, text, theirs)
         self._matcher = Matcher(layout, ours_recorded, theirs_recorded)
         self._parts = {
@@ -223,6 +227,7 @@ def find_first(
     texts: Sequence[Text],
     limit: float,
     errors: LayerErrors,
+    guide: Guide | None,
 ) -> tuple[Divergence | None, list[PartResult]]:
     """The first divergence over all texts, and the modules that were looked at for it.
 
@@ -235,20 +240,27 @@ def find_first(
         texts: to run.
         limit: relative error of an output that is a divergence.
         errors: of all layers.
+        guide: to the reference's experts, where it has any.
     """
+
+    def steering(number: int) -> AbstractContextManager:
+        return steered(guide, llm.model, number)
+
     largest = [[layer.max().item() for layer in text] for text in errors.errors]
     first = [next((i for i, e in enumerate(text) if e > limit), None) for text in largest]
     order = [
         (layer, len(texts[i].computed), i) for i, layer in enumerate(first) if layer is not None
     ]
     if not order:
-        return _after_layers(llm, reference, layout, texts, limit)
+        return _after_layers(llm, reference, layout, texts, limit, steering)
     layer, _, index = min(order)
     text = texts[index]
     # A layer passes its input on beside what it adds, which makes errors of its parts smaller.
     suspects = [i for i in range(layer) if largest[index][i] > limit / _DILUTED] + [layer]
     if suspects[0] == 0:
-        search = _search_around_layers(llm, reference, layout, text, limit, before=True)
+        search = _search_around_layers(
+            llm, reference, layout, text, limit, steering(index), before=True
+        )
         found = search.first("")
         if found is not None and search.enters_differently():
             return found, search.results
@@ -262,6 +274,7 @@ def find_first(
             limit,
             _below(llm.model, path),
             _below(reference.model, f"{layout.theirs}.{i}"),
+            steering(index),
         )
         found = search.first(path)
         if found is not None:
@@ -277,12 +290,19 @@ def find_first(
 
 
 def _after_layers(
-    llm: LLM, reference: Reference, layout: Layout, texts: Sequence[Text], limit: float
+    llm: LLM,
+    reference: Reference,
+    layout: Layout,
+    texts: Sequence[Text],
+    limit: float,
+    steering: Callable[[int], AbstractContextManager],
 ) -> tuple[Divergence | None, list[PartResult]]:
     """The first divergence behind the last layer, where all layers agree."""
     results: list[PartResult] = []
-    for text in texts:
-        search = _search_around_layers(llm, reference, layout, text, limit, before=False)
+    for number, text in enumerate(texts):
+        search = _search_around_layers(
+            llm, reference, layout, text, limit, steering(number), before=False
+        )
         results = search.results
         found = search.first("") or search.of_whole_model()
         if found is not None:
@@ -291,7 +311,14 @@ def _after_layers(
 
 
 def _search_around_layers(
-    llm: LLM, reference: Reference, layout: Layout, text: Text, limit: float, *, before: bool
+    llm: LLM,
+    reference: Reference,
+    layout: Layout,
+    text: Text,
+    limit: float,
+    steering: AbstractContextManager,
+    *,
+    before: bool,
 ) -> Search:
     """A search among what is not within a layer: before the first one, or behind the last one."""
 
@@ -312,6 +339,7 @@ def _search_around_layers(
         limit,
         paths(llm.model, layout.ours),
         paths(reference.model, layout.theirs),
+        steering,
     )
 
 

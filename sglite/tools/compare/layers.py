@@ -1,6 +1,7 @@
 """Every decoder layer's output against Hugging Face's, over all texts."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from sglite.tools.compare.metrics import cosines, row_errors
 from sglite.tools.compare.ours import Text, forced_logits
 from sglite.tools.compare.recording import Recorder
 from sglite.tools.compare.reference import Reference
+from sglite.tools.compare.routing import Choices, Guide, recording, steered
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,19 @@ class LayerErrors:
         )
 
 
-def record_ours(llm: LLM, text: Text, paths: Sequence[str]) -> Recorder:
-    """What goes through modules of ours: one prefill, and then a step for each token."""
+def record_ours(
+    llm: LLM, text: Text, paths: Sequence[str], steering: AbstractContextManager
+) -> Recorder:
+    """What goes through modules of ours: one prefill, and then a step for each token.
+
+    Args:
+        llm: the model.
+        text: to run.
+        paths: of the modules.
+        steering: what to run it within, see `sglite.tools.compare.routing.steered`.
+    """
     recorder = Recorder(llm.model, paths)
-    with recorder.attached():
+    with recorder.attached(), steering:
         forced_logits(llm, [text], chunked_prefill_size=max(1, len(text.prompt)), cuda_graphs=False)
     return recorder
 
@@ -92,29 +103,61 @@ class Expectation:
         logits: of the positions that are compared, [positions, vocabulary] float32.
         layers: of each layer the output, [all positions, width]; empty where it is not known where
             the layers lie.
+        choices: of each mixture of experts.
     """
 
     logits: Tensor
     layers: list[Tensor]
+    choices: list[Choices]
 
     @classmethod
-    def of(cls, reference: Reference, layout: Layout | None, text: Text) -> "Expectation":
-        """Runs the reference once."""
+    def of_all(
+        cls,
+        reference: Reference,
+        layout: Layout | None,
+        texts: Sequence[Text],
+        exact: "Sequence[Expectation] | None" = None,
+    ) -> "list[Expectation]":
+        """Runs the reference once for each text.
+
+        Args:
+            reference: the model.
+            layout: where its layers lie.
+            texts: to run.
+            exact: what it gave in float32, whose experts it is to use; None: its own.
+        """
+        guide = None if exact is None else Guide.to_anything([each.choices for each in exact])
+        return [cls._of(reference, layout, text, guide, i) for i, text in enumerate(texts)]
+
+    @classmethod
+    def _of(
+        cls,
+        reference: Reference,
+        layout: Layout | None,
+        text: Text,
+        guide: Guide | None,
+        number: int,
+    ) -> "Expectation":
         paths = [f"{layout.theirs}.{i}" for i in range(layout.count)] if layout else []
         recorder = Recorder(reference.model, paths)
-        with recorder.attached():
+        with recorder.attached(), recording(reference.model, guide, number) as choices:
             logits = reference.logits(text.computed)
-        return cls(logits[text.first_row :], [value_out(recorder.records[path]) for path in paths])
+        layers = [value_out(recorder.records[path]) for path in paths]
+        return cls(logits[text.first_row :], layers, choices)
 
 
 def layer_errors(
-    llm: LLM, layout: Layout, texts: Sequence[Text], expected: Sequence[Expectation]
+    llm: LLM,
+    layout: Layout,
+    texts: Sequence[Text],
+    expected: Sequence[Expectation],
+    guide: Guide | None,
 ) -> LayerErrors:
     """How far each layer of ours is from what was expected of it."""
     paths = [f"{layout.ours}.{i}" for i in range(layout.count)]
     found = []
-    for text in texts:
-        records = record_ours(llm, text, paths).records
+    for number, text in enumerate(texts):
+        records = record_ours(llm, text, paths, steered(guide, llm.model, number)).records
         found.append([layer_value(records[path]) for path in paths])
     return errors_between(layout, found, [each.layers for each in expected])
 

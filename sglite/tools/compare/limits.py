@@ -56,6 +56,17 @@ class Limits:
             )
         return ""
 
+    def for_scores(self, largest: float, own: float) -> float:
+        """How far a score that experts are chosen by may be off.
+
+        Args:
+            largest: of the scores, whatever its sign.
+            own: how far Hugging Face is off in the run's dtype; not looked at for float32.
+        """
+        if self.is_relative:
+            return self.prefill * largest
+        return self.times_own * own + self.rounding * largest
+
     def for_modules(self, own: float | None) -> float:
         """The relative error allowed of a module's output.
 

@@ -18,6 +18,7 @@ from sglite.layers.linear import StackedLinear
 from sglite.layers.logits import LogitsProcessor
 from sglite.layers.rotary import RotaryEmbedding
 from sglite.tools.compare.recording import Record, Recorder
+from sglite.tools.compare.routing import find_mixtures
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,14 @@ class Layout:
         ours: the path of the list of layers, such as "model.layers".
         theirs: the same in the other model.
         count: layers.
+        renamed: paths in our model and in the other of mixtures of experts, which are found by what
+            they are, whatever they are called (Mixtral's is `block_sparse_moe` in checkpoints).
     """
 
     ours: str
     theirs: str
     count: int
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, ours: nn.Module, theirs: nn.Module) -> "Layout":
@@ -53,14 +57,24 @@ class Layout:
                 f"of the same length: the layers must stand in an nn.ModuleList"
             )
         _, count, a, b = max(pairs)
-        return cls(a, b, count)
+        mixtures = [
+            [mixture.block_path for mixture in find_mixtures(model)] for model in (ours, theirs)
+        ]
+        same = len(mixtures[0]) == len(mixtures[1])
+        return cls(a, b, count, tuple(zip(*mixtures, strict=True)) if same else ())
 
     def translate(self, path: str) -> str:
         """The path that a module of ours has in the other model, if it has the same name."""
+        for ours, theirs in self.renamed:
+            if f"{path}.".startswith(f"{ours}."):
+                return theirs + path[len(ours) :]
         return self._moved(path, self.ours, self.theirs)
 
     def translate_back(self, path: str) -> str:
         """The path that a module of the other model has in ours."""
+        for ours, theirs in self.renamed:
+            if f"{path}.".startswith(f"{theirs}."):
+                return ours + path[len(theirs) :]
         return self._moved(path, self.theirs, self.ours)
 
     @staticmethod
@@ -83,10 +97,11 @@ class Layout:
 def _layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """The lists of decoder layers; those with attention of ours, where there are any."""
     lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    # A list of one may stand for all layers, which then lie within it (`LayerRun`).
     lists = [
         (path, found)
         for path, found in lists
-        if not any(path.startswith(f"{other}.") for other, _ in lists)
+        if not any(path.startswith(f"{other}.") and len(outer) > 1 for other, outer in lists)
     ]
     with_attention = [
         (path, found)

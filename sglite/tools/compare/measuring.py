@@ -18,6 +18,7 @@ from sglite.tools.compare.limits import LIMITS, Limits
 from sglite.tools.compare.matching import Layout
 from sglite.tools.compare.metrics import Closeness
 from sglite.tools.compare.ours import Text, forced_logits
+from sglite.tools.compare.routing import Guide, RoutingResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class Measurement:
         errors: of the layers at every position; None where it is not known where they lie.
         module_limit: the error of a module's output, at the worst position, that is certainly one.
         tie: two of the reference's logits that are no further apart may change places.
+        guide: to the reference's experts, where it has any.
+        routing: a row for each mixture of experts.
     """
 
     limits: Limits
@@ -61,6 +64,8 @@ class Measurement:
     errors: LayerErrors | None
     module_limit: float
     tie: float
+    guide: Guide | None
+    routing: list[RoutingResult]
 
     @property
     def failure(self) -> str:
@@ -91,11 +96,20 @@ def measure(
         own: of Hugging Face in the dtype of `llm`; None for float32.
     """
     limits = LIMITS[llm.config.dtype]
-    logits = _logits_results(forced_logits(llm, texts), texts, expected, own, limits)
+    guide = Guide.within_rounding(
+        limits,
+        [each.choices for each in expected],
+        None if own is None else [each.choices for each in own],
+    )
+    if guide is not None and not guide.fits(llm.model):
+        guide = None
+    ours = forced_logits(llm, texts) if guide is None else _guided_logits(llm, texts, guide)
+    routing = guide.results(limits.dtype) if guide is not None else []
+    logits = _logits_results(ours, texts, expected, own, limits)
     errors = own_errors = None
     layers: list[LayerResult] = []
     if layout is not None:
-        errors = layer_errors(llm, layout, texts, expected)
+        errors = layer_errors(llm, layout, texts, expected, guide)
         if own is not None:
             pair = [[each.layers for each in found] for found in (own, expected)]
             own_errors = errors_between(layout, *pair)
@@ -107,7 +121,18 @@ def measure(
         errors=errors,
         module_limit=limits.for_modules(own_errors.largest if own_errors else None),
         tie=_tie(limits, logits, expected),
+        guide=guide,
+        routing=routing,
     )
+
+
+def _guided_logits(llm: LLM, texts: Sequence[Text], guide: Guide) -> list[Tensor]:
+    """As `forced_logits`, each text alone, since a guide has to know whose tokens it sees."""
+    found: list[Tensor] = []
+    for number, text in enumerate(texts):
+        with guide.on(llm.model, number):
+            found += forced_logits(llm, [text], cuda_graphs=False)
+    return found
 
 
 def _logits_results(

@@ -136,14 +136,16 @@ def as_rows(value: Any, num_tokens: int) -> Tensor | None:
     """A copy with one row for each token; None for what is no tensor of floats, or has none.
 
     Args:
-        value: a tensor [T, ...], [1, T, ...] or [1, heads, T, head_dim]; or anything else. Of a
-            single token any tensor is a row.
+        value: a tensor [T, ...], [1, T, ...], [1, heads, T, head_dim] or [streams, 1, T, width]
+            (Gemma 3n); or anything else. Of a single token any tensor is a row.
         num_tokens: T.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
         return None
     if num_tokens > 1:
-        if value.ndim > 2 and value.shape[0] == 1:
+        if value.ndim > 3 and value.shape[0] > 1 and value.shape[-2] == num_tokens:
+            value = value.movedim(-2, 0)
+        elif value.ndim > 2 and value.shape[0] == 1:
             value = value[0]
         if value.ndim == 3 and value.shape[0] != num_tokens and value.shape[1] == num_tokens:
             value = value.transpose(0, 1)

@@ -11,6 +11,7 @@ from sglite.tools.compare.itself import SelfResult
 from sglite.tools.compare.layers import LayerResult
 from sglite.tools.compare.limits import Limits
 from sglite.tools.compare.measuring import LogitsResult
+from sglite.tools.compare.routing import RoutingResult
 from sglite.tools.compare.texts import TextResult
 from sglite.tools.quantization_loss import QuantizationLoss
 
@@ -31,6 +32,7 @@ class ComparisonReport:
         limits: that were kept to, with their reason, for each dtype that it was run in.
         logits: teacher-forced, per phase and prompt, and per phase over all.
         texts: generated greedily.
+        routing: where mixtures of experts send their tokens.
         layers: outputs of all decoder layers, in order.
         parts: where something diverges, the modules that were looked at.
         itself: sglite against itself.
@@ -43,6 +45,7 @@ class ComparisonReport:
     limits: list[Limits]
     logits: list[LogitsResult]
     texts: list[TextResult]
+    routing: list[RoutingResult]
     layers: list[LayerResult]
     parts: list[PartResult]
     itself: list[SelfResult]
@@ -83,6 +86,8 @@ class ComparisonReport:
         for limits in self.limits:
             yield self._logits_table(limits.dtype)
         yield self._texts_table()
+        if self.routing:
+            yield self._routing_table()
         for limits in self.limits:
             yield self._layers_table(limits.dtype)
         if self.parts:
@@ -145,6 +150,22 @@ class ComparisonReport:
                 f"{row.rouge_l:.3f}",
                 "" if row.gap is None else f"{row.gap:.2g}",
                 style="" if row.passed else "bold red",
+            )
+        return table
+
+    def _routing_table(self) -> "Table":
+        table = _table(
+            "Experts chosen, against Hugging Face's in float32",
+            ["", "dtype", "tokens", "near ties (computed with Hugging Face's)", "others"],
+        )
+        for row in self.routing:
+            table.add_row(
+                row.path,
+                row.dtype,
+                str(row.tokens),
+                str(row.ties),
+                str(row.others),
+                style="bold red" if row.others else "",
             )
         return table
 

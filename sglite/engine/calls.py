@@ -1,0 +1,232 @@
+"""The calls of an `LLM`: requests made and handed over, waited for, interrupted, resumed."""
+
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from sglite.engine.driver import Call, Driver, TaskCall
+from sglite.engine.intake import Intake
+from sglite.engine.progress import ProgressBar, someone_is_watching
+from sglite.engine.results import RequestGroup
+from sglite.interface.errors import (
+    EngineClosedError,
+    GenerationError,
+    InvalidRequestError,
+    SGLiteError,
+)
+from sglite.interface.outputs import RequestOutput, StreamChunk
+from sglite.interface.prompts import Prompt
+from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_params
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call asks for.
+
+    Attributes:
+        groups: one for each prompt.
+        is_single: whether the caller gave a prompt, and not a list of them.
+    """
+
+    groups: list[RequestGroup]
+    is_single: bool
+
+    def call(self, kind: type[Call] = Call, *, every_token: bool = False) -> Call:
+        """Its unfinished requests, to be submitted."""
+        requests = [request for group in self.groups for request in group.requests]
+        unfinished = [request for request in requests if not request.is_finished]
+        return kind(unfinished, every_token=every_token)
+
+    def outputs(self) -> RequestOutput | list[RequestOutput]:
+        """What there is so far, in the shape in which it was asked for."""
+        outputs = [group.output() for group in self.groups]
+        return outputs[0] if self.is_single else outputs
+
+    def results(self) -> RequestOutput | list[RequestOutput]:
+        """The outputs; raises what became of a call whose requests did not all run to their end."""
+        outputs = [group.output() for group in self.groups]
+        if any(output.error for output in outputs):
+            raise GenerationError(outputs)
+        if any(output.finish_reason == "abort" for output in outputs):
+            raise EngineClosedError("this LLM was closed while the call was running")
+        return outputs[0] if self.is_single else outputs
+
+
+class _Interrupted(threading.local):
+    """A call that ended early, with what it was to give."""
+
+    call: tuple[Call, Work] | None = None
+
+
+class Calls:
+    """Makes requests, has the driver run them, and waits, in threads and in event loops.
+
+    Args:
+        intake: makes the requests.
+        driver: runs them.
+    """
+
+    def __init__(self, intake: Intake, driver: Driver):
+        self._intake = intake
+        self._driver = driver
+        self._of_this_thread = _Interrupted()
+
+    def prepare(
+        self,
+        prompts: Sequence[Prompt],
+        is_single: bool,
+        sampling_params: SamplingParams | Mapping | Sequence | None,
+        keywords: Mapping[str, Any],
+        *,
+        streams: bool = False,
+    ) -> Work:
+        """Makes the requests of a call.
+
+        Args:
+            prompts: what to generate from.
+            is_single: whether the caller gave one prompt that is no list.
+            sampling_params, keywords: as `LLM.generate` takes them.
+            streams: whether text is to be kept token by token.
+
+        Raises:
+            InvalidRequestError: a prompt or a parameter is wrong.
+        """
+        params = broadcast_sampling_params(sampling_params, len(prompts), **keywords)
+        groups = [
+            self._intake.make_group(
+                index,
+                prompt,
+                params[index],
+                name="the prompt" if len(prompts) == 1 else f"prompts[{index}]",
+                streams=streams,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        return Work(groups, is_single)
+
+    def run(self, work: Work, progress: bool | None) -> RequestOutput | list[RequestOutput]:
+        """Runs a call to its end, in a thread that waits.
+
+        Args:
+            work: what `prepare` made.
+            progress: whether a bar is shown; None: for a batch, when someone is watching.
+
+        Raises:
+            GenerationError: a request failed.
+            EngineClosedError: the driver is closed, or was while the call was running.
+        """
+        if not work.groups:
+            return []
+        call = work.call()
+        try:
+            self._driver.submit(call)
+            _wait(call, work.groups, progress)
+            return work.results()
+        except BaseException as error:
+            self._end_early(call, work, error)
+            raise
+
+    def stream(self, work: Work) -> Iterator[StreamChunk]:
+        """Runs a call, handing out the text in pieces; raises as `run`."""
+        if not work.groups:
+            return
+        call = work.call(every_token=True)
+        seen, is_last, all_is_read = 0, False, False
+        try:
+            self._driver.submit(call)
+            while not is_last:
+                seen = call.wait(seen)
+                is_last = call.is_finished  # read before the chunks, which then hold everything
+                chunks = [chunk for group in work.groups for chunk in group.chunks()]
+                for number, chunk in enumerate(chunks, 1):
+                    all_is_read = is_last and number == len(chunks)
+                    yield chunk
+            work.results()
+        except GeneratorExit as error:  # the reader has left, maybe after the last piece
+            self._end_early(call, work, None if all_is_read else error)
+            raise
+        except BaseException as error:
+            self._end_early(call, work, error)
+            raise
+
+    async def run_in_loop(self, work: Work) -> RequestOutput | list[RequestOutput]:
+        """`run`, awaited by a task of an event loop; cancelling the task ends the requests."""
+        if not work.groups:
+            return []
+        call = work.call(TaskCall)
+        seen = 0
+        try:
+            self._driver.submit(call)
+            while not call.is_finished:
+                seen = await call.wait_in_loop(seen)
+        finally:
+            call.request_abort()  # without waiting for it, as nothing else would run meanwhile
+        return work.results()
+
+    async def stream_in_loop(self, work: Work) -> AsyncIterator[StreamChunk]:
+        """`stream`, for a task of an event loop."""
+        if not work.groups:
+            return
+        call = work.call(TaskCall, every_token=True)
+        seen, is_last = 0, False
+        try:
+            self._driver.submit(call)
+            while not is_last:
+                seen = await call.wait_in_loop(seen)
+                is_last = call.is_finished
+                for group in work.groups:
+                    for chunk in group.chunks():
+                        yield chunk
+        finally:
+            call.request_abort()
+        work.results()
+
+    @property
+    def interrupted(self) -> RequestOutput | list[RequestOutput] | None:
+        """What this thread's call that ended early last had generated; None if there is none."""
+        interrupted = self._of_this_thread.call
+        return interrupted and interrupted[1].outputs()
+
+    def resume(self, progress: bool | None) -> RequestOutput | list[RequestOutput]:
+        """Carries on with that call; raises as `run`.
+
+        Raises:
+            InvalidRequestError: no call was interrupted.
+        """
+        interrupted = self._of_this_thread.call
+        if interrupted is None:
+            raise InvalidRequestError("there is nothing to resume: no call was interrupted")
+        call, work = interrupted
+        self._driver.abort(call)  # a second interrupt may have come before this was through
+        again = Work([self._intake.continue_group(group) for group in work.groups], work.is_single)
+        try:
+            outputs = self.run(again, progress)
+        except SGLiteError:
+            self._forget(interrupted)
+            raise
+        # After an interrupt its own stands here, or this one still where there was nothing new.
+        self._forget(interrupted)
+        return outputs
+
+    def _forget(self, interrupted: tuple[Call, Work]) -> None:
+        if self._of_this_thread.call is interrupted:
+            self._of_this_thread.call = None
+
+    def _end_early(self, call: Call, work: Work, error: BaseException | None) -> None:
+        """Ends a call that an exception has left; keeps what it has if there is more to come."""
+        if call.is_submitted and error is not None and not isinstance(error, SGLiteError):
+            self._of_this_thread.call = call, work
+        self._driver.abort(call)
+
+
+def _wait(call: Call, groups: Sequence[RequestGroup], progress: bool | None) -> None:
+    if progress is None:
+        progress = len(groups) > 1 and someone_is_watching()
+    seen = 0
+    with ProgressBar(total=len(groups), unit="prompt") if progress else nullcontext() as bar:
+        while not call.is_finished:
+            seen = call.wait(seen)
+            if bar is not None:
+                bar.update(sum(group.is_finished for group in groups) - bar.n)

@@ -1,0 +1,146 @@
+"""After a fork the child works undisturbed, and is told clearly what it cannot have."""
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+
+import pytest
+import torch
+
+from sglite import LLM, EngineClosedError, ops
+from tests.children import run_in_child
+
+QUESTION = "What is 17 + 25?"
+ENDLESS = {"ignore_eos": True, "max_new_tokens": 400}
+
+
+def in_fork(work):
+    """Runs `work` in a fork of this process; the exit code must be 0 within a minute."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return
+        time.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    raise AssertionError("the child hangs")
+
+
+def compute():
+    """Parallel regions of torch's and of ours."""
+    x = torch.randn(512, 4096)
+    assert (x @ x.T).shape == (512, 512)
+    assert ops.rms_norm(x, torch.ones(4096), 1e-5).shape == x.shape
+
+
+def fork_in_every_state():
+    """A child process of the tests: forks while idle and while busy."""
+    before = LLM("demo", kv_cache_tokens=2048)
+    threads = torch.get_num_threads()
+    compute()
+    expected = before.generate(QUESTION, temperature=0).token_ids
+
+    def use_the_parents():
+        for use in (
+            lambda: before.generate(QUESTION),
+            lambda: before.chat([{"role": "user", "content": QUESTION}]),
+            lambda: next(before.stream(QUESTION)),
+            lambda: before.interrupted,
+            before.resume,
+            before.stats,
+            before.describe,
+            before.weights_changed,
+        ):
+            with pytest.raises(EngineClosedError, match="fork"):
+                use()
+
+    def make_a_new_one():
+        with LLM("demo", kv_cache_tokens=2048) as own:
+            assert own.generate(QUESTION, temperature=0).token_ids == expected
+
+    def let_go():
+        nonlocal before
+        before.close()
+        del before
+
+    def import_and_exit():
+        assert "sqlite3" not in sys.modules
+        import sqlite3  # noqa: F401
+
+        compute()
+
+    def work():
+        compute()
+        use_the_parents()
+        make_a_new_one()
+        import_and_exit()
+        let_go()
+
+    in_fork(lambda: None)
+    in_fork(work)
+    busy = threading.Thread(target=lambda: before.generate(["Hi"] * 4, **ENDLESS))
+    busy.start()
+    while not before.stats()["steps"] > 20:
+        time.sleep(0.001)
+    in_fork(lambda: None)
+    in_fork(work)
+    busy.join()
+    assert torch.get_num_threads() == threads
+    assert before.generate(QUESTION, temperature=0).token_ids == expected
+    before.close()
+    print("done")
+
+
+def test_a_fork_in_every_state():
+    assert run_in_child(fork_in_every_state, timeout=200) == "done\n"
+
+
+class Prompts(torch.utils.data.Dataset):
+    """Its items need torch, and the parent's tokenizer."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        compute()
+        return torch.tensor(self._tokenizer.encode(f"{index} {QUESTION}")[:5])
+
+
+def load_data_beside_an_llm():
+    """A child process of the tests: workers that are forked while the LLM is at work."""
+    with LLM("demo", kv_cache_tokens=2048) as llm:
+        expected = llm.generate(QUESTION, temperature=0).token_ids
+        busy = threading.Thread(target=lambda: llm.generate(["Hi"] * 2, **ENDLESS))
+        busy.start()
+        loader = torch.utils.data.DataLoader(
+            Prompts(llm.tokenizer),
+            batch_size=2,
+            num_workers=2,
+            multiprocessing_context=multiprocessing.get_context("fork"),
+        )
+        assert [tuple(batch.shape) for batch in loader] == [(2, 5)] * 4
+        assert llm.generate(QUESTION, temperature=0).token_ids == expected
+        busy.join()
+    print("done")
+
+
+def test_workers_of_a_data_loader():
+    assert run_in_child(load_data_beside_an_llm) == "done\n"
