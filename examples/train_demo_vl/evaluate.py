@@ -32,6 +32,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 BATCH_SIZE = 32
 _MAX_NEW_TOKENS = 24
+_ONE, _SEVERAL = "all, one picture", "several pictures"
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,15 @@ def wrong_answers(
 
 
 def accuracy_table(prompts: list[Prompt], wrong: list[tuple[Prompt, str]]) -> str:
-    """Returns a Markdown table of right answers, by kind and form."""
+    """Returns a Markdown table of right answers, by kind and form; several pictures apart."""
     asked: Counter[tuple[str, str]] = Counter()
     missed: Counter[tuple[str, str]] = Counter()
     for counts, counted in ((asked, prompts), (missed, [prompt for prompt, _ in wrong])):
-        counts.update((kind, prompt.form) for prompt in counted for kind in (prompt.kind, "all"))
+        for prompt in counted:
+            rows = (prompt.kind, _ONE) if len(prompt.images) == 1 else (_SEVERAL,)
+            counts.update((row, prompt.form) for row in rows)
     lines = [f"| kind | {' | '.join(FORMS)} |", "|---|" + "---|" * len(FORMS)]
-    for kind in [*KINDS, "all"]:
+    for kind in [*KINDS, _ONE, _SEVERAL]:
         cells = []
         for form in FORMS:
             total = asked[kind, form]
@@ -139,8 +142,12 @@ def main() -> None:
     print(accuracy_table(prompts, wrong))
     for prompt, answer in wrong[:20]:
         print(f"wrong: {prompt.text!r} -> {answer!r}, expected {prompt.expected!r}")
-    accuracy = 1 - len(wrong) / len(prompts)
-    print(f"{len(prompts)} questions, {accuracy:.2%} right, {time.monotonic() - started:.0f} s")
+    single = [prompt for prompt in prompts if len(prompt.images) == 1]
+    accuracy = 1 - sum(len(prompt.images) == 1 for prompt, _ in wrong) / len(single)
+    print(
+        f"{len(single)} questions about one picture, {accuracy:.2%} right; {len(prompts)} in all, "
+        f"{1 - len(wrong) / len(prompts):.2%} right; {time.monotonic() - started:.0f} s"
+    )
     sys.exit(accuracy < arguments.at_least)
 
 
