@@ -282,9 +282,7 @@ def _check_nothing_else_is_seen(inner: nn.Module, found: VisionFacts) -> None:
     use_implementation(inner, IMPLEMENTATION)
     handle = inner.get_input_embeddings().register_forward_hook(put)
     try:
-        ours, _ = run_recorded(
-            inner, ids.shape[1], {"input_ids": ids, "position_ids": positions}
-        )
+        ours, _ = run_recorded(inner, ids.shape[1], {"input_ids": ids, "position_ids": positions})
     finally:
         handle.remove()
     _compare(name, own, ours)

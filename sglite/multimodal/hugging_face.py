@@ -97,9 +97,7 @@ class HuggingFaceProcessor(BaseMultimodalProcessor):
         )
         return positions.numpy(), offset
 
-    def _whole_spans(
-        self, token_ids: Sequence[int], items: Sequence[MultimodalItem]
-    ) -> list[int]:
+    def _whole_spans(self, token_ids: Sequence[int], items: Sequence[MultimodalItem]) -> list[int]:
         whole = list(token_ids)
         for item in items:
             whole[item.start : item.stop] = item.data["token_ids"].tolist()
