@@ -53,9 +53,14 @@ class Step:
 
     @property
     def only_decodes(self) -> bool:
-        """Whether every request gets its next token from one position, which is not its first."""
-        for _, start, stop, samples, _ in self.items:
+        """Whether every request gets its next token from one position, which is not its first.
+
+        Nor one within a prompt with images, whose token may stand for a part of one.
+        """
+        for request, start, stop, samples, _ in self.items:
             if not samples or stop - start != 1 or start == 0:
+                return False
+            if request.multimodal is not None and start < request.num_prompt_tokens:
                 return False
         return True
 
