@@ -7,7 +7,7 @@ by name at load.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -118,6 +118,7 @@ class TransformersModel(nn.Module):
         device: where it runs.
         quantization: how packed weights are stored; None: plainly.
         keeps_layers: whether decoder layers stay the model's own, for the sake of their positions.
+        left: paths of parts that stay as they are.
 
     Attributes:
         info: what was found and done.
@@ -140,6 +141,7 @@ class TransformersModel(nn.Module):
         device: torch.device,
         quantization: str | None = None,
         keeps_layers: bool = False,
+        left: Collection[str] = (),
     ):
         super().__init__()
         self.origin: Origin | None = None
@@ -161,6 +163,7 @@ class TransformersModel(nn.Module):
             shared=shared,
             device=device,
             quantization=quantization,
+            left=left,
         )
         fusions = fuser.run()
         fusions.whole_layers = whole_layers
@@ -258,8 +261,14 @@ class TransformersVisionModel(SeesImages, TransformersModel):
         self, inner: nn.Module, num_positions: int | None, image_processor: Any, **options: Any
     ):
         found = learn_images(inner, image_processor)
-        super().__init__(inner, num_positions, keeps_layers=found.rope is not None, **options)
-        self.watch(found, exact=options.get("quantization") is None)
+        super().__init__(
+            inner,
+            num_positions,
+            keeps_layers=found.rope is not None,
+            left=found.parts,
+            **options,
+        )
+        self.watch(found)
 
 
 def _leave_files(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ same tensor, unchanged.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +66,7 @@ class Fuser:
             packed, one by one, and their plain weights dropped.
         device: where packed weights go.
         quantization: "int8" or "int4": how packed weights are stored; None: plainly.
+        left: paths of parts that stay as they are.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Fuser:
         shared: bool,
         device: torch.device,
         quantization: str | None = None,
+        left: Collection[str] = (),
     ):
         self.fusions = Fusions()
         self._model = model
@@ -85,6 +87,7 @@ class Fuser:
         self._shared = shared
         self._device = device
         self._quantization = quantization
+        self._left = left
         self._modules = dict(model.named_modules())
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}
         for parent in model.modules():
@@ -98,7 +101,7 @@ class Fuser:
         for group in self._groups(head):
             self._stack(group)
         for path, module in list(self._modules.items()):
-            if path == head or (tied and path == tied):
+            if path == head or (tied and path == tied) or path in self._left:
                 continue
             if _is_linear(module):
                 self._put(path, self._linear(path, module), "linear layers")

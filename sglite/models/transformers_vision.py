@@ -23,6 +23,7 @@ from sglite.models.transformers_attention import (
     PROBED_IMPLEMENTATION,
     use_implementation,
 )
+from sglite.models.transformers_calls import record_calls
 from sglite.models.transformers_probe import Recorder, run_recorded
 from sglite.multimodal.base_processor import HubProcessor
 from sglite.multimodal.hugging_face import rope_index
@@ -43,12 +44,14 @@ class VisionFacts:
         rope: has `get_rope_index`, and no weights; None: positions simply count.
         data: of the picture that was tried, what an image processor makes of it.
         features: its rows, [tokens, hidden_size].
+        parts: paths of the modules that made them.
     """
 
     image_token_id: int
     rope: Any | None
     data: Mapping[str, Any]
     features: Tensor
+    parts: frozenset[str]
 
 
 def takes_images(model_class: type, config: Any) -> bool:
@@ -135,7 +138,7 @@ def learn_images(inner: nn.Module, image_processor: Any) -> VisionFacts:
     name = type(inner).__name__
     try:
         data = dict(image_processor(images=[_picture()], return_tensors="pt"))
-        with torch.inference_mode():
+        with record_calls(inner) as calls:
             features = features_of(inner, data)
     except SGLiteError:
         raise
@@ -143,7 +146,9 @@ def learn_images(inner: nn.Module, image_processor: Any) -> VisionFacts:
         raise UnsupportedModelError(
             f"{name} fails on a picture: {type(error).__name__}: {error}"
         ) from error
-    found = VisionFacts(inner.config.image_token_id, _rope_of(inner), data, features)
+    found = VisionFacts(
+        inner.config.image_token_id, _rope_of(inner), data, features, frozenset(calls)
+    )
     _check_nothing_else_is_seen(inner, found)
     return found
 
@@ -176,12 +181,11 @@ def features_of(inner: nn.Module, data: Mapping[str, Any]) -> Tensor:
 class SeesImages:
     """The part of a model that takes pictures, over its `inner`, `_running` and embedding."""
 
-    def watch(self, found: VisionFacts, *, exact: bool) -> None:
+    def watch(self, found: VisionFacts) -> None:
         """Has the rows of pictures put in the place of their tokens from now on.
 
         Args:
             found: what was learned before parts were replaced.
-            exact: whether the parts in place must give what the model's own gave.
         """
         self.has_mrope = found.rope is not None
         self.rope = found.rope
@@ -190,10 +194,10 @@ class SeesImages:
         self._embedding.register_forward_hook(self._put_images)
         with torch.inference_mode():
             again = features_of(self.inner, found.data)
-        if exact and not _alike(again, found.features):
+        if not _alike(again, found.features):
             raise UnsupportedModelError(
-                f"{type(self.inner).__name__} gives other features of a picture with its linear "
-                f"layers and norms replaced"
+                f"{type(self.inner).__name__} gives other features of a picture once the parts "
+                f"of its text model are replaced"
             )
 
     def _put_images(self, _: nn.Module, __: tuple, output: Tensor) -> Tensor | None:

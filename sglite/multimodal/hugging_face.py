@@ -169,7 +169,15 @@ def make_processor(hf_config: Any, hub: HubProcessor) -> Any:
     name = hub.settings.get("processor_class") or hub.tokenizer.init_kwargs.get("processor_class")
     name = name or processing_auto.PROCESSOR_MAPPING_NAMES.get(model_type)
     kind = processing_auto.processor_class_from_name(name) if name else None
-    if kind is None or kind.replace_image_token is ProcessorMixin.replace_image_token:
+    try:
+        tells = kind is not None and (
+            kind.replace_image_token is not ProcessorMixin.replace_image_token
+        )
+    except ImportError as error:  # the stand-in of a class that wants torchvision
+        raise UnsupportedModelError(
+            f"{model_type}: Hugging Face's {name} cannot be made here: {error}"
+        ) from error
+    if not tells:
         what = f"{name}, does not say" if kind else f"{name or 'none'}, is not there to say"
         raise UnsupportedModelError(
             f"{model_type}: Hugging Face's processor, {what} what a picture becomes in a prompt "
