@@ -66,7 +66,10 @@ class RequestGroup:
 
     def _completion(self, index: int) -> CompletionOutput:
         request = self.requests[index]
-        logprobs = None if request.params.logprobs is None else list(request.logprobs)
+        logprobs = None
+        if request.params.logprobs is not None:
+            # A failure may have come between a token and its log-probability.
+            logprobs = request.logprobs[: len(request.output_token_ids)]
         text, error, finish_reason = "", request.error, request.finish_reason
         try:
             text = self._text(request)
@@ -87,7 +90,7 @@ class RequestGroup:
                 if logprobs is None
                 else sum(
                     entry[token].logprob
-                    for token, entry in zip(request.output_token_ids, logprobs, strict=True)
+                    for token, entry in zip(request.output_token_ids, logprobs, strict=False)
                 )
             ),
             seed=request.seed,

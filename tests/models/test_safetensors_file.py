@@ -76,7 +76,7 @@ def test_data_that_lies_at_odd_places(tmp_path):
         (raw({"x": entry(dtype=7)}, b"\0" * 8), "entry of tensor 'x' is unsound"),
         (raw({"x": entry(offsets=(0, 8, 9))}, b"\0" * 8), "entry of tensor 'x' is unsound"),
         (raw({"x": entry(shape=(3,))}, b"\0" * 8), r"F32\[3\] needs 12 bytes; .* gives it 8"),
-        (raw({"x": entry(shape=(2**62, 2**62))}, b"\0" * 8), "needs .* bytes"),
+        (raw({"x": entry(shape=(2**62, 2**62))}, b"\0" * 8), "entry of tensor 'x' is unsound"),
         (raw({"x": entry()}, b"\0" * 7), "is cut short: tensor 'x' ends at byte"),
         (raw({"x": entry(), "y": entry(offsets=(4, 12))}, b"\0" * 12), "'y' overlaps the one"),
     ],
@@ -91,7 +91,7 @@ def test_unsound_files_are_refused_by_name(tmp_path, contents, message):
 
 def test_a_file_that_is_none(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(CheckpointError, match="cannot be read"):
+        with pytest.raises(CheckpointError, match="cannot be read|is no regular file"):
             SafetensorsFile(path)
 
 
