@@ -11,7 +11,7 @@ import transformers
 from transformers.models.auto import processing_auto
 
 from tests.checkpoints import VOCAB_SIZE, make_tokenizer
-from tests.vision_checkpoints import _TEXT, _draw_weights, Oracle
+from tests.vision_checkpoints import _TEXT, Oracle, _draw_weights
 
 _LLAMA = {**_TEXT, "model_type": "llama", "vocab_size": VOCAB_SIZE + 48, "pad_token_id": None}
 _QWEN2 = {**_LLAMA, "model_type": "qwen2"}
@@ -305,11 +305,13 @@ def _moved(*names: str) -> dict[str, Stranger]:
     return {name: RUN.pop(name) for name in names}
 
 
-_NEEDING = _moved("smolvlm", "mistral3")
+_NEEDING = _moved("smolvlm", "mistral3", "ovis2", "video-llama3")
 #: What is refused, and a part of the message.
 REFUSED = {
     "smolvlm": (_NEEDING["smolvlm"], "num2words"),
     "mistral3": (_NEEDING["mistral3"], "Torchvision"),
+    "ovis2": (_NEEDING["ovis2"], "visual_indicator_token_ids"),
+    "video-llama3": (_NEEDING["video-llama3"], "image_merge_sizes"),
     "qwen3-vl": (
         Stranger(
             "Qwen3VLConfig",
@@ -405,7 +407,7 @@ REFUSED = {
             },
             _SQUARE,
         ),
-        "PaliGemma",
+        "neither causal",
     ),
 }
 
