@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from sglite.models.registry import _BUILT_IN
+from tests import vision_strangers
 from tests.checkpoints import CONFIGS
 from tests.models.unregistered import REFUSED, RUN
 from tests.vision_checkpoints import RECIPES
@@ -64,6 +65,19 @@ have no file:
 
 {run}
 
+### That see
+
+Vision-language models get a picture's embeddings from their class's `get_image_features`, and its
+placeholders from Hugging Face's processor; videos are not taken. A live module
+(`LLM(hf_module, tokenizer=...)`) takes text only.
+
+{seeing}
+
+Refused, with the reason when they are loaded: those with features in several layers (deepstack),
+cross-attention, sounds, tokens that see what follows them, processors that do not tell what a
+picture becomes in a prompt, and processors that need a package which is not there. The tests have:
+{blind}.
+
 ## Refused
 
 What could not be right is refused when the model is loaded, by name. Of each reason the tests have
@@ -99,6 +113,11 @@ def page() -> str:
             ("architecture", "a file as well"),
             ((f"`{name}`", "yes" if name in _BUILT_IN else "") for name in run),
         ),
+        seeing=_table(
+            ("architecture", "tested as"),
+            ((f"`{one.model_class}`", name) for name, one in vision_strangers.RUN.items()),
+        ),
+        blind=", ".join(f"`{one.model_class}`" for one, _ in vision_strangers.REFUSED.values()),
         refused=_table(
             ("architecture", "why"),
             (

@@ -306,11 +306,13 @@ def _moved(*names: str) -> dict[str, Stranger]:
     return {name: RUN.pop(name) for name in names}
 
 
-_NEEDING = _moved("smolvlm", "mistral3")
+_NEEDING = _moved("smolvlm", "mistral3", "ovis2", "video-llama3")
 #: What is refused, and a part of the message.
 REFUSED = {
     "smolvlm": (_NEEDING["smolvlm"], "num2words"),
     "mistral3": (_NEEDING["mistral3"], "Torchvision"),
+    "ovis2": (_NEEDING["ovis2"], "visual_indicator_token_ids"),
+    "video-llama3": (_NEEDING["video-llama3"], "image_merge_sizes"),
     "qwen3-vl": (
         Stranger(
             "Qwen3VLConfig",
@@ -406,7 +408,7 @@ REFUSED = {
             },
             _SQUARE,
         ),
-        "PaliGemma",
+        "neither causal",
     ),
 }
 

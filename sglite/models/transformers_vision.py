@@ -94,6 +94,11 @@ def refuse_vision(name: str, model_class: type, config: Any) -> None:
             f"{name}: its config names no image_token_id, so that a picture's place in a prompt "
             f"is not known"
         )
+    if getattr(config, "visual_indicator_token_ids", None):
+        raise UnsupportedModelError(
+            f"{name} has the vision tower make embeddings of the marks around a picture as well "
+            f"(visual_indicator_token_ids), which is not implemented"
+        )
     vision = getattr(config, "vision_config", None)
     if getattr(vision, "deepstack_visual_indexes", None):
         raise UnsupportedModelError(
@@ -116,7 +121,7 @@ def read_image_processor(name: str, folder: Path) -> Any:
     try:
         return HubProcessor.load(folder, None).image_processor
     except CheckpointError as error:
-        if isinstance(error.__cause__, ImportError):
+        if "torchvision" in str(error.__cause__).lower():
             raise UnsupportedModelError(
                 f"{name}: Hugging Face has no image processor for it that runs on Pillow alone, "
                 f"and torchvision is not there: {error.__cause__}"

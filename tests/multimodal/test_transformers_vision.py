@@ -8,6 +8,7 @@ from tests.vision_checkpoints import picture, words
 from tests.vision_strangers import REFUSED, RUN, StrangerOracle, make_stranger
 
 COUNT = 10
+PLAIN = SamplingParams(temperature=0, max_new_tokens=COUNT, ignore_eos=True)
 PARAMS = SamplingParams(temperature=0, max_new_tokens=COUNT, prompt_logprobs=0, ignore_eos=True)
 
 
@@ -29,7 +30,7 @@ def test_hugging_faces_logits_and_tokens(name, tmp_path):
     tokens = [oracle.greedy(one, COUNT) for one in inputs]
     with LLM(folder, kv_cache_tokens=8192, chunked_prefill_size=23) as llm:
         for is_again in (False, True):
-            params = PARAMS if not is_again else PARAMS.replace(prompt_logprobs=None)
+            params = PARAMS if not is_again else PLAIN
             outputs = llm.generate(prompts(), params)
             for output, one, logprobs, (best, gaps) in zip(
                 outputs, inputs, expected, tokens, strict=True
