@@ -1,8 +1,9 @@
 """Small vision-language checkpoints without a file of their own, and Hugging Face as the oracle."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -79,8 +80,8 @@ class Stranger(NamedTuple):
     tokens: Sequence[str]  # those beside the tokenizer's own, from id `VOCAB_SIZE` on
     config: dict[str, Any]
     images: dict[str, Any]  # preprocessor_config.json
-    settings: dict[str, Any] = {}  # processor_config.json
-    names: dict[str, str] = {}  # tokens that the tokenizer has as attributes
+    settings: Mapping[str, Any] = MappingProxyType({})  # processor_config.json
+    names: Mapping[str, str] = MappingProxyType({})  # tokens that the tokenizer has as attributes
 
 
 #: What runs, by the names of tests.
@@ -426,7 +427,7 @@ def make_stranger(folder: Path, one: Stranger, *, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     saved = json.loads(path.read_text())
-    saved |= {"processor_class": one.processor_class, "extra_special_tokens": one.names}
+    saved |= {"processor_class": one.processor_class, "extra_special_tokens": dict(one.names)}
     saved |= {"additional_special_tokens": list(one.tokens)}
     path.write_text(json.dumps(saved))
     images = {"image_processor_type": one.image_processor, **one.images}

@@ -18,7 +18,7 @@ def prompts():
     texts = (words(12, 1), f"<image>{words(5, 2)}")
     texts += (f"{words(3, 3)}<image>{words(2, 4)}<image>{words(9, 5)}", f"{words(4, 6)}<image>")
     images = ([], [big], [tall, big], [tall])
-    return [dict(text=t, images=i, videos=[]) for t, i in zip(texts, images, strict=True)]
+    return [{"text": t, "images": i, "videos": []} for t, i in zip(texts, images, strict=True)]
 
 
 @pytest.mark.parametrize("name", RUN)
