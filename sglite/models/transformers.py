@@ -234,7 +234,8 @@ class TransformersModel(nn.Module):
             tokens = {"inputs_embeds": input_embeds[None]}
         position_ids = positions[None]
         if forward_batch.mrope_positions is not None:
-            position_ids = forward_batch.mrope_positions[:, None]
+            # One row where the three are equal, in decode steps.
+            position_ids = forward_batch.mrope_positions.expand(3, -1)[:, None]
         with self._running.of(forward_batch, positions), self._context():
             output = self.inner(**tokens, position_ids=position_ids, **self._arguments)
         logits = logits_of(output)[0]
