@@ -460,3 +460,16 @@ class StrangerOracle(Oracle):
         if hasattr(self.model.model, "rope_deltas"):
             self.model.model.rope_deltas = None
         return super().logits({"use_cache": False, **inputs})
+
+    def greedy(self, inputs: dict[str, Any], count: int) -> tuple[list[int], list[float]]:
+        """Tokens, each from a forward pass over everything before it; and how far apart the two
+        best logits of each were, relative to the largest.
+        """
+        tokens, gaps = [], []
+        for _ in range(count):
+            logits = self.logits(inputs)[-1]
+            best = logits.topk(2).values
+            tokens.append(int(logits.argmax()))
+            gaps.append(float((best[0] - best[1]) / logits.abs().max()))
+            inputs = self.extended(inputs, tokens[-1:])
+        return tokens, gaps
