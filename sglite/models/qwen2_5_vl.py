@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sglite.layers import GatedMLP, QuantizationConfig, RMSNorm, add_prefix
-from sglite.layers.vision import PatchEmbedding, Segments, VisionAttention, grid_rotation
+from sglite.layers.vision import Segments, VisionAttention, grid_rotation
 from sglite.models.qwen2_vl import (
-    PatchMerger,
+    Qwen2VisionTransformer,
     Qwen2VLForConditionalGeneration,
     frame_lengths,
     grid_places,
-    patch_shape_of,
-    rope_base_of,
 )
 
 
@@ -51,40 +49,27 @@ class Qwen2_5VisionBlock(nn.Module):  # noqa: N801
         return x + self.mlp(self.norm2(x))
 
 
-class Qwen2_5VisionTransformer(nn.Module):  # noqa: N801
+class Qwen2_5VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
     """The vision tower; `config` is a `transformers.Qwen2_5_VLVisionConfig`."""
+
+    block_class = Qwen2_5VisionBlock
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ):
-        super().__init__()
-        self.merge_size = config.spatial_merge_size
+        super().__init__(config, quant_config, prefix)
         self.window = config.window_size // config.spatial_merge_size // config.patch_size
         self.full_layers = frozenset(config.fullatt_block_indexes)
-        self.head_dim = config.hidden_size // config.num_heads
-        self.rope_base = rope_base_of(config)
-        self.patch_embed = nn.ModuleDict(
-            {
-                "proj": PatchEmbedding(
-                    patch_shape_of(config),
-                    config.hidden_size,
-                    quant_config=quant_config,
-                    prefix=add_prefix("patch_embed.proj", prefix),
-                )
-            }
-        )
-        self.blocks = nn.ModuleList(
-            Qwen2_5VisionBlock(config, quant_config, add_prefix(f"blocks.{index}", prefix))
-            for index in range(config.depth)
-        )
-        self.merger = PatchMerger(
-            config.hidden_size,
-            config.out_hidden_size,
-            config.spatial_merge_size,
-            RMSNorm(config.hidden_size, 1e-6),
-            quant_config,
-            add_prefix("merger", prefix),
-        )
+
+    @staticmethod
+    def widths_of(config: Any) -> tuple[int, int]:
+        """Of a patch, and of the language model."""
+        return config.hidden_size, config.out_hidden_size
+
+    @staticmethod
+    def make_norm(width: int) -> nn.Module:
+        """The norm in front of the merger."""
+        return RMSNorm(width, 1e-6)
 
     def forward(self, pixels: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings of pictures, one behind the other: [their tokens, out_hidden_size].

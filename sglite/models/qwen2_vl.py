@@ -108,35 +108,48 @@ class PatchMerger(nn.Module):
 class Qwen2VisionTransformer(nn.Module):
     """The vision tower; `config` is a `transformers.Qwen2VLVisionConfig`."""
 
+    block_class: ClassVar[type[nn.Module]] = Qwen2VisionBlock
+
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ):
         super().__init__()
+        width, out_width = self.widths_of(config)
         self.merge_size = config.spatial_merge_size
-        self.head_dim = config.embed_dim // config.num_heads
+        self.head_dim = width // config.num_heads
         self.rope_base = rope_base_of(config)
         self.patch_embed = nn.ModuleDict(
             {
                 "proj": PatchEmbedding(
                     patch_shape_of(config),
-                    config.embed_dim,
+                    width,
                     quant_config=quant_config,
                     prefix=add_prefix("patch_embed.proj", prefix),
                 )
             }
         )
         self.blocks = nn.ModuleList(
-            Qwen2VisionBlock(config, quant_config, add_prefix(f"blocks.{index}", prefix))
+            self.block_class(config, quant_config, add_prefix(f"blocks.{index}", prefix))
             for index in range(config.depth)
         )
         self.merger = PatchMerger(
-            config.embed_dim,
-            config.hidden_size,
+            width,
+            out_width,
             config.spatial_merge_size,
-            LayerNorm(config.embed_dim, eps=1e-6),
+            self.make_norm(width),
             quant_config,
             add_prefix("merger", prefix),
         )
+
+    @staticmethod
+    def widths_of(config: Any) -> tuple[int, int]:
+        """Of a patch, and of the language model."""
+        return config.embed_dim, config.hidden_size
+
+    @staticmethod
+    def make_norm(width: int) -> nn.Module:
+        """The norm in front of the merger."""
+        return LayerNorm(width, eps=1e-6)
 
     def forward(self, pixels: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings of pictures, one behind the other: [their tokens, hidden_size].

@@ -1,16 +1,14 @@
 """The package with a vision-language model: by the three variables, and installed by pip."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import sglite
 from tests.checkpoints import DEMO_FOLDER
+from tests.packages import ROOT, copy_checkpoint, copy_package, run
 
 PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "number.png"
 CHECKPOINT = DEMO_FOLDER.with_name("demo-vl")
@@ -40,35 +38,13 @@ torch.testing.assert_close(ours, expected)
 
 
 @pytest.fixture(scope="module")
-def package(pytestconfig, tmp_path_factory):
-    """A copy, since building leaves files behind."""
-    folder = pytestconfig.rootpath / "examples" / "external_package_vl"
-    return shutil.copytree(folder, tmp_path_factory.mktemp("package") / "external_package_vl")
+def package(tmp_path_factory):
+    return copy_package("external_package_vl", tmp_path_factory.mktemp("package"))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """One that asks for the package's class."""
-    folder = Path(shutil.copytree(CHECKPOINT, tmp_path_factory.mktemp("checkpoint") / "model"))
-    config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = ["CustomQwen2VL"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def run(python, *arguments, cwd, **variables):
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("SGLITE_")
-    }
-    return subprocess.run(
-        [str(python), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        cwd=cwd,
-        env={**environment, **variables},
-    )
+    return copy_checkpoint(CHECKPOINT, tmp_path_factory.mktemp("checkpoint"), "CustomQwen2VL")
 
 
 def generate(python, checkpoint, *, cwd, **variables):
@@ -77,12 +53,8 @@ def generate(python, checkpoint, *, cwd, **variables):
     return run(python, "-m", "sglite", "generate", *arguments, question, cwd=cwd, **variables)
 
 
-def root():
-    return str(Path(sglite.__file__).parents[1])
-
-
 def test_by_the_environment(package, checkpoint, tmp_path):
-    path = os.pathsep.join([root(), str(package)])
+    path = os.pathsep.join([ROOT, str(package)])
     done = generate(sys.executable, checkpoint, cwd=tmp_path, PYTHONPATH=path, **VARIABLES)
     assert done.returncode == 0, done.stderr
     assert "47" in done.stdout
@@ -90,14 +62,14 @@ def test_by_the_environment(package, checkpoint, tmp_path):
 
 
 def test_its_logits_are_the_square_roots(package, checkpoint, tmp_path):
-    path = os.pathsep.join([root(), str(package)])
+    path = os.pathsep.join([ROOT, str(package)])
     arguments = ["-c", COMPARE, checkpoint, PICTURE]
     done = run(sys.executable, *arguments, cwd=tmp_path, PYTHONPATH=path, **VARIABLES)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_processor_package_is_named(package, checkpoint, tmp_path):
-    path = os.pathsep.join([root(), str(package)])
+    path = os.pathsep.join([ROOT, str(package)])
     variables = {**VARIABLES, "SGLITE_EXTERNAL_MM_PROCESSOR_PACKAGE": "custom_vla"}
     done = generate(sys.executable, checkpoint, cwd=tmp_path, PYTHONPATH=path, **variables)
     assert done.returncode == 1
@@ -114,7 +86,7 @@ def test_installed_by_pip_in_a_fresh_environment(package, checkpoint, tmp_path):
     python = environment / "bin" / "python"
     (site_packages,) = environment.glob("lib/python*/site-packages")
     ours = next(path for path in sys.path if path.endswith("site-packages"))
-    (site_packages / "ours.pth").write_text(f"{root()}\n{ours}\n")
+    (site_packages / "ours.pth").write_text(f"{ROOT}\n{ours}\n")
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run(
         [str(python), *install, "--no-index", str(package)], check=True, timeout=240, cwd=tmp_path
