@@ -262,18 +262,19 @@ def open_what_strangers_name():
 
         def hook(event, arguments):
             if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-                opened.append(os.fspath(arguments[0]))
+                opened.append(os.fsdecode(arguments[0]))
 
         sys.addaudithook(hook)
         for architecture in (None, "transformers"):
             load(folder, architecture=architecture)
-        paths = [os.fsdecode(path) for path in opened]
+        # Packages are looked for in the working folder too, by names relative to it.
+        paths = [os.path.abspath(path) for path in opened]
         assert any(path.startswith(str(folder)) for path in paths)
         assert not [path for path in paths if path.startswith(str(secret))]
         # An installation for development looks for itself under a name that is no path.
         places = (
             str(folder),
-            "__editable__",
+            os.path.abspath("__editable__"),
             sys.prefix,
             sys.base_prefix,
             str(Path(__file__).parents[2]),
