@@ -151,7 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
             command = ["--model", model, "--output", str(files[-1])]
             command += ["--repeats", str(options.repeats), "--startups", str(options.startups)]
             command += ["--num-threads", str(options.num_threads)]
-            command += ["--cache-folder", str(options.cache_folder)]
+            if options.cache_folder != default_cache_folder():
+                command += ["--cache-folder", str(options.cache_folder)]
             taking_part = peers
             if quantization:
                 command += ["--quantization", quantization, "--workload", "single"]

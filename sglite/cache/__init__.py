@@ -1,6 +1,6 @@
 """The KV cache: which pages hold what (`PrefixCache`), and the tensors themselves (`KVPool`)."""
 
-from sglite.cache.kv_pool import KVPool, LayerSpec, num_pages_for_bytes
+from sglite.cache.kv_pool import KVPool, LayerSpec
 from sglite.cache.prefix_cache import CachedPrefix, PrefixCache
 
-__all__ = ["CachedPrefix", "KVPool", "LayerSpec", "PrefixCache", "num_pages_for_bytes"]
+__all__ = ["CachedPrefix", "KVPool", "LayerSpec", "PrefixCache"]

@@ -26,23 +26,6 @@ class LayerSpec:
         return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
-def num_pages_for_bytes(
-    num_bytes: int, page_size: int, layers: Sequence[LayerSpec], dtype: torch.dtype
-) -> int:
-    """How many pages fit into a budget: `num_bytes // (page_size * bytes per token)`.
-
-    Reserved pages are among them, and it can be 0. Raises ValueError for a negative budget, a
-    page_size below 1, or no layer.
-    """
-    if num_bytes < 0:
-        raise ValueError(f"num_bytes is {num_bytes}; it must be 0 or more")
-    if page_size < 1:
-        raise ValueError(f"page_size is {page_size}; it must be 1 or more")
-    if not layers:
-        raise ValueError("layers is empty; a model without attention needs no pages")
-    return num_bytes // (page_size * sum(layer.bytes_per_token(dtype) for layer in layers))
-
-
 class KVPool:
     """Keys and values of all layers, in pages that `PrefixCache` gives out.
 

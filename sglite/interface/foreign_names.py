@@ -19,6 +19,7 @@ _LORA = "LoRA adapters are not supported; merge the adapter into the weights bef
 _SPECULATIVE = "there is no speculative decoding"
 _PARALLEL = "a model runs on one device"
 _SERVER = "there is no server and no other process"
+_LOGGING = "use logging.getLogger('sglite'), which is quiet unless told otherwise, and llm.stats()"
 _KERNELS = "the kernels are chosen by device and shape"
 _IMAGES = "images belong to the prompt, {'text': ..., 'images': [...]}, or to generate(images=...)"
 
@@ -172,9 +173,9 @@ _OPTIONS = {
     "port": _SERVER,
     "api_key": _SERVER,
     "served_model_name": _SERVER,
-    "disable_log_stats": "nothing is logged; llm.stats() answers",
-    "disable_log_requests": "nothing is logged; llm.stats() answers",
-    "log_level": "nothing is logged; llm.stats() answers",
+    "disable_log_stats": _LOGGING,
+    "disable_log_requests": _LOGGING,
+    "log_level": _LOGGING,
     "stream_interval": "every token that completes some text is a chunk of llm.stream()",
     "watchdog_timeout": _SERVER,
     "worker_cls": _SERVER,

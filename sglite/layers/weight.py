@@ -56,11 +56,6 @@ class Weight:
         self._stored: PackedWeight | QuantizedWeight | Tensor | tuple[Tensor, ...] | None = None
 
     @property
-    def is_written(self) -> bool:
-        """Whether any rows have been written."""
-        return self._stored is not None
-
-    @property
     def nbytes(self) -> int:  # noqa: D102
         rows, columns = self.shape
         if self.layout is None:

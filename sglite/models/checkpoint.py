@@ -19,6 +19,7 @@ _SHIPPED = Path(__file__).parent.parent / "checkpoints"
 _SHIPPED_NAMES = ("demo", "demo-vl")  # a language model; one that takes pictures as well
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_OTHER_TOKENIZER = "tokenizer="  # begins errors about one that is not the checkpoint's
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -62,8 +63,8 @@ def resolve_checkpoint(
     """
     if not isinstance(model, str | os.PathLike):
         raise UnsupportedModelError(
-            f"a live module ({type(model).__name__}) cannot be run yet: save it with "
-            f"save_pretrained(folder), and pass the folder"
+            f"{type(model).__name__} is no torch.nn.Module: pass a folder, a hub id or a live "
+            f"Hugging Face module"
         )
     name = os.fspath(model)
     folder = _find_folder(name, is_path=isinstance(model, os.PathLike))
@@ -88,10 +89,12 @@ def errors_name_files(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except CheckpointError as error:
         message, folder = str(error), checkpoint.folder
-        if str(folder) not in message:
-            own = re.match(r"(\w*config\.json): ", message)
-            place = folder if own else folder / "config.json:"
-            error.args = (f"{place}/{message}" if own else f"{place} {message}",)
+        if re.match(r"\w*config\.json: ", message):
+            error.args = (f"{folder}/{message}",)
+        elif isinstance(error, UnsupportedModelError) and str(folder) not in message:
+            error.args = (f"{folder}: {message}",)
+        elif str(folder) not in message and not message.startswith(_OTHER_TOKENIZER):
+            error.args = (f"{folder / 'config.json'}: {message}",)
         raise
 
 
@@ -129,7 +132,12 @@ def load_tokenizer(
     elif isinstance(tokenizer, str | os.PathLike):
         name = os.fspath(tokenizer)
         folder = _find_folder(name, is_path=isinstance(tokenizer, os.PathLike))
-        folder = folder or download_tokenizer(name, cache_dir=cache_dir, token=token)
+        if folder is None:
+            try:
+                folder = download_tokenizer(name, cache_dir=cache_dir, token=token)
+            except CheckpointError as error:
+                error.args = (f"{_OTHER_TOKENIZER}{name!r}: {error}",)
+                raise
     else:
         return tokenizer
     _check_tokenizer_files(folder)

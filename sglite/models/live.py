@@ -23,7 +23,8 @@ def device_of(module: nn.Module, asked: str) -> str:
         ConfigError: that is elsewhere.
     """
     where = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    if asked != "auto" and torch.device(asked).type != where.type:
+    wanted = where if asked == "auto" else torch.device(asked)
+    if wanted.type != where.type or wanted.index not in (None, where.index):
         raise ConfigError(
             f"device={asked!r}: the live module is on {where}; move it there first, or leave out "
             f"device="

@@ -82,7 +82,7 @@ def load_model(
     quantization, quantized_format = resolve_quantization(quantization, checkpoint)
     if quantization is not None and device.type != "cpu":
         raise UnsupportedModelError(
-            f"quantised weights ({quantization}) run on the CPU alone so far: pass device='cpu'"
+            f"quantised weights ({quantization}) run on the CPU alone: pass device='cpu'"
         )
     by_hugging_face = architecture == BY_HUGGING_FACE
     names = architectures_of(checkpoint, None if by_hugging_face else architecture)

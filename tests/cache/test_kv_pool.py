@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from sglite.cache import KVPool, LayerSpec, num_pages_for_bytes
+from sglite.cache import KVPool, LayerSpec
 
 LAYERS = [LayerSpec(2, 8), LayerSpec(1, 24), LayerSpec(4, 8)]
 
@@ -97,21 +97,7 @@ def test_memory_is_taken_only_when_written_to():
     assert resident_bytes() - before < 1e8
 
 
-@pytest.mark.parametrize("num_bytes", [0, 4607, 4608, 10**9])
-def test_pages_for_a_budget(num_bytes):
-    page_bytes = KVPool(1, 8, LAYERS, torch.float32).num_bytes
-    assert page_bytes == 4608
-    count = num_pages_for_bytes(num_bytes, 8, LAYERS, torch.float32)
-    assert count * page_bytes <= num_bytes < (count + 1) * page_bytes
-
-
 def test_names_what_is_wrong():
-    with pytest.raises(ValueError, match="num_bytes is -1; it must be 0 or more"):
-        num_pages_for_bytes(-1, 16, LAYERS, torch.float32)
-    with pytest.raises(ValueError, match="page_size is 0; it must be 1 or more"):
-        num_pages_for_bytes(1, 0, LAYERS, torch.float32)
-    with pytest.raises(ValueError, match="layers is empty"):
-        num_pages_for_bytes(1, 16, [], torch.float32)
     with pytest.raises(ValueError, match="num_pages is 0; it must be 1 or more"):
         KVPool(0, 16, LAYERS, torch.float32)
     with pytest.raises(ValueError, match="page_size is -2; it must be 1 or more"):

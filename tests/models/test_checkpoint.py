@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglite import CheckpointError, UnsupportedModelError
-from sglite.models.checkpoint import load_tokenizer, resolve_checkpoint
+from sglite.models.checkpoint import errors_name_files, load_tokenizer, resolve_checkpoint
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
 
@@ -74,9 +74,45 @@ def test_a_file_instead_of_a_folder(folder):
         resolve_checkpoint(folder / "model.safetensors")
 
 
-def test_a_live_module_is_refused():
-    with pytest.raises(UnsupportedModelError, match=r"a live module \(Linear\) cannot be run yet"):
-        resolve_checkpoint(torch.nn.Linear(1, 1))
+def test_what_is_neither_a_name_nor_a_module():
+    with pytest.raises(UnsupportedModelError, match="dict is no torch.nn.Module: pass a folder"):
+        resolve_checkpoint({})
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("no such count", "{folder}/config.json: no such count"),
+        ("config.json: no such count", "{folder}/config.json: no such count"),
+        ("{folder}/tokenizer.json is broken", "{folder}/tokenizer.json is broken"),
+        ("tokenizer='a/b': is nowhere", "tokenizer='a/b': is nowhere"),
+    ],
+)
+def test_errors_name_files(folder, message, expected):
+    checkpoint = resolve_checkpoint(folder)
+    with pytest.raises(CheckpointError) as caught, errors_name_files(checkpoint):
+        raise CheckpointError(message.format(folder=folder))
+    assert str(caught.value) == expected.format(folder=folder)
+
+
+def test_what_is_not_implemented_names_the_folder(folder):
+    with (
+        pytest.raises(UnsupportedModelError) as caught,
+        errors_name_files(resolve_checkpoint(folder)),
+    ):
+        raise UnsupportedModelError("there is no kernel for it")
+    assert str(caught.value) == f"{folder}: there is no kernel for it"
+
+
+def test_a_tokenizer_that_is_nowhere(folder, monkeypatch):
+    def nowhere(name, **options):
+        raise CheckpointError(f"{name} is nowhere")
+
+    monkeypatch.setattr("sglite.models.checkpoint.download_tokenizer", nowhere)
+    checkpoint = resolve_checkpoint(folder)
+    with pytest.raises(CheckpointError) as caught, errors_name_files(checkpoint):
+        load_tokenizer(checkpoint, "no-one/nothing")
+    assert str(caught.value) == "tokenizer='no-one/nothing': no-one/nothing is nowhere"
 
 
 def test_no_config(folder):

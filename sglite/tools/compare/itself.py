@@ -6,8 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglite.engine.invariance.plans import TAIL
 from sglite.llm import LLM
 from sglite.tools.compare.ours import Text, forced_logits
+
+_NEW_TOKENS = 8
+#: Tokens that must fit behind each prompt.
+ROOM = _NEW_TOKENS + TAIL
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ def compare_with_itself(llm: LLM, texts: Sequence[Text]) -> list[SelfResult]:
     page = llm.config.page_size
     report = llm.check_invariance(
         [text.prompt for text in texts],
-        new_tokens=8,
+        new_tokens=_NEW_TOKENS,
         batch_sizes=(3, 8),
         chunk_sizes=(page + 1,),
         prefix_lengths=(page - 1, page) if page > 1 else (1,),

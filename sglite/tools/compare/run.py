@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglite.engine.device import resolve_device
 from sglite.interface import checks
 from sglite.interface.errors import ConfigError, UnsupportedModelError
 from sglite.llm import LLM
 from sglite.models.checkpoint import Checkpoint, has_tokenizer, resolve_checkpoint
 from sglite.tools.compare.divergence import Divergence, PartResult, find_first
-from sglite.tools.compare.itself import SelfResult, compare_with_itself
+from sglite.tools.compare.itself import ROOM, SelfResult, compare_with_itself
 from sglite.tools.compare.layers import Expectation
 from sglite.tools.compare.matching import Layout
 from sglite.tools.compare.measuring import Measurement, measure
@@ -206,15 +207,12 @@ class _Comparison(ExitStack):
 
     @property
     def _device(self) -> torch.device:
-        device = self._options.get("device", "auto")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(device)
+        return resolve_device(str(self._options.get("device", "auto")))
 
     def _prompts(self, llm: LLM, reference: Reference, prompts: Any) -> list[list[int]]:
         config = llm.config
         # What the check of itself puts behind a prompt has to fit as well.
-        room = min(config.context_length, config.kv_cache_tokens) - max(self._new_tokens, _TAIL)
+        room = min(config.context_length, config.kv_cache_tokens) - max(self._new_tokens, ROOM)
         if room < 1:
             raise UnsupportedModelError(
                 f"a context of {config.context_length} tokens leaves no room for a prompt in front "
@@ -258,10 +256,6 @@ class _Comparison(ExitStack):
         names = ("architecture", "dtype", "context_length", "trust_remote_code")
         given = {name: self._options[name] for name in names if name in self._options}
         return quantization_loss(self._checkpoint, quantization, **given)
-
-
-#: Tokens that `LLM.check_invariance` needs behind a prompt, as `compare_with_itself` asks for it.
-_TAIL = 24
 
 
 def _layout(ours: nn.Module, theirs: nn.Module) -> Layout | None:
