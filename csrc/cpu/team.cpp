@@ -69,7 +69,7 @@ class HeldTeam {
 
   private:
     // Of the state: how many threads beside the first are at work, flags, and the round's number.
-    static constexpr uint64_t kAtWork = 0xffff, kOpen = 1 << 12, kEnded = 1 << 17;
+    static constexpr uint64_t kAtWork = 0xffff, kOpen = 1 << 16, kEnded = 1 << 17;
     static constexpr uint64_t kRound = 1 << 18;
 
     void begin_round(uint64_t flag) {
