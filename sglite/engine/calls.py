@@ -102,8 +102,10 @@ class Calls:
             InvalidRequestError: a prompt or a parameter is wrong.
         """
         params = broadcast_sampling_params(sampling_params, len(prompts), **keywords)
+        # A comprehension's frame keeps what it closes over, in the traceback of an error too.
+        make_group = self._intake.make_group
         groups = [
-            self._intake.make_group(
+            make_group(
                 index,
                 prompt,
                 params[index],
@@ -219,7 +221,8 @@ class Calls:
             raise InvalidRequestError("there is nothing to resume: no call was interrupted")
         call, work = interrupted
         self._driver.abort(call)  # a second interrupt may have come before this was through
-        again = Work([self._intake.continue_group(group) for group in work.groups], work.is_single)
+        continue_group = self._intake.continue_group  # see `prepare`
+        again = Work([continue_group(group) for group in work.groups], work.is_single)
         try:
             outputs = self.run(again, progress)
         except SGLiteError:
