@@ -23,6 +23,7 @@ from sglite.engine.device import (
     resolve_num_threads,
 )
 from sglite.engine.driver import Driver
+from sglite.engine.engine import Engine
 from sglite.engine.gpu_memory import free_memory
 from sglite.engine.intake import Intake, Limits
 from sglite.engine.invariance import (
@@ -33,10 +34,12 @@ from sglite.engine.invariance import (
     compute,
 )
 from sglite.engine.kv_tokens import kv_tokens
+from sglite.engine.leaving import empty_frames, keeps_nothing
 from sglite.engine.progress import someone_is_watching
 from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.request import Request
 from sglite.engine.tokenizer import Tokenizer
+from sglite.engine.waiting import FORKED, PATIENCE
 from sglite.interface.config import EngineConfig, LLMOptions
 from sglite.interface.errors import ConfigError, EngineClosedError, InvalidRequestError
 from sglite.interface.outputs import RequestOutput, StreamChunk
@@ -129,6 +132,7 @@ class LLM:
         **others: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "others")}
+        handled = sys.exception()
         if model is None:
             del given["model"]
         options = LLMOptions.from_keywords({**given, **others})
@@ -150,9 +154,12 @@ class LLM:
             with errors_name_files(checkpoint) if checkpoint else nullcontext():
                 self._start(options, checkpoint, device, num_threads)
         except BaseException as error:
+            thread = self.__dict__.get("_thread")
             # Whoever keeps the error, as notebooks do, keeps this frame, and with it `self`.
             self.__dict__.clear()
-            release_after(error)
+            release_after(error, device, handled)
+            if thread is not None:
+                thread.close()
             raise
 
     def _start(
@@ -172,7 +179,8 @@ class LLM:
                 f"batch_invariant=True: parts of {loaded.architecture} run as Hugging Face has "
                 f"them, with other bits in other batches: leave it out"
             )
-        thread = EngineThread(device, num_threads)
+        # At once, so that its stream is given back whatever fails from here on.
+        thread = self._thread = EngineThread(device, num_threads)
         with thread():
             fitting = kv_tokens(
                 loaded.model,
@@ -233,11 +241,11 @@ class LLM:
         self._engine = self._make_engine(config)
         self._driver = Driver(self._engine, thread)
         self._calls = Calls(self._intake, self._driver)
-        self._thread = thread
         _log.info("loaded %r, with a cache of %d tokens", self, config.kv_cache_tokens)
 
     # -- generation -------------------------------------------------------------------------
 
+    @keeps_nothing
     def generate(
         self,
         prompts: Any,
@@ -276,6 +284,7 @@ class LLM:
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         return calls.run(calls.prepare(*normalized, sampling_params, keywords), progress)
 
+    @keeps_nothing
     def chat(
         self,
         messages: Sequence,
@@ -307,6 +316,7 @@ class LLM:
         conversations = self._render(messages, tools, chat_template_kwargs)
         return calls.run(calls.prepare(*conversations, sampling_params, keywords), progress)
 
+    @keeps_nothing
     def stream(
         self,
         prompts: Any,
@@ -326,6 +336,7 @@ class LLM:
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         return self._stream(self._prepare_stream(normalized, sampling_params, keywords))
 
+    @keeps_nothing
     def stream_chat(
         self,
         messages: Sequence,
@@ -340,6 +351,7 @@ class LLM:
         work = self._open_calls().prepare(*conversations, sampling_params, keywords, streams=True)
         return self._stream(work)
 
+    @keeps_nothing
     async def agenerate(
         self,
         prompts: Any,
@@ -358,6 +370,7 @@ class LLM:
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         return await calls.run_in_loop(calls.prepare(*normalized, sampling_params, keywords))
 
+    @keeps_nothing
     def astream(
         self,
         prompts: Any,
@@ -375,6 +388,7 @@ class LLM:
     async_generate = agenerate
 
     @property
+    @keeps_nothing
     def interrupted(self) -> RequestOutput | list[RequestOutput] | None:
         """What this thread's call that was interrupted last had generated until then.
 
@@ -385,6 +399,7 @@ class LLM:
         """
         return self._open_calls().interrupted
 
+    @keeps_nothing
     def resume(self, *, progress: bool | None = None) -> RequestOutput | list[RequestOutput]:
         """Carries on with the interrupted call, and returns what it would have returned.
 
@@ -402,13 +417,19 @@ class LLM:
         return self._open_calls().prepare(*normalized, sampling_params, keywords, streams=True)
 
     # These two keep the LLM alive until their stream ends.
+    @keeps_nothing
     def _stream(self, work: Work) -> Iterator[StreamChunk]:
         yield from self._open_calls().stream(work)
 
     async def _astream(self, work: Work) -> AsyncIterator[StreamChunk]:
-        async with aclosing(self._open_calls().stream_in_loop(work)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        try:
+            async with aclosing(self._open_calls().stream_in_loop(work)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except BaseException as error:
+            empty_frames(error)
+            del self, work
+            raise
 
     def _open_calls(self) -> Calls:
         """What runs calls, unless the LLM is closed."""
@@ -416,10 +437,7 @@ class LLM:
         if calls is None or driver is None:
             raise EngineClosedError("this LLM is closed; make a new one")
         if driver.is_forked:
-            raise EngineClosedError(
-                "this LLM was made in another process, of which this one is a fork: its threads "
-                "are not here; make a new one"
-            )
+            raise EngineClosedError(FORKED)
         return calls
 
     def _render(self, messages, tools, arguments) -> tuple:
@@ -429,6 +447,7 @@ class LLM:
             self._tokenizer, intake.reader, self.config.model, messages, tools, arguments
         )
 
+    @keeps_nothing
     def check_invariance(
         self,
         prompts: Any = None,
@@ -485,6 +504,7 @@ class LLM:
         progress = someone_is_watching() if progress is None else progress
         return check_invariance(make_engine, self.config, token_ids, settings, progress=progress)
 
+    @keeps_nothing
     def record_logits(self, batches: Sequence[Sequence[Request]], **changes: Any) -> None:
         """Computes requests whose logits processor is a `Recorder`, on an engine of their own.
 
@@ -500,6 +520,7 @@ class LLM:
         self._open_calls()
         compute(self._make_engine, replace(self.config, **changes), batches)
 
+    @keeps_nothing
     def describe(self) -> ModelDescription:
         """What the model is made of: its layers, what of it runs as one op, how weights are stored.
 
@@ -509,6 +530,7 @@ class LLM:
         self._open_calls()
         return describe(loaded)
 
+    @keeps_nothing
     def weights_changed(self) -> None:
         """Says that the weights are not what they were, after an optimizer's step, say.
 
@@ -549,14 +571,19 @@ class LLM:
         self._open_calls()
         return engine.stats()
 
+    @keeps_nothing
     def close(self) -> None:
-        """Ends running requests and gives back weights and cache. May be called again."""
+        """Ends running requests and gives back weights and cache. May be called again.
+
+        Within a step (by a logits processor, say) they are given back once that has ended.
+        """
+        self._close()
+
+    def _close(self, patience: float | None = None) -> None:
         driver, engine = self._driver, self._engine
         # In a fork there is nothing to wait for.
         if driver is not None and engine is not None and not driver.is_forked:
-            driver.close()
-            engine.close()
-            self._thread.close()
+            driver.close(partial(_release, engine, self._thread), patience)
         self._driver = self._engine = self._make_engine = self._intake = None
         self._calls = self._loaded = None
 
@@ -566,7 +593,7 @@ class LLM:
     # The interpreter's own end may have emptied this module already.
     def __del__(self, is_finalizing=sys.is_finalizing):
         if getattr(self, "_driver", None) is not None and not is_finalizing():
-            self.close()
+            self._close(PATIENCE)
 
     def __enter__(self) -> "LLM":
         return self
@@ -577,6 +604,11 @@ class LLM:
     def __repr__(self) -> str:
         config = self.config
         return f"LLM({config.model!r}, {config.architecture}, {config.dtype}, {config.device})"
+
+
+def _release(engine: Engine, thread: EngineThread) -> None:
+    engine.close()
+    thread.close()
 
 
 def _load(options: LLMOptions, checkpoint: Checkpoint, device: torch.device) -> tuple:
