@@ -1,7 +1,9 @@
 """Checkpoints in quantised layouts: exact weights, the logits of Hugging Face, what is refused."""
 
+import copy
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -9,69 +11,16 @@ import torch
 
 from sglite.interface.errors import CheckpointError, ConfigError, UnsupportedModelError
 from sglite.layers.linear import StackedLinear
-from sglite.ops import PackedWeight, QuantizedWeight
+from sglite.layers.weight import Weight
+from sglite.models.quantized_weights import QuantizedPart, choose_layouts
+from sglite.models.weights import Target
+from sglite.ops import PackedWeight, QuantizedLayout, QuantizedWeight
 from tests.checkpoints import edit_json, hugging_face_logits, make_checkpoint
 from tests.forward import assert_near
 from tests.models.loading import load, logits_of
-from tests.quantized_checkpoints import (
-    awq_tensors,
-    draw_weight,
-    gptq_tensors,
-    make_quantized,
-    pack_quantized_config,
-    pack_quantized_tensors,
-)
+from tests.quantized_checkpoints import awq, compressed, gptq, make_quantized
 
 TOKEN_IDS = (5, 6, 7, 8, 300, 12, 99)
-
-
-def gptq(random, bits=4, group_size=32, version=1, symmetric=False, shuffled=False):
-    """A GPTQ config and quantiser; the layers of one input share the order of its columns."""
-    config = {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group_size,
-        "desc_act": shuffled,
-        "sym": symmetric,
-    }
-    if version == 2:
-        config["checkpoint_format"] = "gptq_v2"
-    orders = {}
-
-    def quantize(path, n, k):
-        weight = draw_weight(random, n, k, bits, group_size, symmetric=symmetric, shuffled=shuffled)
-        block = path.rsplit(".", 1)[0] + ("/down" if "down" in path else "")
-        block += "/o" if "o_proj" in path else ""
-        weight.groups = orders.setdefault(block, weight.groups)
-        return weight, gptq_tensors(weight, version=version)
-
-    return config, quantize
-
-
-def awq(random, group_size=32):
-    config = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": group_size,
-        "zero_point": True,
-        "version": "gemm",
-    }
-
-    def quantize(path, n, k):
-        weight = draw_weight(random, n, k, 4, group_size)
-        return weight, awq_tensors(weight)
-
-    return config, quantize
-
-
-def compressed(random, bits=4, group_size=32, symmetric=True, **others):
-    shuffled = others.get("with_index", False)
-
-    def quantize(path, n, k):
-        weight = draw_weight(random, n, k, bits, group_size, symmetric=symmetric, shuffled=shuffled)
-        return weight, pack_quantized_tensors(weight, symmetric=symmetric, **others)
-
-    return pack_quantized_config(bits, group_size, symmetric=symmetric), quantize
 
 
 FORMATS = {
@@ -83,15 +32,22 @@ FORMATS = {
     "gptq-8": lambda r: gptq(r, bits=8),
     "gptq-8-v2": lambda r: gptq(r, bits=8, version=2, group_size=64),
     "gptq-act-order": lambda r: gptq(r, shuffled=True),
+    "gptq-act-order-64": lambda r: gptq(r, shuffled=True, group_size=64),
     "awq": lambda r: awq(r),
     "awq-64": lambda r: awq(r, group_size=64),
     "awq-128": lambda r: awq(r, group_size=128),
     "compressed-4": lambda r: compressed(r),
     "compressed-4-whole": lambda r: compressed(r, group_size=-1),
-    "compressed-4-zeros": lambda r: compressed(r, symmetric=False),
+    "compressed-4-zeros": lambda r: compressed(r, symmetric=False, group_size=64),
+    "compressed-4-tensor": lambda r: compressed(r, group_size=-1, is_whole=True),
+    "compressed-8-tensor-zeros": lambda r: compressed(
+        r, bits=8, group_size=-1, symmetric=False, is_whole=True
+    ),
     "compressed-4-whole-zeros": lambda r: compressed(r, group_size=-1, symmetric=False),
-    "compressed-4-plain-zeros": lambda r: compressed(r, symmetric=False, plain_zeros=True),
-    "compressed-4-index": lambda r: compressed(r, with_index=True),
+    "compressed-4-plain-zeros": lambda r: compressed(
+        r, symmetric=False, plain_zeros=True, group_size=64
+    ),
+    "compressed-4-index": lambda r: compressed(r, with_index=True, group_size=64),
     "compressed-8": lambda r: compressed(r, bits=8, group_size=-1),
     "compressed-8-group": lambda r: compressed(r, bits=8, group_size=64),
     "compressed-8-zeros": lambda r: compressed(r, bits=8, symmetric=False),
@@ -123,9 +79,10 @@ def stored_kinds(model):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_exact_and_logits_those_of_hugging_face(tmp_path, name):
+    """The last group of `down_proj` is not full where groups are of 64 or 128."""
     random = np.random.default_rng(0)
     made = make_quantized(
-        tmp_path, "llama-biases", *FORMATS[name](random), hidden_size=128, intermediate_size=256
+        tmp_path, "llama-biases", *FORMATS[name](random), hidden_size=128, intermediate_size=160
     )
     loaded = load(tmp_path, dtype="float32")
     assert (
@@ -209,10 +166,11 @@ def test_biases_of_zeros_that_the_model_does_not_have(tmp_path):
         load(tmp_path)
 
 
-def refused(tmp_path, error, message, config, quantize, family="llama", **arguments):
-    make_quantized(tmp_path, family, config, quantize)
-    with pytest.raises(error, match=message):
+def refused(tmp_path, error, message, config, quantize, **arguments):
+    make_quantized(tmp_path, "llama", config, quantize)
+    with pytest.raises(error, match=message) as caught:
         load(tmp_path, **arguments)
+    assert error is ConfigError or str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +194,57 @@ def refused(tmp_path, error, message, config, quantize, family="llama", **argume
 def test_settings_that_are_refused(tmp_path, make, changes, message):
     config, quantize = make(np.random.default_rng(0))
     refused(tmp_path, UnsupportedModelError, message, config | changes, quantize)
+
+
+def edited(values, path, value):
+    """A copy of a config in which the value at the end of a path is another one."""
+    values = copy.deepcopy(values)
+    *above, last = path.split(".")
+    holder = values
+    for key in above:
+        holder = holder[key]
+    holder[last] = value
+    return values
+
+
+GROUP = "config_groups.group_0"
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "value", "message"),
+    [
+        (gptq, "quant_method", ["gptq"], r"quantised \(\['gptq'\]\)"),
+        (gptq, "quant_method", {"gptq": 1}, r"quantised \(\{'gptq': 1\}\)"),
+        (gptq, "bits", "4", "bits='4' must be a whole number"),
+        (gptq, "bits", 4.0, "bits=4.0 must be a whole number"),
+        (gptq, "group_size", [32], r"group_size=\[32\] must be a whole number"),
+        (gptq, "group_size", True, "group_size=True must be a whole number"),
+        (gptq, "dynamic", "-:.*", "dynamic='-:.*' must be an object"),
+        (awq, "bits", None, "bits=None is not implemented"),
+        (compressed, "sparsity_config", "dense", "sparsity_config='dense' must be an object"),
+        (compressed, "config_groups", [], r"config_groups=\[\] must be an object"),
+        (compressed, "config_groups", {}, "there are no config_groups"),
+        (compressed, GROUP, "Linear", r"config_groups\['group_0'\] has no weights"),
+        (compressed, f"{GROUP}.targets", "Linear", "targets='Linear' must be a list"),
+        (compressed, f"{GROUP}.targets", [4], r"targets=\[4\] must be a list of names"),
+        (
+            compressed,
+            f"{GROUP}.targets",
+            ["re:(x"],
+            "'re:\\(x' in targets is no regular expression",
+        ),
+        (compressed, f"{GROUP}.targets", ["re:x{9999999999}"], "is no regular expression"),
+        (compressed, f"{GROUP}.weights.num_bits", 4.0, "num_bits=4.0 must be a whole number"),
+        (compressed, f"{GROUP}.weights.group_size", "32", "group_size='32' must be a whole number"),
+        (compressed, f"{GROUP}.weights.symmetric", "yes", "symmetric='yes' must be true or false"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(folder, make, path, value, message):
+    config, _ = make(np.random.default_rng(0))
+    edit_json(folder / "config.json", {"quantization_config": edited(config, path, value)})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load(folder)
+    assert str(folder / "config.json") in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -291,20 +300,46 @@ def cut(suffix, axis):
     return change
 
 
+def one(suffix):
+    def change(tensors):
+        tensors[suffix] = tensors[suffix][:1, 0]
+
+    return change
+
+
+def zero_points(value):
+    def change(tensors):
+        tensors["weight_zero_point"] = np.full((64, 2), value, np.int8)
+
+    return change
+
+
+def twice(tensors):
+    tensors["weight"] = np.zeros((64, 64), np.float16)
+
+
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [
         (gptq, without("scales"), r"q_proj.scales is missing"),
+        (gptq, twice, r"q_proj is there twice"),
         (gptq, cut("qweight", 0), r"q_proj.qweight is I32\[7, 64\]; expected int32\[8, 64\]"),
         (awq, without("qzeros"), r"q_proj.qzeros is missing"),
         (awq, cut("scales", 0), r"q_proj.scales is F16\[1, 64\]"),
         (compressed, without("weight_shape"), r"q_proj.weight_shape is missing"),
+        (compressed, without("weight_scale"), r"q_proj.weight_scale is missing"),
         (compressed, cut("weight_scale", 1), r"q_proj.weight_scale is F16\[64, 1\]"),
+        (compressed, one("weight_scale"), r"q_proj.weight_scale is F16\[1\]; .*\[64, 2\]"),
+        (compressed, zero_points(1), r"q_proj.weight_zero_point .* that the layer is symmetric"),
         (compressed, without("weight_packed"), r"missing: model.layers.0.self_attn.q_proj.weight"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, make, change, message):
-    config, quantize = make(np.random.default_rng(0))
+    refused(tmp_path, CheckpointError, message, *changing(change, *make(np.random.default_rng(0))))
+
+
+def changing(change, config, quantize):
+    """A recipe that changes the tensors of one layer."""
 
     def changed(path, n, k):
         weight, tensors = quantize(path, n, k)
@@ -312,7 +347,13 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, make, change, message):
             change(tensors)
         return weight, tensors
 
-    refused(tmp_path, CheckpointError, message, config, changed)
+    return config, changed
+
+
+def test_zero_points_of_zero_may_be_there_where_a_layer_is_symmetric(tmp_path):
+    recipe = changing(zero_points(0), *compressed(np.random.default_rng(0)))
+    made = make_quantized(tmp_path, "llama", *recipe)
+    assert_near(logits_of(load(tmp_path)), hugging_face_logits(made.oracle, (5, 6, 7, 8)), 0.05)
 
 
 def test_the_config_must_say_how_a_layer_is_quantised(tmp_path):
@@ -353,3 +394,22 @@ def test_a_config_under_its_older_name_counts(tmp_path):
     make_quantized(tmp_path, "llama", config, quantize)
     edit_json(tmp_path / "config.json", {"quantization_config": None, "compression_config": config})
     assert load(tmp_path).quantization == "gptq"
+
+
+def test_layouts_are_chosen_in_linear_time():
+    """A mixture of 128 experts in 48 layers has thousands of matrices."""
+    targets, parts = {}, {}
+    layout = QuantizedLayout(4, 32)
+    for index in range(5000):
+        weight = Weight(96, 64, "")
+        for number, name in enumerate("abc"):
+            target = Target(weight, 32 * number, (32, 64))
+            targets[f"{index}.{name}"] = target
+            # One part of each tenth is left out.
+            if index % 10 or name != "b":
+                parts[f"{index}.{name}"] = QuantizedPart(target, None, layout, None)
+    started = time.process_time()
+    choose_layouts(targets, parts)
+    assert time.process_time() - started < 2
+    chosen = [targets[f"{index}.a"].tensor.layout for index in range(5000)]
+    assert chosen == [None if index % 10 == 0 else layout for index in range(5000)]
