@@ -1,8 +1,9 @@
-"""Checkpoints in quantised layouts: exact weights, the logits of Hugging Face, what is refused."""
+"""Checkpoints in quantised layouts: exact weights, and the logits of Hugging Face."""
 
 import json
 import re
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -12,16 +13,15 @@ from sglite.interface.errors import CheckpointError
 from sglite.layers.linear import StackedLinear
 from sglite.layers.weight import Weight
 from sglite.models.quantized_weights import QuantizedPart, choose_layouts
+from sglite.models.safetensors_file import SafetensorsFile
 from sglite.models.weights import Target
 from sglite.ops import PackedWeight, QuantizedLayout, QuantizedWeight
 from tests.checkpoints import edit_json, hugging_face_logits
 from tests.forward import assert_near
-from tests.models.loading import load, logits_of
+from tests.models.loading import load, logits_of, move_data_to_odd_places
 from tests.quantized_checkpoints import awq, compressed, gptq, make_quantized
 
 TOKEN_IDS = (5, 6, 7, 8, 300, 12, 99)
-
-
 FORMATS = {
     "gptq": lambda r: gptq(r),
     "gptq-symmetric": lambda r: gptq(r, symmetric=True),
@@ -170,6 +170,29 @@ def test_a_config_under_its_older_name_counts(tmp_path):
     make_quantized(tmp_path, "llama", config, quantize)
     edit_json(tmp_path / "config.json", {"quantization_config": None, "compression_config": config})
     assert load(tmp_path).quantization == "gptq"
+
+
+@pytest.mark.parametrize("make", [gptq, compressed])
+def test_data_at_odd_places(tmp_path, make, monkeypatch):
+    """Tensors are copied, each once though rows are read piece by piece, and no copy is kept."""
+    recipe = make(np.random.default_rng(0), symmetric=False)
+    made = make_quantized(tmp_path, "llama", *recipe, num_hidden_layers=1)
+    move_data_to_odd_places(tmp_path / "model.safetensors")
+    monkeypatch.setattr("sglite.models.quantized_weights._UNPACKED_AT_ONCE", 32 * 64)
+    read, copies = SafetensorsFile.read, {}
+
+    def counting(file, entry):
+        tensor = read(file, entry)
+        copies.setdefault(entry.name, []).append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(SafetensorsFile, "read", counting)
+    weights = part_weights(load(tmp_path, dtype="float32").model)
+    for path, expected in made.weights.items():
+        assert torch.equal(weights[path], torch.from_numpy(expected)), path
+    # Zero points and shapes are looked at once more before anything is written.
+    assert max(map(len, copies.values())) <= 2
+    assert not any(tensor() is not None for refs in copies.values() for tensor in refs)
 
 
 def test_zero_points_of_zero_may_be_there_where_a_layer_is_symmetric(tmp_path):
