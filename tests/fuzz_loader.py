@@ -21,14 +21,20 @@ from typing import Any
 MIB = 1 << 20
 SECONDS = 5.0
 MEMORY = 1024 * MIB
-#: What is loaded, by the names of `tests.checkpoints.CONFIGS` and their options.
+# Of `tests.quantized_checkpoints`.
+_RECIPES = ("gptq", "compressed")
+#: What is loaded, by the names of `tests.checkpoints.CONFIGS`, or of recipes for layers of a Llama,
+#: and their options.
 BASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma2": {"shard_size": "200KB"},
     "qwen3-moe": {"num_hidden_layers": 1},
     "phi3-long": {},
+    **{name: {"num_hidden_layers": 1} for name in _RECIPES},
 }
 _SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+# Of a config, which has many other values, this is changed as often as all the rest.
+_WHOLE_PART = "quantization_config"
 _VALUES = (
     *(None, True, False, 0, -1, 1, 2, 3, 7, 10**4, 10**9, 2**31, 2**63, 10**30, -(10**18)),
     *(0.5, 1e30, -1e-30, float("nan"), float("inf"), "", "x", "../../x", "/etc/passwd", "\ud800"),
@@ -64,8 +70,9 @@ def mutate(data: bytes, source: random.Random, *, header: bool) -> bytes:
         )
     start, stop = (8, 8 + int.from_bytes(data[:8], "little")) if header else (0, len(data))
     contents = json.loads(data[start:stop])
+    part = contents.get(_WHOLE_PART)
     for _ in range(source.choice((1, 1, 1, 2, 4))):
-        _mutate_value(contents, source)
+        _mutate_value(part if part and source.random() < 0.5 else contents, source)
     text = json.dumps(contents).encode()
     if not header:
         return text
@@ -167,12 +174,18 @@ def _peak_memory(*, reset: bool = False) -> int:
 
 def make_bases(folder: Path) -> None:
     """Writes the checkpoints that are mutated."""
+    import numpy as np
     import torch
 
+    from tests import quantized_checkpoints
     from tests.checkpoints import make_checkpoint
 
     for name, options in BASES.items():
-        make_checkpoint(folder / name, name, dtype=torch.bfloat16, **options)
+        if name in _RECIPES:
+            recipe = getattr(quantized_checkpoints, name)(np.random.default_rng(0))
+            quantized_checkpoints.make_quantized(folder / name, "llama", *recipe, **options)
+        else:
+            make_checkpoint(folder / name, name, dtype=torch.bfloat16, **options)
 
 
 def _child(seed: int, mutations: int, folder: Path, results: Any) -> None:

@@ -1,23 +1,28 @@
 """Small checkpoints in the ecosystem's quantised layouts, packed by numpy, element by element.
 
 Every writer follows the layout's specification alone: a loop over elements that puts a code into
-its place. The oracle is the Hugging Face model in float32 whose weights are set to what the codes
-stand for.
+its place. The oracle is the Hugging Face model in float32, of a checkpoint whose weights are what
+the codes stand for.
 """
 
-import json
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.checkpoints import make_model, make_tokenizer
+from tests.checkpoints import edit_json, hugging_face, make_checkpoint
 
+WEIGHT_FILE = "model.safetensors"
+#: Linear layers of decoders, without routers and heads.
+LINEAR = r"(_proj|[.]w[123])$"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -109,44 +114,115 @@ def awq_tensors(weight: Quantized) -> dict[str, np.ndarray]:
 
 
 def pack_quantized_tensors(
-    weight: Quantized, *, symmetric: bool, plain_zeros: bool = False, with_index: bool = False
+    weight: Quantized,
+    *,
+    symmetric: bool,
+    plain_zeros: bool = False,
+    with_index: bool = False,
+    is_whole: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The layout "pack-quantized" of compressed-tensors."""
+    """The layout "pack-quantized" of compressed-tensors; `is_whole`: its strategy "tensor"."""
     tensors = {
         "weight_packed": pack(weight.codes, weight.bits, 1),
-        "weight_scale": weight.scales,
+        "weight_scale": weight.scales[0] if is_whole else weight.scales,
         "weight_shape": np.array(weight.codes.shape),
     }
     if not symmetric:
-        zeros = weight.zeros - (1 << (weight.bits - 1))
-        tensors["weight_zero_point"] = (
-            zeros.astype(np.int8) if plain_zeros else pack(weight.zeros, weight.bits, 0)
-        )
+        zeros = (weight.zeros - (1 << (weight.bits - 1))).astype(np.int8)
+        packed = zeros if plain_zeros else pack(weight.zeros, weight.bits, 0)
+        tensors["weight_zero_point"] = zeros[0] if is_whole else packed
     if with_index:
         tensors["weight_g_idx"] = weight.groups.astype(np.int32)
     return tensors
 
 
-def pack_quantized_config(
-    bits: int, group_size: int, *, symmetric: bool = True, **others: Any
-) -> dict[str, Any]:
-    """Its `quantization_config`."""
+#: From a linear layer's name and shape to its weight and tensors; None leaves the layer as it is.
+Quantizer = Callable[[str, int, int], tuple[Quantized, dict[str, np.ndarray]] | None]
+#: A `quantization_config`, and what writes such layers.
+Recipe = tuple[dict[str, Any], Quantizer]
+
+
+def gptq(
+    random: np.random.Generator,
+    bits: int = 4,
+    group_size: int = 32,
+    version: int = 1,
+    symmetric: bool = False,
+    shuffled: bool = False,
+) -> Recipe:
+    """GPTQ; the layers of one input share the order of its columns."""
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": shuffled,
+        "sym": symmetric,
+    }
+    if version == 2:
+        config["checkpoint_format"] = "gptq_v2"
+    orders = {}
+
+    def quantize(path, n, k):
+        weight = draw_weight(random, n, k, bits, group_size, symmetric=symmetric, shuffled=shuffled)
+        block = path.rsplit(".", 1)[0] + ("/down" if "down" in path else "")
+        block += "/o" if "o_proj" in path else ""
+        weight.groups = orders.setdefault((block, k), weight.groups)
+        return weight, gptq_tensors(weight, version=version)
+
+    return config, quantize
+
+
+def awq(random: np.random.Generator, group_size: int = 32) -> Recipe:
+    """AWQ."""
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+    }
+
+    def quantize(path, n, k):
+        weight = draw_weight(random, n, k, 4, group_size)
+        return weight, awq_tensors(weight)
+
+    return config, quantize
+
+
+def compressed(
+    random: np.random.Generator,
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = True,
+    **others: bool,
+) -> Recipe:
+    """compressed-tensors; further arguments are those of `pack_quantized_tensors`."""
+    is_whole = others.get("is_whole", False)
+    strategy = "tensor" if is_whole else "channel" if group_size == -1 else "group"
     weights = {
         "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,
-        "strategy": "channel" if group_size == -1 else "group",
+        "strategy": strategy,
         "group_size": None if group_size == -1 else group_size,
         "dynamic": False,
     }
-    return {
+    config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": ["lm_head"],
-        **others,
     }
+    shuffled = others.get("with_index", False)
+
+    def quantize(path, n, k):
+        weight = draw_weight(random, n, k, bits, group_size, symmetric=symmetric, shuffled=shuffled)
+        if is_whole:
+            weight.scales[:], weight.zeros[:] = weight.scales[0], weight.zeros[0]
+        return weight, pack_quantized_tensors(weight, symmetric=symmetric, **others)
+
+    return config, quantize
 
 
 @dataclass
@@ -155,23 +231,29 @@ class Made:
 
     Attributes:
         folder: where it is.
-        oracle: the Hugging Face model in float32 with the weights that codes stand for.
+        plain: the folder of the same model in float32, with the weights that codes stand for.
         weights: these weights by the layers' names.
     """
 
     folder: Path
-    oracle: nn.Module
+    plain: Path
     weights: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @cached_property
+    def oracle(self) -> nn.Module:
+        """The Hugging Face model of `plain`."""
+        return hugging_face(self.plain)
 
 
 def make_quantized(
     folder: Path,
     name: str,
     config: dict[str, Any],
-    quantize: Callable[[str, int, int], tuple[Quantized, dict[str, np.ndarray]] | None],
+    quantize: Quantizer,
     *,
     extra: dict[str, np.ndarray] | None = None,
     dtype: str = "float16",
+    layers: str = LINEAR,
     **overrides: Any,
 ) -> Made:
     """Writes a model of `tests.checkpoints.CONFIGS` with quantised linear layers.
@@ -179,43 +261,56 @@ def make_quantized(
     Args:
         folder: where to; made if it is not there.
         name: a key of `CONFIGS`.
-        config: the `quantization_config`.
-        quantize: from a linear layer's name and shape to its weight and tensors; None leaves the
-            layer as it is.
-        extra: further tensors.
-        dtype: of the tensors that are not quantised.
+        config, quantize, extra, dtype, layers: as for `quantize_checkpoint`.
         **overrides: of the model's config.
     """
-    model = make_model(name, **overrides)
-    model.to(getattr(torch, dtype)).float()
-    made = Made(folder, model)
-    linear = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
-    tensors = {}
-    for path, module in linear.items():
-        quantized = None if path == "lm_head" else quantize(path, *module.weight.shape)
+    make_checkpoint(folder, name, **overrides)
+    return quantize_checkpoint(folder, config, quantize, extra=extra, dtype=dtype, layers=layers)
+
+
+def quantize_checkpoint(
+    folder: Path,
+    config: dict[str, Any],
+    quantize: Quantizer,
+    *,
+    extra: dict[str, np.ndarray] | None = None,
+    dtype: str = "float16",
+    layers: str = LINEAR,
+) -> Made:
+    """Puts quantised layers into a checkpoint of one file, with weights of their own.
+
+    Args:
+        folder: the checkpoint, in float32.
+        config: the `quantization_config`.
+        quantize: what becomes of a layer.
+        extra: further tensors.
+        dtype: of the tensors that are not quantised.
+        layers: a regular expression that the layers' names fit, somewhere.
+    """
+    made = Made(folder, folder / "plain")
+    made.plain.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file():
+            shutil.copy(path, made.plain)
+    tensors, plain = {}, {}
+    for name, value in load_file(folder / WEIGHT_FILE).items():
+        path = name.removesuffix(".weight")
+        quantized = None
+        if path != name and re.search(layers, path):
+            quantized = quantize(path, *value.shape)
         if quantized is None:
+            tensors[name] = value.to(getattr(torch, dtype))
+            plain[name] = tensors[name].float()
             continue
         weight, parts = quantized
         made.weights[path] = weight.numbers()
-        module.weight.data = torch.from_numpy(made.weights[path])
-        for suffix, value in parts.items():
-            tensors[f"{path}.{suffix}"] = torch.from_numpy(np.ascontiguousarray(value))
-    for path, value in model.state_dict().items():
-        is_tied = path == "lm_head.weight" and model.config.tie_word_embeddings
-        if path.removesuffix(".weight") not in made.weights and not is_tied:
-            tensors[path] = value.to(getattr(torch, dtype))
+        plain[name] = torch.from_numpy(made.weights[path])
+        for suffix, part in parts.items():
+            tensors[f"{path}.{suffix}"] = torch.from_numpy(np.ascontiguousarray(part))
     for path, value in (extra or {}).items():
         tensors[path] = torch.from_numpy(value)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(folder)
-    values = json.loads((folder / "config.json").read_text())
-    values |= {
-        "quantization_config": config,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        "architectures": [type(model).__name__],
-    }
-    (folder / "config.json").write_text(json.dumps(values))
-    make_tokenizer().save_pretrained(folder)
+    save_file(tensors, folder / WEIGHT_FILE, metadata={"format": "pt"})
+    save_file(plain, made.plain / WEIGHT_FILE, metadata={"format": "pt"})
+    values = {"quantization_config": config, "torch_dtype": dtype, "dtype": dtype}
+    edit_json(folder / "config.json", values)
     return made

@@ -1,6 +1,7 @@
 """MLPs of many experts, of which each token uses a few."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ class Router(Linear):
         num_experts: width of the output.
         quant_config, prefix: as for `Linear`.
     """
+
+    # Where two experts' logits are close, rounding changes which of them a token goes to; and it
+    # would save next to nothing.
+    quantized_at_load: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ dtype it will run in.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +209,10 @@ class WeightModule(nn.Module):
 
     Attributes:
         matrix: the stored weight.
+        quantized_at_load: whether `LLM(quantization=)` stores layers of this class quantised.
     """
+
+    quantized_at_load: ClassVar[bool] = True
 
     def __init__(self, rows: int, columns: int, name: str):
         super().__init__()

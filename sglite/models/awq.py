@@ -16,6 +16,8 @@ from torch import Tensor
 from sglite.models.quantized_format import (
     QuantizedFormat,
     QuantizedTensors,
+    read_group_size,
+    read_setting,
     refuse,
     signed,
     unpack_codes,
@@ -45,7 +47,7 @@ class AwqFormat(QuantizedFormat):
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "AwqFormat":
         """Reads `bits`, `group_size`, `version` and `zero_point`, also by their older names."""
-        bits = values.get("bits", values.get("w_bit"))
+        bits = read_setting(_NAME, values, "bits" if "bits" in values else "w_bit", int)
         if bits != _BITS:
             raise refuse(_NAME, "bits", bits, "4")
         version = str(values.get("version") or values.get("format") or "gemm").lower()
@@ -53,10 +55,8 @@ class AwqFormat(QuantizedFormat):
             raise refuse(_NAME, "version", version, "gemm")
         if not values.get("zero_point", True):
             raise refuse(_NAME, "zero_point", False, "True")
-        group_size = values.get("group_size", values.get("q_group_size", 128))
-        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-            raise refuse(_NAME, "group_size", group_size, "a positive number, or -1")
-        return cls(None if group_size == -1 else group_size)
+        size_name = "group_size" if "group_size" in values else "q_group_size"
+        return cls(read_group_size(_NAME, values, size_name))
 
     def layout(self, tensors: QuantizedTensors) -> QuantizedLayout:
         """See the base class."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from sglite.models.quantized_format import (
     QuantizedFormat,
     QuantizedTensors,
+    read_group_size,
+    read_setting,
     refuse,
     signed,
     unpack_codes,
@@ -47,21 +49,21 @@ class GptqFormat(QuantizedFormat):
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> "GptqFormat":
         """Reads `bits`, `group_size` and `checkpoint_format`."""
-        bits, group_size = values.get("bits"), values.get("group_size", 128)
+        bits = read_setting(_NAME, values, "bits", int)
         if bits not in (4, 8):
             raise refuse(_NAME, "bits", bits, "4, 8")
-        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-            raise refuse(_NAME, "group_size", group_size, "a positive number, or -1")
+        group_size = read_group_size(_NAME, values, "group_size")
         layout = values.get("checkpoint_format") or values.get("format") or "gptq"
         if values.get("is_marlin_format"):
             layout = "marlin"
         if layout not in ("gptq", "gptq_v2"):
             raise refuse(_NAME, "checkpoint_format", layout, "gptq, gptq_v2")
         # Patterns with "-:" name layers that are not quantised, which shows in the tensors.
-        settings = [key for key in values.get("dynamic") or {} if not key.startswith("-:")]
+        dynamic = read_setting(_NAME, values, "dynamic", Mapping, {})
+        settings = [key for key in dynamic if not key.startswith("-:")]
         if settings:
             raise refuse(_NAME, "dynamic", settings, "patterns of layers left out (-:)")
-        return cls(bits, None if group_size == -1 else group_size, int(layout == "gptq"))
+        return cls(bits, group_size, int(layout == "gptq"))
 
     def layout(self, tensors: QuantizedTensors) -> QuantizedLayout:
         """See the base class."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sglite.interface.errors import ConfigError, UnsupportedModelError
+from sglite.interface.errors import CheckpointError, ConfigError, UnsupportedModelError
 from sglite.layers.embedding import Embedding, LMHead
 from sglite.layers.weight import Weight, WeightModule
 from sglite.models.awq import AwqFormat
@@ -40,9 +40,11 @@ def resolve_quantization(
         checkpoint: whose config may hold a `quantization_config`.
 
     Raises:
+        CheckpointError: the checkpoint's config has a value of a kind that it cannot have.
         ConfigError: what is asked for is unknown, or contradicts the checkpoint.
         UnsupportedModelError: the checkpoint's way is not implemented.
     """
+    path = checkpoint.folder / "config.json"
     values = _quantization_config(checkpoint.config)
     if values is None:
         if asked is not None and asked not in AT_LOAD:
@@ -54,11 +56,11 @@ def resolve_quantization(
             )
         return asked, None
     method = values.get("quant_method")
-    if method not in _FORMATS:
+    if not isinstance(method, str) or method not in _FORMATS:
         raise UnsupportedModelError(
-            f"the weights are quantised ({method or values!r}), which is not implemented; known: "
-            f"{', '.join(sorted(_FORMATS))}. Use such a checkpoint, or one in bfloat16, float16 or "
-            f"float32"
+            f"{path}: the weights are quantised ({repr(method or values)[:200]}), which is not "
+            f"implemented; known: {', '.join(sorted(_FORMATS))}. Use such a checkpoint, or one in "
+            f"bfloat16, float16 or float32"
         )
     if asked not in (None, method):
         raise ConfigError(
@@ -66,11 +68,16 @@ def resolve_quantization(
             f"already ({method}): leave quantization= out, or use a checkpoint in bfloat16, "
             f"float16 or float32"
         )
-    return method, _FORMATS[method].from_config(values)
+    try:
+        return method, _FORMATS[method].from_config(values)
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def quantize_at_load(model: nn.Module, method: str) -> None:
-    """Has every matrix of a model stored quantised, embeddings and output head among them.
+    """Has the matrices of a model stored quantised, embeddings and output head among them.
+
+    Layers whose class says that rounding them does harm stay plain (`quantized_at_load`).
 
     Args:
         model: nothing has been written into it yet.
@@ -79,7 +86,9 @@ def quantize_at_load(model: nn.Module, method: str) -> None:
             embeddings and output head are int8: they suffer most, and halve the loss so.
     """
     for module in model.modules():
-        if isinstance(module, WeightModule) and module.matrix.layout is None:
+        if not isinstance(module, WeightModule) or not module.quantized_at_load:
+            continue
+        if module.matrix.layout is None:
             is_vocabulary = isinstance(module, Embedding | LMHead)
             own_method = "int8" if is_vocabulary else method
             module.matrix.quantize(layout_at_load(module.matrix, own_method))

@@ -7,7 +7,7 @@ scales: `weight = (code - zero) * scale`, with groups of neighbouring columns.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ class QuantizedTensors:
     """The tensors of one quantised layer, by the last part of their names.
 
     Attributes:
-        name: the layer's path in the checkpoint.
+        name: the layer's path in the checkpoint, which a model's class may have under another one.
         shape: (rows, columns) of its weight.
         found: the file and entry of each tensor.
     """
@@ -31,14 +31,27 @@ class QuantizedTensors:
     name: str
     shape: tuple[int, int]
     found: Mapping[str, tuple[SafetensorsFile, TensorEntry]]
+    # Of tensors that do not lie in the file so that they can be mapped.
+    _copies: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """A file that has the layer, and its name: where messages begin."""
+        file, _ = next(iter(self.found.values()))
+        return f"{file.path}: {self.name}"
 
     def read(self, suffix: str) -> Tensor:
-        """A tensor, over the mapped file."""
+        """A tensor, valid until `release`."""
         file, entry = self.found[suffix]
-        return file.read(entry)
+        if file.is_mapped(entry):
+            return file.read(entry)
+        if suffix not in self._copies:  # layers are read rows by rows
+            self._copies[suffix] = file.read(entry)
+        return self._copies[suffix]
 
     def release(self) -> None:
-        """Gives back the memory of the pages that were read."""
+        """Gives back the memory of what was read."""
+        self._copies.clear()
         for file, entry in self.found.values():
             file.release(entry)
 
@@ -46,12 +59,12 @@ class QuantizedTensors:
         """Raises CheckpointError unless a tensor is there with this shape and one of the dtypes."""
         wanted = f"{'/'.join(str(d).removeprefix('torch.') for d in dtypes)}{list(shape)}"
         if suffix not in self.found:
-            raise CheckpointError(f"tensor {self.name}.{suffix} is missing: expected {wanted}")
+            raise CheckpointError(f"{self.place}.{suffix} is missing: expected {wanted}")
         file, entry = self.found[suffix]
         if entry.shape != shape or entry.dtype not in dtypes:
             raise CheckpointError(
-                f"{file.path}: tensor {self.name}.{suffix} is {entry.dtype_name}"
-                f"{list(entry.shape)}; expected {wanted}"
+                f"{file.path}: {self.name}.{suffix} is {entry.dtype_name}{list(entry.shape)}; "
+                f"expected {wanted}"
             )
 
     def dtype(self, suffix: str) -> torch.dtype:
@@ -73,7 +86,12 @@ class QuantizedFormat(ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, values: Mapping[str, Any]) -> "QuantizedFormat":
-        """Reads the config. Raises UnsupportedModelError for what is not implemented."""
+        """Reads the config.
+
+        Raises:
+            CheckpointError: a value is of a kind that it cannot have.
+            UnsupportedModelError: it asks for something that is not implemented.
+        """
 
     @abstractmethod
     def layout(self, tensors: QuantizedTensors) -> QuantizedLayout:
@@ -109,7 +127,7 @@ def column_order(
     order = torch.argsort(groups, stable=True)
     if not torch.equal(groups[order].long(), in_order):
         raise UnsupportedModelError(
-            f"{tensors.name}: g_idx puts columns into groups that are not of {layout.group_size} "
+            f"{tensors.place}: g_idx puts columns into groups that are not of {layout.group_size} "
             f"columns each, which is not implemented"
         )
     return order
@@ -130,9 +148,42 @@ def signed(codes: Tensor, bits: int) -> Tensor:
     return codes.view(torch.int8) - 8
 
 
+def read_setting(
+    format_name: str, values: Mapping[str, Any], setting: str, kind: type, default: Any = None
+) -> Any:
+    """A value of a `quantization_config`; `default` where it is left out, or null.
+
+    Raises:
+        CheckpointError: it is not of `kind`.
+    """
+    value = values.get(setting)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise CheckpointError(
+            f"quantization_config ({format_name}): {setting}={_short(value)} must be {_KINDS[kind]}"
+        )
+    return value
+
+
+def read_group_size(format_name: str, values: Mapping[str, Any], setting: str) -> int | None:
+    """The inputs of a group, 128 where nothing is said; None: all (-1)."""
+    size = read_setting(format_name, values, setting, int, 128)
+    if size < 1 and size != -1:
+        raise refuse(format_name, setting, size, "a positive number, or -1")
+    return None if size == -1 else size
+
+
 def refuse(format_name: str, setting: str, value: Any, known: str) -> UnsupportedModelError:
     """The error for a setting of a `quantization_config` that is not implemented."""
     return UnsupportedModelError(
-        f"quantization_config ({format_name}): {setting}={value!r} is not implemented; known: "
-        f"{known}"
+        f"quantization_config ({format_name}): {setting}={_short(value)} is not implemented; "
+        f"known: {known}"
     )
+
+
+_KINDS = {int: "a whole number", bool: "true or false", list: "a list", Mapping: "an object"}
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:200]

@@ -1,5 +1,6 @@
 """Filling a model's matrices from the tensors of quantised layers."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ class QuantizedPart:
     def write(self, quantized: QuantizedFormat) -> None:
         """Fills the rows: codes where the matrix stores such, else the numbers they stand for."""
         weight: Weight = self.target.tensor
-        count, columns = self.target.shape
+        count, columns = self.tensors.shape
         step = max(1, _UNPACKED_AT_ONCE // columns // _PANEL_ROWS) * _PANEL_ROWS
         for start in range(0, count, step):
             rows = quantized.rows(self.tensors, start, min(start + step, count))
@@ -77,18 +78,22 @@ def take_quantized(
     parts = {}
     for name, target in targets.items():
         path = name.removesuffix(".weight")
-        if not isinstance(target.tensor, Weight) or f"{path}.{quantized.marker}" not in found:
+        marker = found.get(f"{path}.{quantized.marker}")
+        if not isinstance(target.tensor, Weight) or marker is None:
             continue
         names = {suffix: f"{path}.{suffix}" for suffix in quantized.suffixes}
         tensors = QuantizedTensors(
-            path,
-            target.shape,
+            marker[1].name.removesuffix(f".{quantized.marker}"),
+            (target.shape[0], target.tensor.shape[1]),
             {suffix: found.pop(full) for suffix, full in names.items() if full in found},
         )
+        if name in found:
+            raise CheckpointError(f"{tensors.place} is there twice: quantised, and as it was")
         layout = quantized.layout(tensors)
-        if problem := layout.problem(target.shape[1]):
-            raise UnsupportedModelError(f"{path}: {problem} is not implemented")
+        if problem := layout.problem(tensors.shape[1]):
+            raise UnsupportedModelError(f"{tensors.place}: {problem} is not implemented")
         order = column_order(tensors, layout, quantized.group_indices(tensors))
+        tensors.release()
         parts[name] = QuantizedPart(target, tensors, layout, order)
         _drop_empty_bias(f"{path}.bias", targets, found)
     _check_single(targets, found, parts)
@@ -102,7 +107,7 @@ def _drop_empty_bias(
 ) -> None:
     if name in found and name not in targets:
         file, entry = found[name]
-        if not file.read(entry).any():
+        if entry.dtype is not None and not file.read(entry).float().any():
             del found[name]
 
 
@@ -115,8 +120,8 @@ def _check_single(
         other = others.setdefault(part.target.key, name)
         if other != name:
             raise CheckpointError(
-                f"tensor {part.tensors.name} is quantised, but is one with {other} in this model "
-                f"(tie_word_embeddings)"
+                f"{part.tensors.place} is quantised apart from {other}, with which config.json "
+                f"ties it: such a checkpoint must say that tie_word_embeddings is false"
             )
 
 
@@ -125,14 +130,17 @@ def choose_layouts(targets: Mapping[str, "Target"], parts: Mapping[str, Quantize
 
     A stacked layer of which a part is left out, say, stores the numbers that codes stand for.
     """
-    weights = {id(part.target.tensor): part.target.tensor for part in parts.values()}
-    for key, weight in weights.items():
-        keys = {target.key for target in targets.values() if id(target.tensor) == key}
-        own = [part for part in parts.values() if id(part.target.tensor) == key]
+    places: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    for target in targets.values():
+        places[id(target.tensor)].add(target.key)
+    by_weight: dict[int, list[QuantizedPart]] = defaultdict(list)
+    for part in parts.values():
+        by_weight[id(part.target.tensor)].append(part)
+    for key, own in by_weight.items():
         has_zeros = any(part.layout.has_zeros for part in own)
         layouts = {replace(part.layout, has_zeros=has_zeros) for part in own}
-        if len(own) == len(keys) and len(layouts) == 1 and _same_order(own):
-            weight.quantize(layouts.pop(), own[0].order)
+        if len(own) == len(places[key]) and len(layouts) == 1 and _same_order(own):
+            own[0].target.tensor.quantize(layouts.pop(), own[0].order)
 
 
 def _same_order(parts: list[QuantizedPart]) -> bool:

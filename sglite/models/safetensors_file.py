@@ -10,8 +10,8 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,20 +106,36 @@ class SafetensorsFile:
         self._map.close()
 
     def read(self, entry: TensorEntry) -> Tensor:
-        """The tensor, over the mapped file: no copy, and valid until `release` or `close`."""
+        """The tensor, over the mapped file: no copy, and valid until `release` or `close`.
+
+        A copy where `is_mapped` says so, whose pages of the file are given back already.
+        """
         dtype = entry.dtype
         count = math.prod(entry.shape)
         if not count:
             return torch.empty(entry.shape, dtype=dtype)
         if not self.is_mapped(entry):
-            aligned = bytearray(self._map[entry.start : entry.stop])
-            return torch.frombuffer(aligned, dtype=dtype).view(entry.shape)
+            octets = torch.frombuffer(
+                self._map, dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start
+            )
+            copy = octets.clone().view(dtype).view(entry.shape)
+            self.release(entry)
+            return copy
         flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start)
         return flat.view(entry.shape)
 
     def is_mapped(self, entry: TensorEntry) -> bool:
         """Whether `read` gives the mapped file; a copy where the data lies at an odd place."""
         return entry.start % entry.dtype.itemsize == 0
+
+    def pieces(self, entry: TensorEntry, count: int) -> Iterator[Tensor]:
+        """The tensor's elements, flat, `count` at a time; each piece is valid until the next."""
+        size = entry.dtype.itemsize
+        for start in range(entry.start, entry.stop, count * size):
+            stop = min(start + count * size, entry.stop)
+            piece = replace(entry, shape=((stop - start) // size,), start=start, stop=stop)
+            yield self.read(piece)
+            self.release(piece)
 
     def release(self, entry: TensorEntry) -> None:
         """Gives back the memory of the pages that belong to a tensor alone."""

@@ -309,9 +309,9 @@ def load_unregistered(
     name = model_class.__name__
     if quantization is not None and quantization not in AT_LOAD:
         raise UnsupportedModelError(
-            f"the weights are quantised ({quantization}), and {name} is run by Hugging Face's own "
-            f"class, where that is not implemented: use a checkpoint in bfloat16, float16 or "
-            f"float32"
+            f"{checkpoint.folder}: the weights are quantised ({quantization}), and {name} is run "
+            f"by Hugging Face's own class, where that is not implemented: use a checkpoint in "
+            f"bfloat16, float16 or float32"
         )
     limit = _limit(name, config, context_length)
     entries = {}

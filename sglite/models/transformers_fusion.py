@@ -35,6 +35,7 @@ from sglite.models.transformers_parts import (
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ROUTERS = frozenset(("router", "gate"))
 _TORCH_ACTIVATIONS = (nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Mish)
 
 
@@ -150,7 +151,7 @@ class Fuser:
         if self._shared:
             stack = SharedStack(weights, biases)
         else:
-            stack = self._new(parts[0].in_features, sum(widths), weights, biases, paths[0])
+            stack = self._new(parts[0].in_features, sum(widths), weights, biases, *paths)
             del weights
             _drop(parts)
         leader = StackLeader(stack, widths)
@@ -177,16 +178,29 @@ class Fuser:
         _drop([module])
         return layer
 
-    def _new(self, inputs: int, outputs: int, weights, biases, path: str) -> Linear:
-        layer = Linear(inputs, outputs, biases[0] is not None, prefix=path)
-        self._prepare(layer, weights[0].dtype)
+    def _new(self, inputs: int, outputs: int, weights, biases, *paths: str) -> Linear:
+        layer = Linear(inputs, outputs, biases[0] is not None, prefix=paths[0])
+        stays_plain = any(self._is_router(path) for path in paths)
+        self._prepare(layer, weights[0].dtype, stays_plain=stays_plain)
         packed_linear(layer, weights, biases)
         return layer
 
-    def _prepare(self, layer: WeightModule, dtype: torch.dtype) -> None:
+    def _is_router(self, path: str) -> bool:
+        """Whether a layer says which experts a token goes to, or how much of one it takes.
+
+        It stands beside them, or within what is called so. Rounding it does harm: see
+        `sglite.layers.Router`.
+        """
+        above = path.split(".")[:-1]
+        beside = self._modules[".".join(above)]._modules
+        return "experts" in beside or not _ROUTERS.isdisjoint(above)
+
+    def _prepare(
+        self, layer: WeightModule, dtype: torch.dtype, *, stays_plain: bool = False
+    ) -> None:
         """Sets what a weight will be stored as."""
         layer.matrix.convert(lambda tensor: tensor.to(self._device, dtype))
-        if self._quantization is not None:
+        if self._quantization is not None and not stays_plain:
             method = "int8" if isinstance(layer, Embedding | LMHead) else self._quantization
             layer.matrix.quantize(layout_at_load(layer.matrix, method))
 

@@ -35,6 +35,8 @@ HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _NAMES_SHOWN = 5
 # Bytes of tensors that threads share out among them, between two looks for an interrupt.
 _WRITTEN_AT_ONCE = 1 << 30
+# Elements of tied tensors.
+_COMPARED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -132,17 +134,19 @@ def _fill(
         if target is None:
             continue
         first = filled.setdefault(target.key, name)
-        value = file.read(entry)
-        if first == name:
-            _check_range(value, target.dtype, name, file)
-            if target.add_to(writer, value, is_mapped=file.is_mapped(entry)):
-                waiting.append((file, entry))
-                if writer.num_bytes >= _WRITTEN_AT_ONCE:
-                    write_waiting()
-                continue
-            target.write(value)
-        else:
-            _check_same(value, *found[first], target.dtype, name, file)
+        if first != name:
+            _check_same(found[first], (file, entry), target.dtype)
+            continue
+        value, is_mapped = file.read(entry), file.is_mapped(entry)
+        _check_range(value, target.dtype, name, file)
+        if target.add_to(writer, value, is_mapped=is_mapped):
+            waiting.append((file, entry))
+            del value
+            # Copies are not kept: many of them would be a second checkpoint.
+            if writer.num_bytes >= _WRITTEN_AT_ONCE or not is_mapped:
+                write_waiting()
+            continue
+        target.write(value)
         del value
         file.release(entry)
     write_waiting()
@@ -248,26 +252,26 @@ def _check(
 
 
 def _check_same(
-    value: Tensor,
-    first_file: SafetensorsFile,
-    first: TensorEntry,
+    first: tuple[SafetensorsFile, TensorEntry],
+    second: tuple[SafetensorsFile, TensorEntry],
     dtype: torch.dtype,
-    name: str,
-    file: SafetensorsFile,
 ) -> None:
-    """Two tensors for one place, as of a tied embedding and head, must be one."""
-    if not torch.equal(first_file.read(first).to(dtype), value.to(dtype)):
-        raise CheckpointError(
-            f"{file.path}: tensor {name!r} is tied to another one in this model "
-            f"(tie_word_embeddings), but their values differ"
-        )
-    first_file.release(first)
+    """Two tensors for one place, as of a tied embedding and head, must be one when converted."""
+    pieces = (file.pieces(entry, _COMPARED_AT_ONCE) for file, entry in (first, second))
+    for one, other in zip(*pieces, strict=True):
+        if not torch.equal(one.to(dtype), other.to(dtype)):
+            file, entry = second
+            raise CheckpointError(
+                f"{file.path}: tensor {entry.name!r} is tied to another one in this model "
+                f"(tie_word_embeddings), but their values differ"
+            )
 
 
 def _check_range(value: Tensor, dtype: torch.dtype, name: str, file: SafetensorsFile) -> None:
     """Only float16 has a range that real weights may leave."""
-    if dtype == torch.float16 and value.dtype != torch.float16:
-        largest = value.abs().max().item() if value.numel() else 0.0
+    if dtype == torch.float16 and value.dtype != torch.float16 and value.numel():
+        lowest, highest = (end.item() for end in value.aminmax())  # no copy, as `abs` makes one
+        largest = max(-lowest, highest)
         if largest > torch.finfo(torch.float16).max:
             raise CheckpointError(
                 f"{file.path}: tensor {name!r} has a value of {largest:.3g}, beyond float16's "

@@ -1,10 +1,6 @@
 """Loading: what arrives in the model, and what is said where files and model do not fit."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ from sglite.models.checkpoint import resolve_checkpoint
 from sglite.models.llama import LlamaForCausalLM
 from sglite.models.loader import kv_layers_of
 from tests.checkpoints import CONFIGS, edit_json, make_checkpoint
-from tests.models.loading import load, logits_of
+from tests.models.loading import load, logits_of, move_data_to_odd_places
 
 
 class TestWhatArrives:
@@ -356,47 +352,10 @@ def test_weights_without_room_are_refused_before_they_are_read(folder):
 
 def test_data_at_odd_places_gives_the_same_bits(folder):
     """Such tensors are copied out of the file, whose pages may not be given back piece by piece."""
-    path = folder / "model.safetensors"
     expected = load(folder).model.state_dict()
     logits = logits_of(load(folder))
-    contents = path.read_bytes()
-    length = int.from_bytes(contents[:8], "little")
-    header = contents[8 : 8 + length] + b" " * (3 - length % 4)
-    path.write_bytes(len(header).to_bytes(8, "little") + header + contents[8 + length :])
+    move_data_to_odd_places(folder / "model.safetensors")
     odd = load(folder)
     assert torch.equal(logits_of(odd), logits)
     for name, tensor in odd.model.state_dict().items():
         assert torch.equal(tensor, expected[name])
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize(("quantization", "share"), [(None, 1.0), ("int8", 0.26)])
-def test_loading_takes_the_checkpoint_and_one_tensor(tmp_path, quantization, share):
-    """Peak resident memory, in a process of its own."""
-    make_checkpoint(
-        tmp_path,
-        hidden_size=512,
-        intermediate_size=4096,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-    )
-    code = f"""
-import re
-from sglite.models.checkpoint import resolve_checkpoint
-from sglite.models.loader import load_model
-import transformers.models.llama.configuration_llama
-def memory(kind):
-    return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-checkpoint = resolve_checkpoint({str(tmp_path)!r})
-open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
-loaded = load_model(checkpoint, quantization={quantization!r})
-print(memory("VmHWM") - before)
-"""
-    output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout
-    size = os.path.getsize(tmp_path / "model.safetensors")
-    largest = 4096 * 512 * 4
-    assert size > 100e6
-    assert int(output) < share * size + largest + 20e6

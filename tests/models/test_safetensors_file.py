@@ -58,6 +58,22 @@ def test_data_that_lies_at_odd_places(tmp_path):
         assert torch.equal(file.read(file.entries["x"]), values)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_pieces_are_the_tensor(tmp_path, shift):
+    path = tmp_path / "model.safetensors"
+    contents = save(TENSORS)
+    length = int.from_bytes(contents[:8], "little")
+    header = contents[8 : 8 + length] + b" " * shift
+    path.write_bytes(raw(header, contents[8 + length :]))
+    with SafetensorsFile(path) as file:
+        for name, tensor in TENSORS.items():
+            for count in (1 << 20, 1000, 7):
+                pieces = [piece.clone() for piece in file.pieces(file.entries[name], count)]
+                assert all(len(piece) == count for piece in pieces[:-1])
+                found = torch.cat(pieces) if pieces else torch.empty(0)
+                assert torch.equal(found.double(), tensor.flatten().double()), name
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
