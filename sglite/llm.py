@@ -35,6 +35,7 @@ from sglite.engine.invariance import (
 )
 from sglite.engine.kv_tokens import kv_tokens
 from sglite.engine.leaving import empty_frames, keeps_nothing
+from sglite.engine.memory import give_back_free_memory
 from sglite.engine.progress import someone_is_watching
 from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.request import Request
@@ -50,6 +51,7 @@ from sglite.models.checkpoint import (
     errors_name_files,
     load_tokenizer,
     resolve_checkpoint,
+    tokenizer_bytes,
 )
 from sglite.models.description import ModelDescription, describe
 from sglite.models.live import device_of, take_module
@@ -57,6 +59,10 @@ from sglite.models.loader import load_model
 from sglite.multimodal.loading import load_processor
 
 _log = logging.getLogger(__name__)
+
+# Bytes of a tokenizer's files that are worth a thread. What a thread allocates often stays with
+# the process in an arena of malloc's own.
+_LARGE_TOKENIZER = 1 << 20
 
 
 class LLM:
@@ -581,11 +587,14 @@ class LLM:
 
     def _close(self, patience: float | None = None) -> None:
         driver, engine = self._driver, self._engine
+        is_open = driver is not None and engine is not None
         # In a fork there is nothing to wait for.
-        if driver is not None and engine is not None and not driver.is_forked:
+        if is_open and not driver.is_forked:
             driver.close(partial(_release, engine, self._thread), patience)
         self._driver = self._engine = self._make_engine = self._intake = None
         self._calls = self._loaded = None
+        if is_open:
+            give_back_free_memory()
 
     #: SGLang's name.
     shutdown = close
@@ -612,18 +621,25 @@ def _release(engine: Engine, thread: EngineThread) -> None:
 
 
 def _load(options: LLMOptions, checkpoint: Checkpoint, device: torch.device) -> tuple:
-    """A checkpoint's model and tokenizer, which is read while weights are packed."""
+    """A checkpoint's model and tokenizer; one that takes long is read while weights are packed."""
+    read_tokenizer = partial(
+        load_tokenizer,
+        checkpoint,
+        options.tokenizer,
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.cache_dir,
+        token=options.token,
+    )
     tokenizers: list[Future] = []
     with ThreadPoolExecutor(1, "sglite-tokenizer") as pool:
-        begin_tokenizer = partial(
-            pool.submit,
-            load_tokenizer,
-            checkpoint,
-            options.tokenizer,
-            trust_remote_code=options.trust_remote_code,
-            cache_dir=options.cache_dir,
-            token=options.token,
-        )
+
+        def begin_tokenizer() -> None:
+            if options.tokenizer is not None or tokenizer_bytes(checkpoint) > _LARGE_TOKENIZER:
+                tokenizers.append(pool.submit(read_tokenizer))
+            else:
+                tokenizers.append(Future())
+                tokenizers[0].set_result(read_tokenizer())
+
         loaded = load_model(
             checkpoint,
             architecture=options.architecture,
@@ -634,6 +650,6 @@ def _load(options: LLMOptions, checkpoint: Checkpoint, device: torch.device) -> 
             context_length=options.context_length,
             batch_invariant=bool(options.batch_invariant),
             trust_remote_code=options.trust_remote_code,
-            before_reading=lambda: tokenizers.append(begin_tokenizer()),
+            before_reading=begin_tokenizer,
         )
     return loaded, tokenizers[0].result()

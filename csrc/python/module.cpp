@@ -4,6 +4,10 @@
 #include "python/bindings.h"
 #include "python/torch_tensor.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #ifdef SGLITE_CUDA
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -28,6 +32,13 @@ static void* torch_stream(int device) {
 }
 #endif
 
+// Pages that malloc keeps although nothing in them is in use.
+static void trim_heap() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
 static void bind_machine(py::module_& m) {
     m.def("cpu_path", [] { return std::string(cpu::kernels().path); });
     m.def("available_cpu_paths", &cpu::available_paths);
@@ -35,6 +46,7 @@ static void bind_machine(py::module_& m) {
     m.def("set_num_threads", &cpu::set_num_threads, py::arg("count"));
     m.def("num_threads", &cpu::num_threads);
     m.def("pause_teams", &cpu::pause_teams);
+    m.def("trim_heap", &trim_heap, py::call_guard<py::gil_scoped_release>());
 #ifdef SGLITE_CUDA
     cuda::install(&cuda::table, &torch_stream);
     m.attr("cuda_architectures") = SGLITE_CUDA;

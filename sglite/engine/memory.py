@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from sglite import _C
 from sglite.interface.errors import OutOfMemoryError
 
 _MEMINFO = Path("/proc/meminfo")
@@ -46,6 +47,15 @@ def check_kv_tokens(tokens: int, bytes_per_token: int) -> int:
             f"{available // bytes_per_token} tokens"
         )
     return tokens
+
+
+def give_back_free_memory() -> None:
+    """Returns to the system what `malloc` keeps of this process's memory for later.
+
+    What a tokenizer's files become while they are read, and weights as they go, are freed in
+    pieces among others: glibc would hold on to tens of megabytes after each `LLM`.
+    """
+    _C.trim_heap()
 
 
 def _machine_available() -> int:

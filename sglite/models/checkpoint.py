@@ -103,6 +103,12 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     return any((checkpoint.folder / name).exists() for name in _TOKENIZER_FILES)
 
 
+def tokenizer_bytes(checkpoint: Checkpoint) -> int:
+    """The size of the tokenizer's files beside the weights."""
+    paths = [checkpoint.folder / name for name in _TOKENIZER_FILES]
+    return sum(path.stat().st_size for path in paths if path.exists())
+
+
 def load_tokenizer(
     checkpoint: Checkpoint,
     tokenizer: Any = None,
