@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from sglite.interface import checks
@@ -27,12 +27,15 @@ class Span:
         num_prompt: tokens that are given; those behind them are generated, whatever the logits say.
         num_new: how many.
         cached: how many of those given are to come out of the prefix cache.
+        is_plain: whether the request has no logits processor and asks for nothing but tokens; what
+            is to be generated must then be what the logits say.
     """
 
     prompt: int
     num_prompt: int
     num_new: int
     cached: int = 0
+    is_plain: bool = False
 
     def num_pages(self, page_size: int) -> int:
         """Pages that it writes to, at most."""
@@ -49,9 +52,11 @@ class Plan:
         is_reference: whether rows that are not known yet become the reference.
         chunk: prompt tokens of a step; None: as configured.
         num_pages: of the KV cache; None: enough.
+        running: requests of a step at most; None: all of a batch.
         prefix_cache: whether it is on.
         num_threads: of the CPU kernels; None: as configured.
         preempts: whether requests are to be preempted.
+        for_threads: whether it is one of those that other numbers of threads compute too.
         impossible: why the condition cannot be met, if it cannot.
     """
 
@@ -60,9 +65,11 @@ class Plan:
     is_reference: bool = False
     chunk: int | None = None
     num_pages: int | None = None
+    running: int | None = None
     prefix_cache: bool = False
     num_threads: int | None = None
     preempts: bool = False
+    for_threads: bool = False
     impossible: str = ""
 
 
@@ -158,18 +165,42 @@ class Planner:
 
     def plans(self) -> Iterator[Plan]:
         """In the order in which they are to be computed, since some add to the reference."""
-        singles = sorted(set(self.short + self.growing) - set(self.whole), key=_place)
-        yield Plan("alone, decoded from fewer tokens", [[s] for s in singles], is_reference=True)
-        for size in self.settings.batch_sizes:
-            yield Plan(f"batch of {size}", [self._batch(size)])
-        for size in self.settings.chunk_sizes:
-            yield Plan(f"chunks of {size}", [self.whole + self.short], chunk=size)
-        yield from self._cached()
-        yield from self._preempted()
+        plans = [*self._rows(), *self._cached(), *self._plain(), *self._preempted()]
+        yield from plans
         if self.config.device == "cpu":
             for count in self.settings.num_threads:
-                if count != self.config.num_threads and count <= (os.cpu_count() or 1):
-                    yield Plan(f"num_threads={count}", [self._batch(8)], num_threads=count)
+                yield from self._threads(count, plans)
+
+    def _rows(self) -> Iterator[Plan]:
+        singles = sorted(set(self.short + self.growing) - set(self.whole), key=_place)
+        if singles:
+            yield Plan("alone, decoded from fewer tokens", [[s] for s in singles], True)
+        largest, smallest = (
+            pick(sizes, default=None)
+            for pick, sizes in ((max, self.settings.batch_sizes), (min, self.settings.chunk_sizes))
+        )
+        for size in self.settings.batch_sizes:
+            yield Plan(f"batch of {size}", [self._batch(size)], for_threads=size == largest)
+        for size in self.settings.chunk_sizes:
+            yield Plan(
+                f"chunks of {size}",
+                [self.whole + self.short],
+                chunk=size,
+                for_threads=size == smallest,
+            )
+
+    def _threads(self, count: int, plans: Sequence[Plan]) -> Iterator[Plan]:
+        """One condition of each kind by so many threads."""
+        processors = os.cpu_count() or 1
+        if count > processors:
+            reason = f"there are {processors} processors"
+            yield Plan(f"num_threads={count}", impossible=reason)
+        elif count != self.config.num_threads:
+            first = Plan("alone", [[span] for span in self.whole], for_threads=True)
+            for plan in (first, *plans):
+                if plan.for_threads:
+                    name = f"num_threads={count}, {plan.name}"
+                    yield replace(plan, name=name, num_threads=count)
 
     def _batch(self, size: int) -> list[Span]:
         """The prompts, longest first, and then short ones over and over."""
@@ -199,12 +230,31 @@ class Planner:
                 "prefix hit of all but one", longer, [s.num_prompt - 1 for s in longer]
             )
             copies = [longer[0]] * 9 + longer[1:]
-            yield self._hits(
-                "9 requests over one prefix", copies, [s.num_prompt - 1 for s in copies]
-            )
+            lengths = [s.num_prompt - 1 for s in copies]
+            plan = self._hits("9 requests over one prefix", copies, lengths)
+            yield replace(plan, for_threads=True)
         written = [s.num_prompt + s.num_new - 1 for s in whole]
         second = [Span(s.prompt, s.num_prompt, 1, n) for s, n in zip(turn, written, strict=True)]
         yield Plan("second turn over what decode wrote", [whole, second], prefix_cache=True)
+        plain = [replace(span, is_plain=True) for span in whole]
+        yield Plan(
+            "second turn after plain requests", [plain, second], prefix_cache=True, for_threads=True
+        )
+
+    def _plain(self) -> Iterator[Plan]:
+        """Requests that ask for nothing but tokens, whose decode steps the engine runs apart.
+
+        They come and go: half of them at a time, and half of them from within what was generated.
+        """
+        half = self.settings.new_tokens // 2
+        spans = [
+            Span(span.prompt, span.num_prompt + done, span.num_new - done, is_plain=True)
+            for span in self.whole
+            for done in sorted({0, half})
+        ]
+        batches = [[span] for span in spans] + [spans]
+        running = max(2, len(spans) // 2)
+        yield Plan("plain requests", batches, running=running, for_threads=True)
 
     @staticmethod
     def _hits(name: str, spans: Sequence[Span], lengths: Sequence[int]) -> Plan:
@@ -233,6 +283,7 @@ class Planner:
             num_pages=pages,
             prefix_cache=cached,
             preempts=True,
+            for_threads=True,
         )
 
 
