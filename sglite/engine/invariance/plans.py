@@ -225,10 +225,12 @@ class Planner:
             elif self.settings.prefix_lengths is not None:
                 yield Plan(f"prefix hit of {length}", impossible="no prompt is longer")
         longer = [s for s in whole if s.num_prompt > 1]
-        if longer:
-            yield self._hits(
-                "prefix hit of all but one", longer, [s.num_prompt - 1 for s in longer]
-            )
+        if not longer:
+            reason = "no prompt is longer than a token"
+            yield Plan("prefix hit of all but one", impossible=reason)
+        else:
+            lengths = [s.num_prompt - 1 for s in longer]
+            yield self._hits("prefix hit of all but one", longer, lengths)
             copies = [longer[0]] * 9 + longer[1:]
             lengths = [s.num_prompt - 1 for s in copies]
             plan = self._hits("9 requests over one prefix", copies, lengths)
