@@ -275,13 +275,19 @@ class Planner:
         few = 2 * max(-(-(s.num_prompt + s.num_new - 1) // page) for s in self.growing)
         spans = [self.growing[i % len(self.growing)] for i in range(3 * few)]
         yield Plan("preemption", [spans], num_pages=few, prefix_cache=cached, preempts=True)
-        largest = max(-(-(s.num_prompt + s.num_new - 1) // page) for s in self.whole)
-        pages = max(few, largest)
-        spans = [self.growing[i % len(self.growing)] for i in range(pages + 2)]
+        # Some that soon need another page, and then the longest prompt, which wants all that is
+        # left: it loses pages while its chunks are computed, if that is done before they end.
+        first = sorted(self.growing, key=lambda s: -s.num_prompt)[:3]
+        longest = self.whole[0]
+        pages = max(
+            len(first) + -(-longest.num_prompt // page),
+            -(-(longest.num_prompt + longest.num_new - 1) // page),
+        )
+        chunk = max(61, -(-longest.num_prompt // max(1, self.settings.new_tokens // 2)))
         yield Plan(
-            "preemption, in chunks of 61",
-            [spans[:pages] + self.whole + spans[pages:]],
-            chunk=61,
+            "preemption in chunks",
+            [[*first, longest, *self.growing]],
+            chunk=chunk,
             num_pages=pages,
             prefix_cache=cached,
             preempts=True,
