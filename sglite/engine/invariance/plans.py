@@ -246,15 +246,17 @@ class Planner:
     def _plain(self) -> Iterator[Plan]:
         """Requests that ask for nothing but tokens, whose decode steps the engine runs apart.
 
-        They come and go: half of them at a time, and half of them from within what was generated.
+        Alone, and then so that they come and go: half of them at a time, and half of them from
+        within what was generated.
         """
         half = self.settings.new_tokens // 2
+        plain = [replace(span, is_plain=True) for span in self.whole]
         spans = [
-            Span(span.prompt, span.num_prompt + done, span.num_new - done, is_plain=True)
-            for span in self.whole
+            replace(span, num_prompt=span.num_prompt + done, num_new=span.num_new - done)
+            for span in plain
             for done in sorted({0, half})
         ]
-        batches = [[span] for span in spans] + [spans]
+        batches = [*([span] for span in plain), spans]
         running = max(2, len(spans) // 2)
         yield Plan("plain requests", batches, running=running, for_threads=True)
 
