@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 #: split of the keys, of which a row's attention is computed apart.
 _IDS = [2 + 7 * i * i % 381 for i in range(540)]
 SMALLEST = {
-    "prompts": [_IDS, _IDS[:45], _IDS[60:74], _IDS[80:81]],
+    "prompts": [_IDS, _IDS[:47], _IDS[60:75], _IDS[80:81]],
     "new_tokens": 3,
     "batch_sizes": (17,),
     "chunk_sizes": (61,),
@@ -50,6 +50,7 @@ BY_THREADS = (
     "9 requests over one prefix",
     "second turn after plain requests",
     "plain requests",
+    "preemption of plain requests",
     "preemption in chunks",
 )
 
@@ -295,7 +296,7 @@ def test_a_kept_decode_that_is_broken_is_found(owner, name, broken, folder, monk
         report = llm.check_invariance(**QUICK, num_threads=(1,))
     wrong = [condition.name for condition in report.conditions if not condition.ok]
     assert "plain requests" in wrong
-    assert {*wrong} <= {"plain requests", "second turn after plain requests"}
+    assert all("plain requests" in name for name in wrong)
 
 
 class OtherOrder(LogitsProcessor):

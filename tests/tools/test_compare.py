@@ -187,7 +187,7 @@ class DependsOnTheBatch(LlamaForCausalLM):
 
 
 def test_a_model_is_compared_with_itself(checkpoints):
-    options = {"prompts": [PROMPT, PROMPT[:16]], "itself": True}
+    options = {"prompts": [PROMPT, PROMPT[:14]], "itself": True}
     report = quick(checkpoints("llama-plain"), None, num_threads=2, **options)
     assert report.passed, str(report)
     names = [row.condition for row in report.itself]

@@ -37,6 +37,11 @@ class Span:
     cached: int = 0
     is_plain: bool = False
 
+    def grows(self, page_size: int) -> bool:
+        """Whether what it generates comes to need another page than the given tokens."""
+        last = self.num_prompt + self.num_new - 2  # the last token has no place in the cache
+        return (self.num_prompt - 1) // page_size < last // page_size
+
     def num_pages(self, page_size: int) -> int:
         """Pages that it writes to, at most."""
         return -(-(self.num_prompt + self.num_new) // page_size) - self.cached // page_size + 1
@@ -157,11 +162,8 @@ class Planner:
             for i in order
             for j in (0, 1)
         }
-        self.growing = [
-            Span(i, length, new)
-            for i, length in sorted(ends)
-            if (length - 1) // page < (length + new - 2) // page
-        ]
+        spans = (Span(i, length, new) for i, length in sorted(ends))
+        self.growing = [span for span in spans if span.grows(page)]
 
     def plans(self) -> Iterator[Plan]:
         """In the order in which they are to be computed, since some add to the reference."""
@@ -277,6 +279,7 @@ class Planner:
         few = 2 * max(-(-(s.num_prompt + s.num_new - 1) // page) for s in self.growing)
         spans = [self.growing[i % len(self.growing)] for i in range(3 * few)]
         yield Plan("preemption", [spans], num_pages=few, prefix_cache=cached, preempts=True)
+        yield self._plain_preempted()
         # Some that soon need another page, and then the longest prompt, which wants all that is
         # left: it loses pages while its chunks are computed, if that is done before they end.
         first = sorted(self.growing, key=lambda s: -s.num_prompt)[:3]
@@ -295,6 +298,19 @@ class Planner:
             preempts=True,
             for_threads=True,
         )
+
+    def _plain_preempted(self) -> Plan:
+        """Plain requests that have room for their prompts, and none to grow."""
+        page, name = self.config.page_size, "preemption of plain requests"
+        # Where a prompt fills its pages, none is admitted without room for the next token.
+        ends_inside = (span for span in self.whole if span.num_prompt % page)
+        growing = [replace(span, is_plain=True) for span in ends_inside if span.grows(page)]
+        if not growing:
+            return Plan(name, impossible="no prompt that ends inside of a page grows past it")
+        spans = growing if len(growing) > 1 else 2 * growing
+        pages = sum(-(-span.num_prompt // page) for span in spans)
+        longest = max(-(-(span.num_prompt + span.num_new - 1) // page) for span in spans)
+        return Plan(name, [spans], num_pages=max(pages, longest), preempts=True, for_threads=True)
 
 
 def _place(span: Span) -> tuple[int, int]:
