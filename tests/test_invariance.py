@@ -101,6 +101,13 @@ def test_every_native_model(native, dtype, quantization):
     assert config.architecture == architecture
 
 
+def test_a_native_model_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(
+        AssertionError, match="NewForCausalLM is in the registry, but no checkpoint"
+    ):
+        make_native_checkpoint(tmp_path, "NewForCausalLM")
+
+
 @pytest.mark.parametrize(("dtype", "quantization"), [("float16", None), ("bfloat16", "int4")])
 def test_further_storage(folder, dtype, quantization):
     check_with_one_and_two_threads(folder, dtype, quantization)
