@@ -469,9 +469,10 @@ class LLM:
         """Whether a prompt's logits are the same bits whatever it is computed with.
 
         Each prompt is computed alone; then in batches, in chunks, after prefix hits, as a second
-        turn over what decoding wrote, after preemption, and by other numbers of threads. All of
-        this runs on engines of its own over the same model, and leaves this one's cache and
-        statistics as they are.
+        turn over what decoding wrote, as requests that ask for nothing but tokens, after
+        preemption, and, one condition of each kind, by other numbers of threads. All of this runs
+        on engines of its own over the same model, and leaves this one's cache and statistics as
+        they are.
 
         Args:
             prompts: as in `generate`; None: random ids, up to 600.
@@ -480,12 +481,14 @@ class LLM:
             chunk_sizes: prompt tokens of a step.
             prefix_lengths: tokens that come out of the cache; None: some around the page size. All
                 but the last of a prompt are always tried as well.
-            num_threads: of the CPU kernels, as far as there are processors.
+            num_threads: of the CPU kernels; more than there are processors is a condition that is
+                not met.
             prompt_logits: of a prompt, logits are compared from the last so many positions on.
             progress: as in `generate`.
 
         Returns:
-            The report: true if no bit differs; prints as a table that names the first difference.
+            The report: true if no bit differs; prints as a table that names the first difference,
+            and the conditions that could not be met (`is_complete`).
 
         Raises:
             InvalidRequestError: a prompt or an argument is wrong.

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 import sglite
+from tests.cancelling import let_sums_cancel
 
 VOCAB_SIZE = 384
 #: The checkpoint that ships.
@@ -198,7 +199,7 @@ def make_checkpoint(
         dtype: of the weights.
         shard_size: "20KB", say, gives several files and an index.
         config_json: values to set in the written `config.json`; None removes one.
-        cancels: whether weights are as `let_sums_cancel` makes them.
+        cancels: whether sums of products cancel, see `tests.cancelling`.
         **overrides: of the config.
     """
     model = make_model(name, seed=seed, **overrides)
@@ -229,33 +230,6 @@ def make_model(name: str = "llama", *, seed: int = 0, **overrides: Any) -> nn.Mo
             else:
                 parameter.copy_(draw / math.sqrt(parameter.shape[-1]))
     return model.eval()
-
-
-def let_sums_cancel(model: nn.Module, leaves: float = 2.0**-5) -> None:
-    """Changes the weights so that every sum of products all but cancels, in place.
-
-    Hidden states become [x, x], and matrices [h, -h (1 + r)] with small random r of about `leaves`:
-    what is left of a sum of large terms then shows in which order they were added.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight") and parameter.shape == (model.config.hidden_size,):
-                parameter.copy_(parameter[: len(parameter) // 2].repeat(2))
-            if parameter.ndim != 2:
-                continue
-            rows, columns = parameter.shape
-            if "embed_tokens" not in name:
-                half = parameter[:, : columns // 2]
-                rest = 1 + leaves * torch.randn(half.shape, generator=generator)
-                parameter[:, columns // 2 :] = -half * rest
-                parameter /= leaves
-            elif model.config.tie_word_embeddings:
-                continue
-            if "embed_tokens" in name:
-                parameter[:, columns // 2 :] = parameter[:, : columns // 2]
-            elif "o_proj" in name or "down_proj" in name:
-                parameter[rows // 2 :] = parameter[: rows // 2]
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

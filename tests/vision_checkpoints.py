@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from tests.cancelling import let_sums_cancel
 from tests.checkpoints import VOCAB_SIZE, make_tokenizer
 
 _TEXT = {
@@ -196,7 +197,12 @@ _QWEN_TEMPLATE = (
 
 
 def make_vision_checkpoint(
-    folder: Path, name: str = "qwen2-vl", *, seed: int = 0, **overrides: Any
+    folder: Path,
+    name: str = "qwen2-vl",
+    *,
+    seed: int = 0,
+    cancels: bool = False,
+    **overrides: Any,
 ) -> Path:
     """Writes a checkpoint as Hugging Face writes it, with tokenizer and image processor.
 
@@ -204,6 +210,7 @@ def make_vision_checkpoint(
         folder: where to; made if it is not there.
         name: a key of `RECIPES`.
         seed: of the weights.
+        cancels: whether the text model's sums of products cancel, see `tests.cancelling`.
         **overrides: of the whole config.
     """
     recipe = RECIPES[name]
@@ -212,6 +219,8 @@ def make_vision_checkpoint(
     config = getattr(transformers, recipe.config_class)(**values)
     model = getattr(transformers, recipe.model_class)._from_config(config)
     _draw_weights(model, seed)
+    if cancels:
+        let_sums_cancel(model)
     model.eval().save_pretrained(folder)
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(recipe.tokens)})

@@ -53,7 +53,7 @@ class ModelRunner:
         self.model = model
         self._images = images
         self.pool = pool
-        self.sampler = Sampler(tokenizer)
+        self.sampler = self.make_sampler(tokenizer)
         self.runs_ahead = pool.device.type == "cuda"
         self._decode = make_decode(model, pool, self.sampler) if make_decode else None
         self._drawing: dict[Request, int] = {}  # rows of `_drawn` in the step launched last
@@ -65,17 +65,23 @@ class ModelRunner:
         self._copy_pages(step.page_copies)
         if not step.items:
             return LaunchedStep([], None)
-        if self._decode is not None and self._decode.takes(step):
-            launched = LaunchedStep(
-                step.items, self._decode.launch(step, self._drawn, self._sources(step))
-            )
-        else:
-            launched = self._launch_eagerly(step)
+        drawn = self.launch_decode(step)
+        launched = self._launch_eagerly(step) if drawn is None else LaunchedStep(step.items, drawn)
         if self.runs_ahead:
             drawing = [item.request for item in step.items if item.samples]
             self._drawing = {request: row for row, request in enumerate(drawing)}
             self._drawn = launched.drawn.token_ids if launched.drawn else None
         return launched
+
+    def make_sampler(self, tokenizer: Tokenizer) -> Sampler:
+        """What draws tokens; asked for once."""
+        return Sampler(tokenizer)
+
+    def launch_decode(self, step: Step) -> DrawnTokens | None:
+        """Begins a step by what `make_decode` has made; None where that does not take it."""
+        if self._decode is None or not self._decode.takes(step):
+            return None
+        return self._decode.launch(step, self._drawn, self._sources(step))
 
     def _launch_eagerly(self, step: Step) -> "LaunchedStep":
         layout = lay_out(step, self.pool.page_size)

@@ -1,5 +1,6 @@
 """`sglite.compare`: right models pass, and of wrong ones the first wrong module is named."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -186,13 +187,21 @@ class DependsOnTheBatch(LlamaForCausalLM):
 
 
 def test_a_model_is_compared_with_itself(checkpoints):
-    options = {"prompts": [PROMPT, PROMPT[:16]], "itself": True}
-    report = quick(checkpoints("llama-plain"), None, **options)
+    options = {"prompts": [PROMPT, PROMPT[:14]], "itself": True}
+    report = quick(checkpoints("llama-plain"), None, num_threads=2, **options)
     assert report.passed, str(report)
     names = [row.condition for row in report.itself]
-    for name in ("batch of 3", "chunks of 17", "prefix hit of 16", "num_threads=1"):
+    for name in ("batch of 3", "chunks of 17", "prefix hit of 16", "num_threads=1, alone"):
         assert name in names
-    assert all(row.passed and row.is_promised for row in report.itself)
+    assert all(row.passed and row.is_promised and row.is_met for row in report.itself)
+    assert "not met" not in str(report)
+    assert "not compared" not in report.verdict
+    unmet = dataclasses.replace(
+        report.itself[-1], condition="prefix hits", note="prefix_cache is off", is_met=False
+    )
+    report = dataclasses.replace(report, itself=[unmet])
+    assert "not met: prefix_cache is off" in str(report)
+    assert "not compared with itself under: prefix hits (prefix_cache is off)" in report.verdict
     report = quick(checkpoints("llama-plain"), "Planted-batch", **options)
     assert "sglite differs from itself under" in str(report.first_divergence)
     assert "batch of 3" in [row.condition for row in report.itself if not row.passed]

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import MappingProxyType
 
 import torch
 
@@ -9,7 +11,13 @@ from sglite.engine.device import EngineThread
 from sglite.engine.driver import Driver
 from sglite.engine.engine import Engine
 from sglite.engine.invariance.plans import TAIL, Plan, Planner, Settings, Span, alone
-from sglite.engine.invariance.recording import Comparison, Recorder, RecordingRunner, Reference
+from sglite.engine.invariance.recording import (
+    Comparison,
+    Recorder,
+    Recorders,
+    RecordingRunner,
+    Reference,
+)
 from sglite.engine.invariance.report import Condition, InvarianceReport
 from sglite.engine.progress import ProgressBar
 from sglite.engine.request import Request
@@ -88,29 +96,36 @@ class _Check:
         """What the plan's logits have in common with the reference."""
         comparison = Comparison(plan.name, self._reference, keeps=plan.is_reference)
         if plan.impossible:
-            return comparison.result(f"not met: {plan.impossible}", False)
+            return comparison.result(plan.impossible, False)
         engine, batches = self._compute(plan, comparison)
         return comparison.result(*_evidence(plan, engine, batches))
 
     def _compute(self, plan: Plan, comparison: Comparison) -> tuple[Engine, list[list[Request]]]:
-        batches = [[self._request(span, comparison) for span in spans] for spans in plan.batches]
-        return compute(self._make_engine, self._engine_config(plan), batches), batches
+        recorders: dict[Request, Recorder] = {}
+        batches = [
+            [self._request(span, comparison, recorders) for span in spans] for spans in plan.batches
+        ]
+        config = self._engine_config(plan)
+        return compute(self._make_engine, config, batches, recorders), batches
 
     def _engine_config(self, plan: Plan) -> EngineConfig:
         page_size = self._config.page_size
-        pages = plan.num_pages or sum(
-            span.num_pages(page_size) for spans in plan.batches for span in spans
-        )
+        of_batches = [sum(span.num_pages(page_size) for span in spans) for spans in plan.batches]
+        # Without a prefix cache nothing is left of a batch when the next one begins.
+        pages = plan.num_pages or (sum if plan.prefix_cache else max)(of_batches)
         return dataclasses.replace(
             self._config,
             kv_cache_tokens=pages * page_size,
-            max_running_requests=max(len(spans) for spans in plan.batches),
+            max_running_requests=plan.running or max(len(spans) for spans in plan.batches),
             chunked_prefill_size=plan.chunk or self._config.chunked_prefill_size,
             prefix_cache=plan.prefix_cache,
             num_threads=plan.num_threads or self._config.num_threads,
         )
 
-    def _request(self, span: Span, comparison: Comparison) -> Request:
+    def _request(
+        self, span: Span, comparison: Comparison, recorders: dict[Request, Recorder]
+    ) -> Request:
+        """A request that is recorded: by its logits processor, or, if it is plain, `recorders`."""
         text = self.texts[span.prompt]
         forced = text[span.num_prompt : span.num_prompt + span.num_new]
         recorder = Recorder(
@@ -119,33 +134,42 @@ class _Check:
             span.num_prompt,
             forced if len(forced) == span.num_new else None,
         )
+        first = max(span.cached + 1, span.num_prompt - self._settings.prompt_logits)
+        asked = {
+            "prompt_logprobs": 0,
+            "prompt_logprobs_start": first,
+            "logits_processors": [recorder],
+        }
         params = SamplingParams(
             temperature=0,
             max_new_tokens=span.num_new,
             ignore_eos=True,
-            prompt_logprobs=0,
-            prompt_logprobs_start=max(
-                span.cached + 1, span.num_prompt - self._settings.prompt_logits
-            ),
-            logits_processors=[recorder],
+            **({} if span.is_plain else asked),
         )
-        return Request(text[: span.num_prompt], params.resolve())
+        request = Request(text[: span.num_prompt], params.resolve())
+        if span.is_plain:
+            recorders[request] = recorder
+        return request
 
 
 def compute(
-    make_engine: Callable[..., Engine], config: EngineConfig, batches: Sequence[Sequence[Request]]
+    make_engine: Callable[..., Engine],
+    config: EngineConfig,
+    batches: Sequence[Sequence[Request]],
+    recorders: Recorders = MappingProxyType({}),
 ) -> Engine:
     """Computes batches one after the other on an engine of their own; gives it, closed.
 
     Args:
         make_engine: as in `check_invariance`.
         config: of the engine.
-        batches: of requests whose one logits processor is a `Recorder`.
+        batches: of requests; the one logits processor of each is a `Recorder`.
+        recorders: of those requests that have no logits processor instead.
 
     Raises:
         RequestError: a request failed.
     """
-    engine = make_engine(config, runner=RecordingRunner)
+    engine = make_engine(config, runner=partial(RecordingRunner, recorders=recorders))
     thread = EngineThread(torch.device(config.device), config.num_threads)
     driver = Driver(engine, thread)
     try:
@@ -173,20 +197,27 @@ def _wait_for(driver: Driver, call: Call) -> None:
 
 
 def _evidence(plan: Plan, engine: Engine, batches: Sequence[Sequence[Request]]) -> tuple[str, bool]:
-    """What shows that the condition was met, and whether it was."""
+    """What shows that the condition was met, or else why it was not; and whether it was."""
+    notes, is_met = [], True
     if plan.preempts:
         count = engine.scheduler.statistics.preemptions
-        return f"{count} preemptions", count > 0
+        notes.append(f"{count} preemptions")
+        is_met &= count > 0
+    if any(span.is_plain for spans in plan.batches for span in spans):
+        count = engine.runner.num_kept_steps
+        notes.append(f"{count} steps of a kept batch")
+        # A GPU runs the same steps for all requests; but these ones it launches ahead.
+        is_met &= count > 0 or engine.runner.runs_ahead
     pairs = [
         (span.cached, request.num_cached_tokens)
         for spans, requests in zip(plan.batches, batches, strict=True)
         for span, request in zip(spans, requests, strict=True)
         if span.cached
     ]
-    if not pairs:
-        return "", True
-    wanted, found = (sum(column) for column in zip(*pairs, strict=True))
-    # Prompts with a common start may find more than was put there for them.
-    if all(cached >= expected for expected, cached in pairs):
-        return f"{found:,} tokens cached", True
-    return f"not met: {found:,} of {wanted:,} tokens cached", False
+    if pairs:
+        wanted, found = (sum(column) for column in zip(*pairs, strict=True))
+        # Prompts with a common start may find more than was put there for them.
+        has_all = all(cached >= expected for expected, cached in pairs)
+        notes.append(f"{found:,} tokens cached" if has_all else f"{found:,} of {wanted:,} cached")
+        is_met &= has_all
+    return ", ".join(notes), is_met

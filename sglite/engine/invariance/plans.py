@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from sglite.interface import checks
@@ -27,12 +27,20 @@ class Span:
         num_prompt: tokens that are given; those behind them are generated, whatever the logits say.
         num_new: how many.
         cached: how many of those given are to come out of the prefix cache.
+        is_plain: whether the request has no logits processor and asks for nothing but tokens; what
+            is to be generated must then be what the logits say.
     """
 
     prompt: int
     num_prompt: int
     num_new: int
     cached: int = 0
+    is_plain: bool = False
+
+    def grows(self, page_size: int) -> bool:
+        """Whether what it generates comes to need another page than the given tokens."""
+        last = self.num_prompt + self.num_new - 2  # the last token has no place in the cache
+        return (self.num_prompt - 1) // page_size < last // page_size
 
     def num_pages(self, page_size: int) -> int:
         """Pages that it writes to, at most."""
@@ -49,9 +57,11 @@ class Plan:
         is_reference: whether rows that are not known yet become the reference.
         chunk: prompt tokens of a step; None: as configured.
         num_pages: of the KV cache; None: enough.
+        running: requests of a step at most; None: all of a batch.
         prefix_cache: whether it is on.
         num_threads: of the CPU kernels; None: as configured.
         preempts: whether requests are to be preempted.
+        for_threads: whether it is one of those that other numbers of threads compute too.
         impossible: why the condition cannot be met, if it cannot.
     """
 
@@ -60,9 +70,11 @@ class Plan:
     is_reference: bool = False
     chunk: int | None = None
     num_pages: int | None = None
+    running: int | None = None
     prefix_cache: bool = False
     num_threads: int | None = None
     preempts: bool = False
+    for_threads: bool = False
     impossible: str = ""
 
 
@@ -150,26 +162,47 @@ class Planner:
             for i in order
             for j in (0, 1)
         }
-        self.growing = [
-            Span(i, length, new)
-            for i, length in sorted(ends)
-            if (length - 1) // page < (length + new - 2) // page
-        ]
+        spans = (Span(i, length, new) for i, length in sorted(ends))
+        self.growing = [span for span in spans if span.grows(page)]
 
     def plans(self) -> Iterator[Plan]:
         """In the order in which they are to be computed, since some add to the reference."""
-        singles = sorted(set(self.short + self.growing) - set(self.whole), key=_place)
-        yield Plan("alone, decoded from fewer tokens", [[s] for s in singles], is_reference=True)
-        for size in self.settings.batch_sizes:
-            yield Plan(f"batch of {size}", [self._batch(size)])
-        for size in self.settings.chunk_sizes:
-            yield Plan(f"chunks of {size}", [self.whole + self.short], chunk=size)
-        yield from self._cached()
-        yield from self._preempted()
+        plans = [*self._rows(), *self._cached(), *self._plain(), *self._preempted()]
+        yield from plans
         if self.config.device == "cpu":
             for count in self.settings.num_threads:
-                if count != self.config.num_threads and count <= (os.cpu_count() or 1):
-                    yield Plan(f"num_threads={count}", [self._batch(8)], num_threads=count)
+                yield from self._threads(count, plans)
+
+    def _rows(self) -> Iterator[Plan]:
+        singles = sorted(set(self.short + self.growing) - set(self.whole), key=_place)
+        if singles:
+            yield Plan("alone, decoded from fewer tokens", [[s] for s in singles], True)
+        largest, smallest = (
+            pick(sizes, default=None)
+            for pick, sizes in ((max, self.settings.batch_sizes), (min, self.settings.chunk_sizes))
+        )
+        for size in self.settings.batch_sizes:
+            yield Plan(f"batch of {size}", [self._batch(size)], for_threads=size == largest)
+        for size in self.settings.chunk_sizes:
+            yield Plan(
+                f"chunks of {size}",
+                [self.whole + self.short],
+                chunk=size,
+                for_threads=size == smallest,
+            )
+
+    def _threads(self, count: int, plans: Sequence[Plan]) -> Iterator[Plan]:
+        """One condition of each kind by so many threads."""
+        processors = os.cpu_count() or 1
+        if count > processors:
+            reason = f"there are {processors} processors"
+            yield Plan(f"num_threads={count}", impossible=reason)
+        elif count != self.config.num_threads:
+            first = Plan("alone", [[span] for span in self.whole], for_threads=True)
+            for plan in (first, *plans):
+                if plan.for_threads:
+                    name = f"num_threads={count}, {plan.name}"
+                    yield replace(plan, name=name, num_threads=count)
 
     def _batch(self, size: int) -> list[Span]:
         """The prompts, longest first, and then short ones over and over."""
@@ -194,17 +227,40 @@ class Planner:
             elif self.settings.prefix_lengths is not None:
                 yield Plan(f"prefix hit of {length}", impossible="no prompt is longer")
         longer = [s for s in whole if s.num_prompt > 1]
-        if longer:
-            yield self._hits(
-                "prefix hit of all but one", longer, [s.num_prompt - 1 for s in longer]
-            )
+        if not longer:
+            reason = "no prompt is longer than a token"
+            yield Plan("prefix hit of all but one", impossible=reason)
+        else:
+            lengths = [s.num_prompt - 1 for s in longer]
+            yield self._hits("prefix hit of all but one", longer, lengths)
             copies = [longer[0]] * 9 + longer[1:]
-            yield self._hits(
-                "9 requests over one prefix", copies, [s.num_prompt - 1 for s in copies]
-            )
+            lengths = [s.num_prompt - 1 for s in copies]
+            plan = self._hits("9 requests over one prefix", copies, lengths)
+            yield replace(plan, for_threads=True)
         written = [s.num_prompt + s.num_new - 1 for s in whole]
         second = [Span(s.prompt, s.num_prompt, 1, n) for s, n in zip(turn, written, strict=True)]
         yield Plan("second turn over what decode wrote", [whole, second], prefix_cache=True)
+        plain = [replace(span, is_plain=True) for span in whole]
+        yield Plan(
+            "second turn after plain requests", [plain, second], prefix_cache=True, for_threads=True
+        )
+
+    def _plain(self) -> Iterator[Plan]:
+        """Requests that ask for nothing but tokens, whose decode steps the engine runs apart.
+
+        Alone, and then so that they come and go: half of them at a time, and half of them from
+        within what was generated.
+        """
+        half = self.settings.new_tokens // 2
+        plain = [replace(span, is_plain=True) for span in self.whole]
+        spans = [
+            replace(span, num_prompt=span.num_prompt + done, num_new=span.num_new - done)
+            for span in plain
+            for done in sorted({0, half})
+        ]
+        batches = [*([span] for span in plain), spans]
+        running = max(2, len(spans) // 2)
+        yield Plan("plain requests", batches, running=running, for_threads=True)
 
     @staticmethod
     def _hits(name: str, spans: Sequence[Span], lengths: Sequence[int]) -> Plan:
@@ -223,17 +279,38 @@ class Planner:
         few = 2 * max(-(-(s.num_prompt + s.num_new - 1) // page) for s in self.growing)
         spans = [self.growing[i % len(self.growing)] for i in range(3 * few)]
         yield Plan("preemption", [spans], num_pages=few, prefix_cache=cached, preempts=True)
-        largest = max(-(-(s.num_prompt + s.num_new - 1) // page) for s in self.whole)
-        pages = max(few, largest)
-        spans = [self.growing[i % len(self.growing)] for i in range(pages + 2)]
+        yield self._plain_preempted()
+        # Some that soon need another page, and then the longest prompt, which wants all that is
+        # left: it loses pages while its chunks are computed, if that is done before they end.
+        first = sorted(self.growing, key=lambda s: -s.num_prompt)[:3]
+        longest = self.whole[0]
+        pages = max(
+            len(first) + -(-longest.num_prompt // page),
+            -(-(longest.num_prompt + longest.num_new - 1) // page),
+        )
+        chunk = max(61, -(-longest.num_prompt // max(1, self.settings.new_tokens // 2)))
         yield Plan(
-            "preemption, in chunks of 61",
-            [spans[:pages] + self.whole + spans[pages:]],
-            chunk=61,
+            "preemption in chunks",
+            [[*first, longest, *self.growing]],
+            chunk=chunk,
             num_pages=pages,
             prefix_cache=cached,
             preempts=True,
+            for_threads=True,
         )
+
+    def _plain_preempted(self) -> Plan:
+        """Plain requests that have room for their prompts, and none to grow."""
+        page, name = self.config.page_size, "preemption of plain requests"
+        # Where a prompt fills its pages, none is admitted without room for the next token.
+        ends_inside = (span for span in self.whole if span.num_prompt % page)
+        growing = [replace(span, is_plain=True) for span in ends_inside if span.grows(page)]
+        if not growing:
+            return Plan(name, impossible="no prompt that ends inside of a page grows past it")
+        spans = growing if len(growing) > 1 else 2 * growing
+        pages = sum(-(-span.num_prompt // page) for span in spans)
+        longest = max(-(-(span.num_prompt + span.num_new - 1) // page) for span in spans)
+        return Plan(name, [spans], num_pages=max(pages, longest), preempts=True, for_threads=True)
 
 
 def _place(span: Span) -> tuple[int, int]:

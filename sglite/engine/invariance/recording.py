@@ -1,15 +1,22 @@
 """Takes the logits out of an engine's steps and compares them with those of the prompt alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sglite.engine.batch import LogitsRows
+from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.invariance.report import Condition, Difference
 from sglite.engine.model_runner import ModelRunner
 from sglite.engine.request import Request
+from sglite.engine.sampler import Sampler, TokenTexts
+from sglite.engine.sampling_state import SamplingState
+from sglite.engine.scheduler import Step
 
 
 class Reference:
@@ -96,7 +103,7 @@ class Comparison:
 
 
 class Recorder:
-    """A request's logits processor: hands its logits on, and decides what is generated.
+    """Hands a request's logits on, and as its logits processor decides what is generated.
 
     Args:
         comparison: where the logits go.
@@ -119,20 +126,89 @@ class Recorder:
 
     def __call__(self, token_ids: list[int], logits: Tensor) -> Tensor:
         """Takes the row behind the last of prompt and `token_ids`."""
-        position = self._num_prompt_tokens + len(token_ids) - 1
-        self._comparison.take(self._prompt, position, logits[None])
+        self.take_output(len(token_ids), logits)
         if self._forced is not None:
             logits.fill_(-torch.inf)
             logits[self._forced[len(token_ids)]] = 0.0
         return logits
+
+    def take_output(self, index: int, row: Tensor) -> None:
+        """Takes the row [vocabulary] from which the output token `index` is drawn."""
+        self._comparison.take(self._prompt, self._num_prompt_tokens + index - 1, row[None])
 
     def take_prompt(self, first_position: int, logits: Tensor) -> None:
         """Takes the rows of a chunk of the request's prompt."""
         self._comparison.take(self._prompt, first_position, logits)
 
 
+#: Of requests that have no logits processor, and whose tokens are what the logits say.
+Recorders = Mapping[Request, Recorder]
+_NONE: Recorders = MappingProxyType({})
+
+
+class RecordingSampler(Sampler):
+    """Gives the logits that requests without a logits processor sample from to their recorders.
+
+    Args:
+        tokenizer: as the sampler's.
+        recorders: of these requests.
+    """
+
+    def __init__(self, tokenizer: TokenTexts, recorders: Recorders):
+        super().__init__(tokenizer)
+        self._recorders = recorders
+        self._of_states: WeakKeyDictionary[SamplingState, Recorder] = WeakKeyDictionary()
+
+    def states(self, requests: Sequence[Request], vocab_size: int) -> list[SamplingState]:
+        """As the sampler's."""
+        states = super().states(requests, vocab_size)
+        for request, state in zip(requests, states, strict=True):
+            if request in self._recorders:
+                self._of_states[state] = self._recorders[request]
+        return states
+
+    def follow(
+        self,
+        logits: Tensor,
+        states: Sequence[SamplingState],
+        token_ids: Tensor,
+        status: Tensor,
+        output_indices: Sequence[int],
+        *others: Any,
+        **further: Any,
+    ) -> DrawnTokens:
+        """As the sampler's: whatever has drawn, its tokens come through here with their logits."""
+        for row, state, index in zip(logits, states, output_indices, strict=True):
+            if state in self._of_states:
+                self._of_states[state].take_output(index, row)
+        return super().follow(logits, states, token_ids, status, output_indices, *others, **further)
+
+
 class RecordingRunner(ModelRunner):
-    """Gives the logits of prompts to the requests' recorders, in place of log-probabilities."""
+    """Gives logits to recorders: those of prompts in place of log-probabilities.
+
+    Args:
+        *arguments: as the model runner's.
+        recorders: of the requests without a logits processor; that of any other is its only one.
+
+    Attributes:
+        num_kept_steps: decode steps whose rows were moved on, and not laid out anew.
+    """
+
+    def __init__(self, *arguments: Any, recorders: Recorders = _NONE):
+        self._recorders = recorders
+        super().__init__(*arguments)
+        self.num_kept_steps = 0
+
+    def make_sampler(self, tokenizer: TokenTexts) -> Sampler:
+        """One that records."""
+        return RecordingSampler(tokenizer, self._recorders)
+
+    def launch_decode(self, step: Step) -> DrawnTokens | None:
+        """As the model runner's; counts them."""
+        drawn = super().launch_decode(step)
+        self.num_kept_steps += drawn is not None
+        return drawn
 
     def score_prompt(self, request: Request, row: LogitsRows, logits: Tensor) -> list:
         """Nothing for each of the rows, which is what the request then counts."""

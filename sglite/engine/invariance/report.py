@@ -51,8 +51,8 @@ class Condition:
         differing_rows, differing_logits, differing_bits: how many are not the same.
         largest_difference: between two logits, in absolute value; NaN where one of them is.
         first: the first difference, in the order of computing; None if there is none.
-        note: what shows that the condition was met, such as "9 preemptions".
-        is_met: whether it was; otherwise `note` says why not.
+        note: what shows that the condition was met, such as "9 preemptions"; or why it was not.
+        is_met: whether it was.
     """
 
     name: str
@@ -74,7 +74,9 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class InvarianceReport:
-    """What `LLM.check_invariance` gives: true if every bit is the same. Prints as a table.
+    """What `LLM.check_invariance` gives: true if no bit differs. Prints as a table.
+
+    Not every condition can be met with every model, prompt and machine: see `is_complete`.
 
     Attributes:
         model: how the configuration calls the model, with dtype and device.
@@ -93,6 +95,16 @@ class InvarianceReport:
 
     def __bool__(self) -> bool:
         return self.ok
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every condition was met; otherwise `ok` says nothing of some of them."""
+        return not self.unmet
+
+    @property
+    def unmet(self) -> list[Condition]:
+        """The conditions that were not met, each with its reason."""
+        return [condition for condition in self.conditions if not condition.is_met]
 
     @property
     def first_difference(self) -> Difference | None:
@@ -134,6 +146,12 @@ class InvarianceReport:
                 f"each condition:",
                 *(f"  {condition.first}" for condition in self.conditions if condition.first),
             ]
+        if not self.is_complete:
+            lines += [
+                f"The check is not complete: {len(self.unmet)} of {len(self.conditions)} "
+                f"conditions were not met.",
+                *(f"  {condition.name}: {condition.note}" for condition in self.unmet),
+            ]
         if not self.is_promised:
             lines.append(
                 "batch_invariant is off, so this configuration does not promise the same bits: "
@@ -152,8 +170,9 @@ class InvarianceReport:
 
 
 def _cells(condition: Condition) -> list[str]:
+    note = condition.note if condition.is_met else f"not met: {condition.note}"
     if not condition.rows:
-        return [condition.name, "-", "-", "-", "-", "-", condition.note]
+        return [condition.name, "-", "-", "-", "-", "-", note]
     largest = "0" if condition.ok else f"{condition.largest_difference:.1e}"
     return [
         condition.name,
@@ -162,5 +181,5 @@ def _cells(condition: Condition) -> list[str]:
         f"{condition.differing_rows:,}",
         f"{condition.differing_bits:,}",
         largest,
-        condition.note,
+        note,
     ]

@@ -26,6 +26,7 @@ class SelfResult:
         largest_difference: between two logits.
         is_promised: whether the configuration promises the same bits here.
         note: what shows that the condition was met, or why it was not.
+        is_met: whether it was.
     """
 
     condition: str
@@ -34,10 +35,11 @@ class SelfResult:
     largest_difference: float
     is_promised: bool
     note: str
+    is_met: bool = True
 
     @property
     def passed(self) -> bool:
-        """Whether no bit differs where that is promised."""
+        """Whether no bit differs where that is promised; says little where `is_met` is false."""
         return not (self.is_promised and self.differing_rows)
 
 
@@ -66,6 +68,7 @@ def compare_with_itself(llm: LLM, texts: Sequence[Text]) -> list[SelfResult]:
             condition.largest_difference,
             report.is_promised,
             condition.note,
+            condition.is_met,
         )
         for condition in report.conditions
         if condition.rows or condition.note != "the reference"

@@ -62,10 +62,12 @@ class ComparisonReport:
 
     @property
     def verdict(self) -> str:
-        """One line: that it passed, or the first divergence."""
-        if self.passed:
-            return f"passed: {self.model} agrees with {self.reference}"
-        return f"failed: {self.first_divergence}"
+        """One line: that it passed, or the first divergence; and what could not be looked at."""
+        text = f"passed: {self.model} agrees with {self.reference}"
+        if not self.passed:
+            text = f"failed: {self.first_divergence}"
+        unmet = ", ".join(f"{row.condition} ({row.note})" for row in self.itself if not row.is_met)
+        return f"{text}; not compared with itself under: {unmet}" if unmet else text
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, of plain types that JSON has; infinite values as strings."""
@@ -209,8 +211,8 @@ class ComparisonReport:
                 str(row.differing_rows),
                 _number(row.largest_difference),
                 "promised" if row.is_promised else "not promised",
-                row.note,
-                style="" if row.passed else "bold red",
+                row.note if row.is_met else f"not met: {row.note}",
+                style="bold red" if not row.passed else "" if row.is_met else "yellow",
             )
         return table
 
