@@ -114,6 +114,9 @@ class EngineThread:
         """Sets threads, gradient mode, device and stream."""
         _C.set_num_threads(self._num_threads)
         with torch.inference_mode(), contextlib.ExitStack() as stack:
+            # OpenMP's helpers of this thread end before it does: so the next one finds the arena of
+            # malloc's that this one used, where otherwise either of theirs would grow.
+            stack.callback(_C.pause_teams)
             if self._stream is not None:
                 # What other streams did before (the weights' way to the GPU) comes first.
                 self._stream.wait_stream(torch.cuda.default_stream(self._device))
