@@ -240,20 +240,20 @@ def test_a_chat_template_is_a_text_and_no_program(folder, template):
 
 
 def test_a_template_that_takes_its_time_keeps_nobody_else_waiting(folder):
-    (folder / "chat_template.jinja").write_text("{{ wait() }}a b c")
     at_work, go_on = threading.Event(), threading.Event()
 
-    def wait():
+    def render(*arguments, **keywords):
         at_work.set()
         go_on.wait(60)
-        return ""
+        return "a b c"
 
-    with LLM(folder, kv_cache_tokens=256) as llm, ThreadPoolExecutor(1) as pool:
-        options = {"chat_template_kwargs": {"wait": wait}, "max_new_tokens": 2}
-        reply = pool.submit(llm.chat, [{"role": "user", "content": "Hi"}], **options)
+    with LLM(folder, kv_cache_tokens=256) as llm, ThreadPoolExecutor(2) as pool:
+        llm.tokenizer.chat_template = "{{ messages }}"
+        llm.tokenizer.apply_chat_template = render
+        reply = pool.submit(llm.chat, [{"role": "user", "content": "Hi"}], max_new_tokens=2)
         try:
             assert at_work.wait(30)
-            other = ThreadPoolExecutor(1).submit(llm.generate, "a b", max_new_tokens=2)
+            other = pool.submit(llm.generate, "a b", max_new_tokens=2)
             assert other.result(timeout=30).prompt == "a b"
             assert not reply.done()
         finally:
