@@ -169,6 +169,16 @@ def test_a_file_that_never_ends_is_no_file(folder, name):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_a_setting_that_a_tokenizer_cannot_use_is_found_when_it_is_loaded(folder, tokenizer_class):
+    edit_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": tokenizer_class, "model_max_length": "long"},
+    )
+    with pytest.raises(CheckpointError, match=f"tokenizer in {folder} cannot be read"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
