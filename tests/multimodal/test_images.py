@@ -278,9 +278,11 @@ def test_threads_that_read_at_once_leave_the_warning_filters_alone(monkeypatch):
     def catch(*arguments, **keywords):
         raise AssertionError("this changes the whole process")
 
-    monkeypatch.setattr(Image, "open", together)
-    monkeypatch.setattr(warnings, "catch_warnings", catch)
     data = encoded(PICTURE)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: read_image("x", data), range(4)))
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+        patched.setattr(Image, "open", together)
+        patched.setattr(warnings, "catch_warnings", catch)
+        read = [pool.submit(read_image, "x", data) for _ in range(4)]
+        errors = [future.exception(30) for future in read]
+    assert errors == [None] * 4
     assert warnings.filters == before
