@@ -206,9 +206,12 @@ def check_counts(
 
 def _parts_of(config: Any) -> Iterator[tuple[str, Any]]:
     """A config and all that are within it, each with what stands before its names."""
-    waiting = [("", config)]
+    waiting, seen = [("", config)], set()
     while waiting:
         place, part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
         yield place, part
         values = part if isinstance(part, Mapping) else vars(part)
         for name, value in values.items():
