@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sglite.interface.errors import UnsupportedModelError
+from sglite.interface.errors import CheckpointError, SGLiteError, UnsupportedModelError
 from sglite.multimodal.registry import find_processor
 
 
@@ -27,7 +27,7 @@ def load_processor(
 
     Raises:
         UnsupportedModelError: the model takes images, and nothing is registered that makes them.
-        CheckpointError: the checkpoint's image processor is broken.
+        CheckpointError: the checkpoint's image processor is broken, or its files do not fit.
     """
     model_class = type(model)
     kind = find_processor(model_class, architecture)
@@ -42,6 +42,14 @@ def load_processor(
     from sglite.multimodal.base_processor import HubProcessor
 
     hub = HubProcessor.load(folder, tokenizer, trust_remote_code=options.trust_remote_code)
-    processor = kind(hf_config, options, hub)
-    processor.bind(model)
+    try:
+        processor = kind(hf_config, options, hub)
+        processor.bind(model)
+    except SGLiteError:
+        raise
+    except Exception as error:  # a value of the files that the class cannot work with
+        raise CheckpointError(
+            f"{kind.__name__} cannot be made from the files in {folder}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return processor
