@@ -11,8 +11,10 @@ import sglite
 
 _PACKAGE = Path(sglite.__file__).parent
 _PLACES = tuple(str(_PACKAGE / folder) for folder in ("engine", "cache"))
-# What stands around the rest, so that nothing is left to catch what it raises.
-_OUTERMOST = "_run"
+# What stands around the rest, so that nothing is left to catch what it raises. The second is where
+# the thread has its lock: a line is reached once more on leaving `with`, where nothing else raises,
+# and what is raised there leaves the lock taken.
+_OUTERMOST = ("_run", "_serve")
 
 
 class Planted(BaseException):
@@ -49,7 +51,7 @@ class Fault:
             sys.settrace(None)
             return None
         is_ours = frame.f_code.co_filename.startswith(_PLACES)
-        return self._line if is_ours and frame.f_code.co_name != _OUTERMOST else None
+        return self._line if is_ours and frame.f_code.co_name not in _OUTERMOST else None
 
     def _line(self, frame: FrameType, event: str, argument: object):
         if event == "line":

@@ -4,6 +4,8 @@ import gc
 import threading
 import weakref
 
+import pytest
+
 from sglite import LLM
 from tests.children import run_in_child
 from tests.engine.test_driver import driver_threads, wait_until
@@ -25,8 +27,7 @@ def collecting(token_ids, logits):
 
 
 def collect_within_a_step():
-    """A child process of the tests: the driver's thread finds the stream."""
-    gc.disable()
+    """In the child process: the driver's thread finds the stream."""
     with LLM("demo", kv_cache_tokens=2048) as llm:
         expected = llm.generate("Hi", temperature=0).token_ids
         forget_a_stream(llm)
@@ -34,16 +35,10 @@ def collect_within_a_step():
         assert found.token_ids == expected
         wait_until(lambda: llm.stats()["running"] == 0)
         assert llm.interrupted is None
-    print("done")
-
-
-def test_in_the_thread_of_the_steps():
-    assert run_in_child(collect_within_a_step, timeout=60) == "done\n"
 
 
 def collect_while_tokenizing():
-    """A child process of the tests: a thread that has the tokenizer, for which a step waits."""
-    gc.disable()
+    """In the child process: a thread that has the tokenizer, for which a step waits."""
     with LLM("demo", kv_cache_tokens=2048) as llm:
         expected = llm.generate("Hi", temperature=0).token_ids
         encode = llm.tokenizer.encode
@@ -57,11 +52,6 @@ def collect_while_tokenizing():
             forget_a_stream(llm)
             assert llm.generate("Hi", temperature=0).token_ids == expected
         wait_until(lambda: llm.stats()["running"] == 0)
-    print("done")
-
-
-def test_in_a_thread_that_has_the_tokenizer():
-    assert run_in_child(collect_while_tokenizing, timeout=60) == "done\n"
 
 
 class CollectingLock:
@@ -79,23 +69,16 @@ class CollectingLock:
 
 
 def collect_with_the_lock():
-    """A child process of the tests: a thread that has the driver's lock."""
-    gc.disable()
+    """In the child process: a thread that has the driver's lock."""
     with LLM("demo", kv_cache_tokens=2048) as llm:
         forget_a_stream(llm)
         llm._driver._lock = CollectingLock(llm._driver._lock)
         llm.generate("Hi", temperature=0)
         wait_until(lambda: llm.stats()["running"] == 0)
-    print("done")
-
-
-def test_in_a_thread_that_has_the_drivers_lock():
-    assert run_in_child(collect_with_the_lock, timeout=60) == "done\n"
 
 
 def collect_the_llm_too():
-    """A child process of the tests: a step finds its own LLM, which nobody has any more."""
-    gc.disable()
+    """In the child process: a step finds its own LLM, which nobody has any more."""
     llm = LLM("demo", kv_cache_tokens=2048)
     gone = [weakref.ref(part) for part in (llm._engine, llm.model, llm._engine.runner.pool)]
     may_collect = threading.Event()
@@ -112,11 +95,40 @@ def collect_the_llm_too():
     del collect_then
     gc.collect()
     assert [reference() for reference in gone] == [None] * 3
-    print("done")
 
 
-def test_an_llm_in_the_thread_of_its_own_steps():
-    assert run_in_child(collect_the_llm_too, timeout=60) == "done\n"
+def collect_everywhere():
+    """A child process of the tests, as what fails here hangs."""
+    gc.disable()
+    for collect in (
+        collect_within_a_step,
+        collect_while_tokenizing,
+        collect_with_the_lock,
+        collect_the_llm_too,
+    ):
+        collect()
+        print(collect.__name__)
+
+
+@pytest.fixture(scope="module")
+def printed():
+    return run_in_child(collect_everywhere, timeout=100).split()
+
+
+def test_in_the_thread_of_the_steps(printed):
+    assert "collect_within_a_step" in printed
+
+
+def test_in_a_thread_that_has_the_tokenizer(printed):
+    assert "collect_while_tokenizing" in printed
+
+
+def test_in_a_thread_that_has_the_drivers_lock(printed):
+    assert "collect_with_the_lock" in printed
+
+
+def test_an_llm_in_the_thread_of_its_own_steps(printed):
+    assert "collect_the_llm_too" in printed
 
 
 def test_a_stream_that_another_thread_finds_is_no_interrupt_of_its():
