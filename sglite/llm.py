@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, nullcontext
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from sglite.engine.assembly import make_engine
-from sglite.engine.calls import Calls, Work
+from sglite.engine.calls import Asked, Calls, Work
 from sglite.engine.conversations import render_conversations
 from sglite.engine.device import (
     EngineThread,
@@ -256,7 +257,8 @@ class LLM:
             images: for one prompt an image or a list of them, for a list of prompts a list of such.
                 An image is a PIL image, a path, the bytes of a file, a `data:` URL, a numpy array
                 or a torch tensor.
-            videos: likewise, always in a list; a video is a list of frames.
+            videos: likewise, always in a list; a video is a list of frames, or a dict with `frames`
+                and `fps`, how many of them there are in a second.
             sampling_params: a `SamplingParams` or a dict of its fields, one for all prompts or a
                 list with one for each.
             progress: whether a bar is shown; None: for a batch, when someone is watching.
@@ -292,7 +294,7 @@ class LLM:
             messages: a list of dicts with `role` and `content`, or a list of such lists. A content
                 is a string or a list of parts: `{"type": "text", "text": ...}`,
                 `{"type": "image", "image": ...}`, `{"type": "image_url", "image_url": ...}`,
-                `{"type": "video", "video": frames}`.
+                `{"type": "video", "video": frames, "fps": 2.0}`.
             sampling_params: as in `generate`.
             tools: functions or JSON schemas, given to the chat template.
             chat_template_kwargs: further arguments of the chat template, such as
@@ -303,9 +305,11 @@ class LLM:
         Returns, raises: as `generate`; also InvalidRequestError where the model's tokenizer has no
         chat template, or the template refuses the conversation.
         """
+        called_at = time.perf_counter()
         calls = self._open_calls()
         conversations = self._render(messages, tools, chat_template_kwargs)
-        return calls.run(calls.prepare(*conversations, sampling_params, keywords), progress)
+        work = calls.prepare(*conversations, sampling_params, keywords, called_at=called_at)
+        return calls.run(work, progress)
 
     def stream(
         self,
@@ -323,8 +327,9 @@ class LLM:
         prompt carries its `output`. Leaving the loop early frees the requests. The arguments are
         checked at once, not at the first piece.
         """
+        calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return self._stream(self._prepare_stream(normalized, sampling_params, keywords))
+        return self._stream(calls.prepare(*normalized, sampling_params, keywords, streams=True))
 
     def stream_chat(
         self,
@@ -336,9 +341,14 @@ class LLM:
         **keywords: Any,
     ) -> Iterator[StreamChunk]:
         """`chat`, handing out the text in pieces as `stream` does."""
+        called_at = time.perf_counter()
+        calls = self._open_calls()
         conversations = self._render(messages, tools, chat_template_kwargs)
-        work = self._open_calls().prepare(*conversations, sampling_params, keywords, streams=True)
-        return self._stream(work)
+        return self._stream(
+            calls.prepare(
+                *conversations, sampling_params, keywords, streams=True, called_at=called_at
+            )
+        )
 
     async def agenerate(
         self,
@@ -352,11 +362,13 @@ class LLM:
         """`generate` for a task of a running event loop, which goes on meanwhile.
 
         Requests of all tasks and threads share batches. Cancelling the task ends its requests.
-        Arguments, results and errors are those of `generate`.
+        Pictures and long texts are read on a thread of the loop's own pool. Arguments, results and
+        errors are those of `generate`, but that there is no `progress`.
         """
         calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return await calls.run_in_loop(calls.prepare(*normalized, sampling_params, keywords))
+        asked = calls.ask(*normalized, sampling_params, keywords)
+        return await calls.run_in_loop(await calls.read_in_loop(asked))
 
     def astream(
         self,
@@ -367,9 +379,15 @@ class LLM:
         videos: Any = None,
         **keywords: Any,
     ) -> AsyncIterator[StreamChunk]:
-        """`stream` for `async for`, in a running event loop."""
+        """`stream` for `async for`, in a running event loop.
+
+        What is read on a thread, as in `agenerate`, is read and checked when the first piece is
+        asked for.
+        """
+        calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return self._astream(self._prepare_stream(normalized, sampling_params, keywords))
+        asked = calls.ask(*normalized, sampling_params, keywords, streams=True)
+        return self._astream(asked if asked.takes_long else calls.read(asked))
 
     #: SGLang's name.
     async_generate = agenerate
@@ -398,15 +416,15 @@ class LLM:
         """
         return self._open_calls().resume(progress)
 
-    def _prepare_stream(self, normalized: tuple, sampling_params, keywords: dict) -> Work:
-        return self._open_calls().prepare(*normalized, sampling_params, keywords, streams=True)
-
     # These two keep the LLM alive until their stream ends.
     def _stream(self, work: Work) -> Iterator[StreamChunk]:
         yield from self._open_calls().stream(work)
 
-    async def _astream(self, work: Work) -> AsyncIterator[StreamChunk]:
-        async with aclosing(self._open_calls().stream_in_loop(work)) as chunks:
+    async def _astream(self, work: Work | Asked) -> AsyncIterator[StreamChunk]:
+        calls = self._open_calls()
+        if isinstance(work, Asked):
+            work = await calls.read_in_loop(work)
+        async with aclosing(calls.stream_in_loop(work)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

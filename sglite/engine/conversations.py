@@ -109,6 +109,8 @@ def _take_part(part: Any, images: list[Any], videos: list[Any]) -> Any:
     (key,) = found
     value = part[key]
     if kind == "video":
+        if part.get("fps") is not None:
+            value = {"frames": value, "fps": part["fps"]}
         videos.append(value)
         return {"type": "video"}
     if isinstance(value, Mapping) and "url" in value:  # OpenAI's {"url": ..., "detail": ...}

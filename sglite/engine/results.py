@@ -43,9 +43,9 @@ class RequestGroup:
             cached_tokens=first.num_cached_tokens or 0,
             completion_tokens=sum(len(request.output_token_ids) for request in self.requests),
             time_to_first_token=(
-                first.first_token_at - first.created_at if first.first_token_at else None
+                first.first_token_at - first.called_at if first.first_token_at else None
             ),
-            latency=max(ends) - first.created_at if None not in ends else None,
+            latency=max(ends) - first.called_at if None not in ends else None,
             finish_reason=first.finish_reason,
         )
         return RequestOutput(

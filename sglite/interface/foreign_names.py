@@ -39,6 +39,9 @@ _SAMPLING = {
     "structured_outputs": _STRUCTURED,
     "truncate_prompt_tokens": "cut the prompt's token ids yourself and pass those",
     "use_tqdm": "use progress",
+    # Ours, where it has no place.
+    "progress": "it is an argument of generate(), chat() and resume(); streams and async calls "
+    "show no bar",
     "priority": "requests are served in the order in which they come",
     # SGLang
     "custom_logit_processor": "use logits_processors",

@@ -18,9 +18,10 @@ from sglite.interface.errors import (
     UnsupportedModelError,
 )
 from sglite.multimodal.chat_templates import fallback_template
-from sglite.multimodal.images import Fetcher, read_frames, read_image
+from sglite.multimodal.images import Fetcher, read_image
 from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
 from sglite.multimodal.registry import register_processor
+from sglite.multimodal.videos import Video, read_video
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
@@ -38,7 +39,7 @@ class HubProcessor:
             where the folder has no file for one: then there can be text alone.
         settings: the contents of `processor_config.json`; empty if there is none.
         video_settings: those of its video processor, or of the file that holds them.
-        chat_template: the processor's own; None: the tokenizer has it.
+        chat_template: the one that Hugging Face's processor would use; None: it has none.
     """
 
     tokenizer: Any
@@ -76,7 +77,7 @@ class HubProcessor:
             or _read_json(folder / "video_preprocessor_config.json")
             or _read_json(folder / "preprocessor_config.json")
         )
-        template = _read_json(folder / "chat_template.json").get("chat_template")
+        template = _template_in(folder, settings)
         return cls(tokenizer, image_processor, settings, video_settings, template)
 
 
@@ -132,6 +133,7 @@ class BaseMultimodalProcessor:
         self._processor = _processor
         self.tokenizer = _processor.tokenizer
         self.image_processor = _processor.image_processor
+        self._loaded_template = getattr(self.tokenizer, "chat_template", None)
         self._ids: dict[str, int | None] = {}
 
     def bind(self, model: Any) -> None:
@@ -147,12 +149,12 @@ class BaseMultimodalProcessor:
         """Pixels of all images of a prompt, where one depends on how many there are."""
         return [self.process_image(image) for image in images]
 
-    def process_videos(self, videos: Sequence[Sequence[Image.Image]]) -> list[ProcessedMedia]:
+    def process_videos(self, videos: Sequence[Video]) -> list[ProcessedMedia]:
         """Pixels of all videos of a prompt."""
         return [self.process_video(frames) for frames in videos]
 
-    def process_video(self, frames: Sequence[Image.Image]) -> ProcessedMedia:
-        """Pixels of a video's frames, at least one, all RGB and of one size."""
+    def process_video(self, frames: Video) -> ProcessedMedia:
+        """Pixels of a video's frames, a list of at least one, with the rate `frames.fps`."""
         raise UnsupportedModelError(f"{type(self).__name__} takes no videos")
 
     def positions(
@@ -182,18 +184,23 @@ class BaseMultimodalProcessor:
     def chat_template(self, render: Callable[..., str]) -> str | None:
         """The chat template to use; None: the tokenizer's own.
 
-        That is the processor's where the tokenizer has none, and the one that `fallback_template`
-        registers for the family where what the checkpoint has does not write images.
+        What somebody has set on the tokenizer since it was loaded goes first. Then comes the
+        processor's, as with Hugging Face's `AutoProcessor.apply_chat_template`, and the
+        tokenizer's; where none of them writes images, the one that `fallback_template` registers
+        for the family.
 
         Args:
             render: `render(conversation, chat_template=...)` gives text.
         """
-        for template in (
-            getattr(self.tokenizer, "chat_template", None),
-            self._processor.chat_template,
-        ):
-            if template is not None and self._writes_images(render, template):
-                return template
+        of_tokenizer = getattr(self.tokenizer, "chat_template", None)
+        templates = [self._processor.chat_template, of_tokenizer]
+        if of_tokenizer != self._loaded_template:
+            templates.reverse()
+        for template in templates:
+            # A tokenizer may have several, by name.
+            one = template.get("default") if isinstance(template, Mapping) else template
+            if one is not None and self._writes_images(render, one):
+                return None if template is of_tokenizer else template
         return fallback_template(type(self))
 
     def _writes_images(self, render: Callable[..., str], template: Any) -> bool:
@@ -230,7 +237,7 @@ class BaseMultimodalProcessor:
             token_ids: with one `image_token` for each image; or with as many as the image has rows
                 of embeddings, as Hugging Face's processors give it.
             images: in the order of their placeholders, as `read_image` takes them.
-            videos: likewise, as `read_frames` takes them.
+            videos: likewise, as `read_video` takes them.
             fetch: as for `read_image`.
 
         Returns:
@@ -238,17 +245,17 @@ class BaseMultimodalProcessor:
             there are no images.
 
         Raises:
-            InvalidRequestError: an image cannot be read, or there are more or fewer of them than
-                placeholders.
-            UnsupportedModelError: videos for a model that takes none.
+            InvalidRequestError: an image cannot be read, there are more or fewer of them than
+                placeholders, or there are videos for a model that takes none.
         """
         if videos and self.video_token is None:
             raise InvalidRequestError(
                 f"{name} has videos, but this model takes images only: pass frames as images"
             )
         if (images or videos) and self.image_processor is None:
+            kind = "images" if images else "videos"
             raise InvalidRequestError(
-                f"{name} has images, but the checkpoint has no image processor "
+                f"{name} has {kind}, but the checkpoint has no image processor "
                 f"({' or '.join(_PROCESSOR_FILES)}): it can be used for text alone"
             )
         pictures = [
@@ -256,7 +263,7 @@ class BaseMultimodalProcessor:
             for index, image in enumerate(images)
         ]
         frames = [
-            read_frames(f"{name}: videos[{index}]", video, fetch)
+            read_video(f"{name}: videos[{index}]", video, fetch)
             for index, video in enumerate(videos)
         ]
         found = {
@@ -353,6 +360,19 @@ def _expand(
         )
         end = stop
     return expanded + list(token_ids[end:]), items
+
+
+def _template_in(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template among a processor's files, in the order of Hugging Face's processors."""
+    template = settings.get("chat_template")
+    template = template or _read_json(folder / "chat_template.json").get("chat_template")
+    file = folder / "chat_template.jinja"
+    if template is None and file.exists():
+        try:
+            template = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return template
 
 
 def _read_json(path: Path) -> dict[str, Any]:

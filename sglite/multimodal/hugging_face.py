@@ -130,7 +130,7 @@ class HuggingFaceProcessor(BaseMultimodalProcessor):
 
     def _written_by_template(self) -> str | None:
         """What the chat template writes for a picture; None if that cannot be told."""
-        template = getattr(self.tokenizer, "chat_template", None) or self._processor.chat_template
+        template = self._processor.chat_template or getattr(self.tokenizer, "chat_template", None)
         if template is None:
             return None
         before, behind = "(before)", "(behind)"
