@@ -89,6 +89,8 @@ class LLM:
         image_cache_bytes: what the embeddings of images may take that are kept for further prompts.
         image_fetcher: gives the bytes of the file behind a http(s) URL of an image; None: such
             images are refused.
+        image_processor: settings of the Hugging Face image processor that are to be others than
+            the checkpoint's: `{"max_pixels": 1003520}`, say, or `min_pixels`.
 
     Attributes:
         config: every setting, resolved; prints as a table.
@@ -127,6 +129,7 @@ class LLM:
         token: str | bool | None = None,
         image_cache_bytes: int = 256 << 20,
         image_fetcher: Callable[[str], bytes] | None = None,
+        image_processor: Mapping[str, Any] | None = None,
         **others: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "others")}
@@ -208,6 +211,8 @@ class LLM:
                 self.tokenizer,
                 options,
             )
+        elif options.image_processor:
+            raise ConfigError("image_processor is for checkpoints: a live module takes text only")
         self._intake = Intake(
             self._tokenizer,
             PromptReader(
@@ -561,7 +566,9 @@ class LLM:
         `kv_tokens_total`, `kv_tokens_used` (by running requests and the prefix cache),
         `kv_tokens_cached` (reusable prefixes), `running`, `waiting` (requests), `prompt_tokens`,
         `cached_tokens` (of them, from the cache), `completion_tokens`, `preemptions`, `steps`,
-        `tokens_per_second` (completion tokens over the time spent in steps).
+        `tokens_per_second` (completion tokens over the time spent in steps), `images_encoded`
+        (images and videos that went through the model's encoder), `image_cache_bytes` (what their
+        embeddings take that are kept).
         """
         engine = self._engine  # before the check, as another thread may close at any moment
         self._open_calls()

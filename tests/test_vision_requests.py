@@ -71,12 +71,11 @@ class TestForms:
         assert "".join(chunk.text for chunk in chunks) == expected.text
 
     def test_several_completions_of_one_picture(self, llm):
-        features = llm._engine.runner._images
-        before = features.num_encoded
+        before = llm.stats()["images_encoded"]
         image = picture(50, 50, 9)
         output = llm.generate("<image>x", images=image, n=3, seed=1, max_new_tokens=4)
         assert len(output.outputs) == 3
-        assert features.num_encoded == before + 1
+        assert llm.stats()["images_encoded"] == before + 1
 
     def test_a_fetcher_of_the_callers_own(self, llm, expected):
         files = {"http://a/1.png": png(PICTURE), "http://a/2.png": png(OTHER)}
@@ -256,7 +255,7 @@ def test_weights_that_changed_give_other_embeddings(tmp_path):
         own.weights_changed()
         after = own.generate(prompt, PARAMS, logprobs=0)
         assert after.usage.cached_tokens == 0
-        assert own._engine.runner._images.num_encoded == 2
+        assert own.stats()["images_encoded"] == 2
         first = [next(iter(output.logprobs[0].values())).logprob for output in (before, after)]
         assert first[0] != first[1]
 

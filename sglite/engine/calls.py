@@ -144,12 +144,17 @@ class Calls:
         names = ["the prompt"]
         if len(asked.prompts) != 1:
             names = [f"prompts[{index}]" for index in range(len(asked.prompts))]
-        groups = [
-            self._intake.make_group(index, *given, streams=asked.streams, called_at=asked.called_at)
-            for index, given in enumerate(
-                zip(names, asked.prompts, asked.params, asked.seeds, strict=True)
+        groups = []
+        room = _MOST_PIXEL_BYTES
+        given = zip(names, asked.prompts, asked.params, asked.seeds, strict=True)
+        for index, (name, prompt, params, seed) in enumerate(given):
+            group = self._intake.make_group(
+                index, name, prompt, params, seed, streams=asked.streams, called_at=asked.called_at
             )
-        ]
+            room -= group.num_pixel_bytes
+            if room < 0:
+                group.release_pixels()
+            groups.append(group)
         return Work(groups, asked.is_single)
 
     async def read_in_loop(self, asked: Asked) -> Work:

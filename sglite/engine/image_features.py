@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sglite.engine.batch import ImageRows
+from sglite.engine.request import Request
 from sglite.engine.scheduler import Step
 from sglite.interface.errors import UnsupportedModelError
 from sglite.multimodal.inputs import MultimodalItem
@@ -72,6 +73,11 @@ class ImageFeatures:
         self._held: dict[Hashable, Tensor] = {}
         self.num_encoded = 0
 
+    @property
+    def num_cached_bytes(self) -> int:
+        """What the embeddings take that are kept for further prompts."""
+        return self._cache.num_bytes
+
     def of_step(self, step: Step, query_start: NDArray[np.int32]) -> ImageRows | None:
         """The rows of the step's tokens that stand for images; None where there are none.
 
@@ -89,11 +95,14 @@ class ImageFeatures:
                 # Other weights give other embeddings.
                 key = request.namespace, item.digest
                 if key not in held:
-                    held[key] = self._features(key, item)
+                    held[key] = self._features(key, request, item)
                 features = held[key]
                 first, last = max(start, item.start), min(stop, item.stop)
                 rows.append(np.arange(first, last) - start + offset)
                 parts.append(features[first - item.start : last - item.start])
+            if stop >= request.multimodal.items[-1].stop:
+                # Wanted again only after a preemption that cost the request its prefix as well.
+                request.multimodal = request.multimodal.released()
         # An image that a chunk has cut is wanted in the next step again.
         self._held = held
         if not parts:
@@ -101,12 +110,12 @@ class ImageFeatures:
         embeds = parts[0] if len(parts) == 1 else torch.cat(parts)
         return ImageRows(np.concatenate(rows), embeds)
 
-    def _features(self, key: Hashable, item: MultimodalItem) -> Tensor:
+    def _features(self, key: Hashable, request: Request, item: MultimodalItem) -> Tensor:
         found = self._held.get(key)
         if found is None:
             found = self._cache.get(key)
         if found is None:
-            found = self._encode(item)
+            found = self._encode(_with_pixels(request, item))
             self._cache.put(key, found)
         return found
 
@@ -125,3 +134,13 @@ class ImageFeatures:
         self._model = None
         self._cache.clear()
         self._held.clear()
+
+
+def _with_pixels(request: Request, item: MultimodalItem) -> MultimodalItem:
+    """The item, its pixels made again where the request has given them up."""
+    if item.pixel_values is None:
+        # Those of all its images at once, since one may depend on how many there are.
+        if not request.multimodal.num_pixel_bytes:
+            request.multimodal = request.multimodal.restored()
+        (item,) = request.multimodal.overlapping(item.start, item.stop)
+    return item

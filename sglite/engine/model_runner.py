@@ -149,6 +149,14 @@ class ModelRunner:
             request.params.prompt_logprobs,
         )
 
+    def stats(self) -> dict[str, int]:
+        """Counts of images; see `LLM.stats`."""
+        images = self._images
+        return {
+            "images_encoded": images.num_encoded if images else 0,
+            "image_cache_bytes": images.num_cached_bytes if images else 0,
+        }
+
     def close(self) -> None:
         """Drops the model and the cache's tensors."""
         if self._decode is not None:

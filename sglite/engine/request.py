@@ -268,6 +268,11 @@ class Request:
         except BaseException as failure:  # the tokenizer; the text stays as it was
             if error is None:
                 reason, error = "error", failed("the text", failure)
+        if self.multimodal is not None:
+            # Whoever keeps the outputs, or waits for others of the call, needs no pixels; only what
+            # was aborted may go on.
+            keep = reason == "abort" and self.multimodal.remake is None
+            self.multimodal = self.multimodal if keep else self.multimodal.without_pixels()
         self.finish_reason = reason
         self.error = error
         self.finished_at = time.perf_counter()

@@ -21,6 +21,10 @@ _PARALLEL = "a model runs on one device"
 _SERVER = "there is no server and no other process"
 _KERNELS = "the kernels are chosen by device and shape"
 _IMAGES = "images belong to the prompt, {'text': ..., 'images': [...]}, or to generate(images=...)"
+_PIXELS = (
+    "use image_processor={'max_pixels': ...}, which takes the keywords of the Hugging Face image "
+    "processor"
+)
 
 _SAMPLING = {
     # vLLM
@@ -161,7 +165,10 @@ _OPTIONS = {
     "task": "models generate text",
     "runner": "models generate text",
     "limit_mm_per_prompt": "the number of images is bounded by the context alone",
-    "mm_processor_kwargs": "register a processor of your own",
+    "mm_processor_kwargs": _PIXELS,
+    "mm_process_config": _PIXELS,
+    "max_pixels": _PIXELS,
+    "min_pixels": _PIXELS,
     "enable_lora": _LORA,
     "max_loras": _LORA,
     "max_lora_rank": _LORA,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,9 +18,11 @@ from sglite.interface.errors import (
     UnsupportedModelError,
 )
 from sglite.multimodal.chat_templates import fallback_template
+from sglite.multimodal.image_settings import with_settings
 from sglite.multimodal.images import Fetcher, read_image
 from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
 from sglite.multimodal.registry import register_processor
+from sglite.multimodal.sources import Fetched, Sources
 from sglite.multimodal.videos import Video, read_video
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -35,8 +37,9 @@ class HubProcessor:
 
     Attributes:
         tokenizer: the Hugging Face tokenizer.
-        image_processor: Hugging Face's, the Pillow variant where there is no torchvision; None
-            where the folder has no file for one: then there can be text alone.
+        image_processor: Hugging Face's, always the variant on Pillow, so that pixels do not depend
+            on what else is installed; None where the folder has no file for one: then there can
+            be text alone.
         settings: the contents of `processor_config.json`; empty if there is none.
         video_settings: those of its video processor, or of the file that holds them.
         chat_template: the one that Hugging Face's processor would use; None: it has none.
@@ -50,12 +53,26 @@ class HubProcessor:
 
     @classmethod
     def load(
-        cls, folder: Path, tokenizer: Any, *, trust_remote_code: bool = False
+        cls,
+        folder: Path,
+        tokenizer: Any,
+        *,
+        trust_remote_code: bool = False,
+        image_settings: Mapping[str, Any] | None = None,
+        fixed_settings: frozenset[str] = frozenset(),
     ) -> "HubProcessor":
         """Reads the files of a checkpoint.
 
+        Args:
+            folder: the checkpoint's.
+            tokenizer: the Hugging Face tokenizer.
+            trust_remote_code: whether Python code of the checkpoint may run.
+            image_settings: what of the image processor the caller wants otherwise.
+            fixed_settings: what of it cannot be changed.
+
         Raises:
             CheckpointError: what is there cannot be read.
+            ConfigError: `image_settings` has an unknown name, or a value that is not allowed.
         """
         if not any((folder / name).exists() for name in _PROCESSOR_FILES):
             return cls(tokenizer, None)
@@ -64,13 +81,15 @@ class HubProcessor:
 
         try:
             image_processor = AutoImageProcessor.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
+                folder, local_files_only=True, trust_remote_code=trust_remote_code, backend="pil"
             )
         except Exception as error:  # whatever its code raises on a broken or missing file
             raise CheckpointError(
                 f"the image processor in {folder} ({' or '.join(_PROCESSOR_FILES)}) cannot be "
                 f"read: {error}"
             ) from error
+        if image_settings:
+            image_processor = with_settings(image_processor, folder, image_settings, fixed_settings)
         settings = _read_json(folder / "processor_config.json")
         video_settings = (
             settings.get("video_processor")
@@ -117,6 +136,8 @@ class BaseMultimodalProcessor:
     #: The same for videos; None: the model takes none.
     video_token: str | None = None
     video_placeholder: str | None = None
+    #: Settings of the image processor that `LLM(..., image_processor={...})` cannot change.
+    fixed_settings: ClassVar[frozenset[str]] = frozenset()
     #: Whether the tokens of an image see each other both ways.
     whole_spans: bool = False
 
@@ -258,6 +279,7 @@ class BaseMultimodalProcessor:
                 f"{name} has {kind}, but the checkpoint has no image processor "
                 f"({' or '.join(_PROCESSOR_FILES)}): it can be used for text alone"
             )
+        fetch = Fetched(fetch) if fetch else None
         pictures = [
             read_image(f"{name}: images[{index}]", image, fetch)
             for index, image in enumerate(images)
@@ -279,7 +301,16 @@ class BaseMultimodalProcessor:
         if not items:
             return token_ids, None
         positions, offset = self.positions(expanded, items)
-        return expanded, MultimodalInputs(items, positions, offset, self.whole_spans)
+        inputs = MultimodalInputs(items, positions, offset, self.whole_spans)
+        if not videos:
+            sources = Sources(images, pictures, fetch or {}, self._pixels)
+            # The smaller of the two is kept while the prompt waits, and until it ends.
+            if sources.num_bytes < inputs.num_pixel_bytes:
+                inputs = replace(inputs, remake=sources.pixels)
+        return expanded, inputs
+
+    def _pixels(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
+        return [medium.pixel_values for medium in self.process_images(pictures)]
 
     def _places(
         self,
