@@ -24,6 +24,8 @@ from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_
 
 # Characters or ids of text that are made into requests in a few milliseconds.
 _QUICKLY_READ = 8192
+# Of pixels that a call has ready before it is their turn; those of further prompts are made then.
+_MOST_PIXEL_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
