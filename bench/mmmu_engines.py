@@ -22,7 +22,7 @@ from sglite.models.registry import ModelRegistry
 from sglite.multimodal.chat_templates import fallback_template
 from sglite.multimodal.registry import find_processor
 
-_AT_ONCE = 256  # prompts that sglite gets together: the pixels of all of them are in memory
+_AT_ONCE = 256  # prompts that sglite gets together: the files of all of them are opened
 
 
 class Reply(NamedTuple):
