@@ -271,8 +271,8 @@ class Request:
         if self.multimodal is not None:
             # Whoever keeps the outputs, or waits for others of the call, needs no pixels; only what
             # was aborted may go on.
-            keep = reason == "abort" and self.multimodal.remake is None
-            self.multimodal = self.multimodal if keep else self.multimodal.without_pixels()
+            inputs = self.multimodal
+            self.multimodal = inputs.released() if reason == "abort" else inputs.emptied()
         self.finish_reason = reason
         self.error = error
         self.finished_at = time.perf_counter()

@@ -77,6 +77,10 @@ class MultimodalInputs:
             return self
         return replace(self, items=[replace(item, pixel_values=None) for item in self.items])
 
+    def emptied(self) -> "MultimodalInputs":
+        """The same without pixels and what these could be made of."""
+        return replace(self.without_pixels(), remake=None)
+
     def released(self) -> "MultimodalInputs":
         """The same without pixels where these can be made again."""
         return self if self.remake is None else self.without_pixels()

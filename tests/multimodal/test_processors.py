@@ -26,6 +26,11 @@ def write(folder, name, **contents):
     path.write_text(json.dumps({**known, **contents}))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_vision_checkpoint(tmp_path_factory.mktemp("qwen"))
+
+
 class TestPixels:
     @pytest.mark.parametrize("name", ["", "Fast"])
     def test_are_made_on_pillow_whatever_is_installed(self, tmp_path, monkeypatch, name):
@@ -47,10 +52,6 @@ class TestPixels:
 
 
 class TestSettings:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        return make_vision_checkpoint(tmp_path_factory.mktemp("qwen"))
-
     def tokens(self, folder, **options):
         """How many tokens a picture is, and the digest of its pixels."""
         with LLM(folder, kv_cache_tokens=256, **options) as llm:
