@@ -101,27 +101,35 @@ def test_none_is_left_once_prompts_are_computed(folder, monkeypatch):
         assert pixels_alive() == before
 
 
-def test_pictures_may_change_once_the_call_has_begun(folder, expected, monkeypatch, tmp_path):
+def test_pictures_may_change_once_the_call_has_begun(folder, monkeypatch, tmp_path):
     """What is kept to make pixels again is out of the caller's hands."""
+    own = [picture(48, 40, seed) for seed in range(20, 30)]
+    files = [encoded(one) for one in own]
+    with LLM(folder, kv_cache_tokens=4096) as llm:
+        prompts = [{"text": "<image>a", "images": [file]} for file in files]
+        expected = [output.token_ids for output in llm.generate(prompts, PARAMS)]
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for path, file in zip(paths, files[:3], strict=True):
+        path.write_bytes(file)
+    array, rgb = np.array(own[4]), own[6].copy()
+    tensor = torch.tensor(np.array(own[5])).permute(2, 0, 1).contiguous()
+    buffer, fetched = bytearray(files[7]), {"http://a/a.png": files[8]}
+    url = "data:image/png;base64," + base64.b64encode(files[3]).decode()
+    images = [paths[0], str(paths[1]), f"file://{paths[2]}", url, array, tensor, rgb, buffer]
+    images += [*fetched, files[9]]
     monkeypatch.setattr(calls, "_MOST_PIXEL_BYTES", 0)
-    one, file = PICTURES[0], encoded(PICTURES[0])
-    path = tmp_path / "a.png"
-    array, tensor = np.array(one), torch.tensor(np.array(one)).permute(2, 0, 1).contiguous()
-    image, buffer = one.copy(), bytearray(file)
-    path.write_bytes(file)
-    url = "data:image/png;base64," + base64.b64encode(file).decode()
-    fetched = {"http://a/a.png": file}
-    images = [array, tensor, image, buffer, path, str(path), url, "http://a/a.png", file]
-    prompts = [{"text": "<image>a<image>", "images": [one, given]} for given in images]
     with LLM(folder, kv_cache_tokens=4096, image_fetcher=fetched.__getitem__) as llm:
+        prompts = [{"text": "<image>a", "images": [given]} for given in images]
         work = llm._calls.prepare(*normalize_prompts(prompts), PARAMS, {})
         array[:], buffer[:] = 0, b"\0" * len(buffer)
         tensor.zero_()
-        image.paste((0, 0, 0), (0, 0, *image.size))
-        path.unlink()
+        rgb.paste((0, 0, 0), (0, 0, *rgb.size))
+        for path in paths:
+            path.unlink()
         fetched.clear()
         outputs = llm._calls.run(work, False)
-    assert [output.token_ids for output in outputs] == [expected[0]] * len(images)
+    assert [output.token_ids for output in outputs] == expected
+    assert len(set(map(tuple, expected))) == len(expected)
 
 
 def test_what_was_interrupted_goes_on(folder, expected, monkeypatch):

@@ -69,7 +69,8 @@ class QwenVLImageProcessor(BaseMultimodalProcessor):
             return {}
         fps = fps or self._processor.video_settings.get("fps") or 2.0
         seconds = self.image_processor.temporal_patch_size / fps
-        return {"interval": float(rate) * float(seconds)}
+        # In float32, where Hugging Face's positions are counted.
+        return {"interval": float(np.float32(rate) * np.float32(seconds))}
 
     def _pairs(self, pixels: Tensor, num_frames: int) -> tuple[Tensor, int]:
         """Patches of pairs of frames, from those in which each frame is a pair of itself."""

@@ -1,5 +1,7 @@
 """Videos with the rate of their frames: how they are read, and the positions that come of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import transformers
 
 from sglite import LLM, InvalidRequestError, SamplingParams
 from sglite.interface.prompts import normalize_prompts
+from sglite.multimodal.qwen_vl import QwenVLImageProcessor
 from sglite.multimodal.rope_positions import Grid, mrope_positions
 from sglite.multimodal.videos import read_video
 from tests.vision_checkpoints import RECIPES, make_vision_checkpoint, picture
@@ -47,20 +50,24 @@ def test_prompts_take_one_alone():
     assert [prompt.videos for prompt in prompts] == [(video,), (FRAMES,)]
 
 
+def config_with(tokens_per_second):
+    recipe = RECIPES["qwen2.5-vl"].config
+    vision = {**recipe["vision_config"], "tokens_per_second": tokens_per_second}
+    return transformers.Qwen2_5_VLConfig(**{**recipe, "vision_config": vision})
+
+
 @pytest.fixture(scope="module")
 def config():
-    vision = {**RECIPES["qwen2.5-vl"].config["vision_config"], "tokens_per_second": 4}
-    return transformers.Qwen2_5_VLConfig(
-        **{**RECIPES["qwen2.5-vl"].config, "vision_config": vision}
-    )
+    return config_with(4)
 
 
-@pytest.mark.parametrize("fps", [0.5, 1, 1.1, 2, 3, 5, 7, 12, 23.976, 24, 29.97, 30])
-def test_positions_are_hugging_faces(config, fps):
-    """Of a long video, where a product in another precision falls short of a whole number."""
+@pytest.mark.parametrize("tokens_per_second", [2, 25])
+@pytest.mark.parametrize("fps", [0.5, 1, 1.3, 2, 3, 6, 9, 23.976, 24, 30, 49, 55])
+def test_positions_are_hugging_faces(fps, tokens_per_second):
+    """Of a long video, where products in another precision fall short of a whole number."""
+    config = config_with(tokens_per_second)
     with torch.device("meta"):
         model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config)
-    seconds = 2 / fps
     count = 200 * 2 * 3
     ids = torch.tensor([[5] * 3 + [9] * count + [5] * 4])
     kinds = torch.tensor([[0] * 3 + [2] * count + [0] * 4])
@@ -68,9 +75,15 @@ def test_positions_are_hugging_faces(config, fps):
         ids,
         kinds,
         video_grid_thw=torch.tensor([[200, 4, 6]]),
-        second_per_grid_ts=torch.tensor([seconds]),
+        second_per_grid_ts=torch.tensor([2 / fps]),
     )
-    positions, offset = mrope_positions(ids.shape[1], [Grid(3, 200, 2, 3, 4 * seconds)])
+    processor = SimpleNamespace(
+        hf_config=config,
+        image_processor=SimpleNamespace(temporal_patch_size=2),
+        _processor=SimpleNamespace(video_settings={}),
+    )
+    interval = QwenVLImageProcessor.video_data(processor, fps)["interval"]
+    positions, offset = mrope_positions(ids.shape[1], [Grid(3, 200, 2, 3, interval)])
     assert np.array_equal(positions, expected[:, 0].numpy())
     assert offset == int(delta)
 
