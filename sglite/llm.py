@@ -24,6 +24,7 @@ from sglite.engine.device import (
     resolve_num_threads,
 )
 from sglite.engine.driver import Driver
+from sglite.engine.engine import Engine
 from sglite.engine.gpu_memory import free_memory
 from sglite.engine.intake import Intake, Limits
 from sglite.engine.invariance import (
@@ -34,10 +35,12 @@ from sglite.engine.invariance import (
     compute,
 )
 from sglite.engine.kv_tokens import kv_tokens
+from sglite.engine.leaving import empty_frames, keeps_nothing
 from sglite.engine.progress import someone_is_watching
 from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.request import Request
 from sglite.engine.tokenizer import Tokenizer
+from sglite.engine.waiting import FORKED, PATIENCE
 from sglite.interface.config import EngineConfig, LLMOptions
 from sglite.interface.errors import ConfigError, EngineClosedError, InvalidRequestError
 from sglite.interface.outputs import RequestOutput, StreamChunk
@@ -133,6 +136,7 @@ class LLM:
         **others: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "others")}
+        handled = sys.exception()
         if model is None:
             del given["model"]
         options = LLMOptions.from_keywords({**given, **others})
@@ -154,9 +158,12 @@ class LLM:
             with errors_name_files(checkpoint) if checkpoint else nullcontext():
                 self._start(options, checkpoint, device, num_threads)
         except BaseException as error:
+            thread = self.__dict__.get("_thread")
             # Whoever keeps the error, as notebooks do, keeps this frame, and with it `self`.
             self.__dict__.clear()
-            release_after(error)
+            release_after(error, device, handled)
+            if thread is not None:
+                thread.close()
             raise
 
     def _start(
@@ -176,7 +183,8 @@ class LLM:
                 f"batch_invariant=True: parts of {loaded.architecture} run as Hugging Face has "
                 f"them, with other bits in other batches: leave it out"
             )
-        thread = EngineThread(device, num_threads)
+        # At once, so that its stream is given back whatever fails from here on.
+        thread = self._thread = EngineThread(device, num_threads)
         with thread():
             fitting = kv_tokens(
                 loaded.model,
@@ -239,11 +247,11 @@ class LLM:
         self._engine = self._make_engine(config)
         self._driver = Driver(self._engine, thread)
         self._calls = Calls(self._intake, self._driver)
-        self._thread = thread
         _log.info("loaded %r, with a cache of %d tokens", self, config.kv_cache_tokens)
 
     # -- generation -------------------------------------------------------------------------
 
+    @keeps_nothing
     def generate(
         self,
         prompts: Any,
@@ -283,6 +291,7 @@ class LLM:
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         return calls.run(calls.prepare(*normalized, sampling_params, keywords), progress)
 
+    @keeps_nothing
     def chat(
         self,
         messages: Sequence,
@@ -316,6 +325,7 @@ class LLM:
         work = calls.prepare(*conversations, sampling_params, keywords, called_at=called_at)
         return calls.run(work, progress)
 
+    @keeps_nothing
     def stream(
         self,
         prompts: Any,
@@ -336,6 +346,7 @@ class LLM:
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         return self._stream(calls.prepare(*normalized, sampling_params, keywords, streams=True))
 
+    @keeps_nothing
     def stream_chat(
         self,
         messages: Sequence,
@@ -355,6 +366,7 @@ class LLM:
             )
         )
 
+    @keeps_nothing
     async def agenerate(
         self,
         prompts: Any,
@@ -375,6 +387,7 @@ class LLM:
         asked = calls.ask(*normalized, sampling_params, keywords)
         return await calls.run_in_loop(await calls.read_in_loop(asked))
 
+    @keeps_nothing
     def astream(
         self,
         prompts: Any,
@@ -398,6 +411,7 @@ class LLM:
     async_generate = agenerate
 
     @property
+    @keeps_nothing
     def interrupted(self) -> RequestOutput | list[RequestOutput] | None:
         """What this thread's call that was interrupted last had generated until then.
 
@@ -408,6 +422,7 @@ class LLM:
         """
         return self._open_calls().interrupted
 
+    @keeps_nothing
     def resume(self, *, progress: bool | None = None) -> RequestOutput | list[RequestOutput]:
         """Carries on with the interrupted call, and returns what it would have returned.
 
@@ -422,16 +437,23 @@ class LLM:
         return self._open_calls().resume(progress)
 
     # These two keep the LLM alive until their stream ends.
+    @keeps_nothing
     def _stream(self, work: Work) -> Iterator[StreamChunk]:
         yield from self._open_calls().stream(work)
 
     async def _astream(self, work: Work | Asked) -> AsyncIterator[StreamChunk]:
-        calls = self._open_calls()
-        if isinstance(work, Asked):
-            work = await calls.read_in_loop(work)
-        async with aclosing(calls.stream_in_loop(work)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        try:
+            calls = self._open_calls()
+            if isinstance(work, Asked):
+                work = await calls.read_in_loop(work)
+            async with aclosing(calls.stream_in_loop(work)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except BaseException as error:
+            empty_frames(error)
+            del self, work
+            calls = None
+            raise
 
     def _open_calls(self) -> Calls:
         """What runs calls, unless the LLM is closed."""
@@ -439,10 +461,7 @@ class LLM:
         if calls is None or driver is None:
             raise EngineClosedError("this LLM is closed; make a new one")
         if driver.is_forked:
-            raise EngineClosedError(
-                "this LLM was made in another process, of which this one is a fork: its threads "
-                "are not here; make a new one"
-            )
+            raise EngineClosedError(FORKED)
         return calls
 
     def _render(self, messages, tools, arguments) -> tuple:
@@ -452,6 +471,7 @@ class LLM:
             self._tokenizer, intake.reader, self.config.model, messages, tools, arguments
         )
 
+    @keeps_nothing
     def check_invariance(
         self,
         prompts: Any = None,
@@ -508,6 +528,7 @@ class LLM:
         progress = someone_is_watching() if progress is None else progress
         return check_invariance(make_engine, self.config, token_ids, settings, progress=progress)
 
+    @keeps_nothing
     def record_logits(self, batches: Sequence[Sequence[Request]], **changes: Any) -> None:
         """Computes requests whose logits processor is a `Recorder`, on an engine of their own.
 
@@ -523,6 +544,7 @@ class LLM:
         self._open_calls()
         compute(self._make_engine, replace(self.config, **changes), batches)
 
+    @keeps_nothing
     def describe(self) -> ModelDescription:
         """What the model is made of: its layers, what of it runs as one op, how weights are stored.
 
@@ -532,6 +554,7 @@ class LLM:
         self._open_calls()
         return describe(loaded)
 
+    @keeps_nothing
     def weights_changed(self) -> None:
         """Says that the weights are not what they were, after an optimizer's step, say.
 
@@ -574,14 +597,19 @@ class LLM:
         self._open_calls()
         return engine.stats()
 
+    @keeps_nothing
     def close(self) -> None:
-        """Ends running requests and gives back weights and cache. May be called again."""
+        """Ends running requests and gives back weights and cache. May be called again.
+
+        Within a step (by a logits processor, say) they are given back once that has ended.
+        """
+        self._close()
+
+    def _close(self, patience: float | None = None) -> None:
         driver, engine = self._driver, self._engine
         # In a fork there is nothing to wait for.
         if driver is not None and engine is not None and not driver.is_forked:
-            driver.close()
-            engine.close()
-            self._thread.close()
+            driver.close(partial(_release, engine, self._thread), patience)
         self._driver = self._engine = self._make_engine = self._intake = None
         self._calls = self._loaded = None
 
@@ -591,7 +619,7 @@ class LLM:
     # The interpreter's own end may have emptied this module already.
     def __del__(self, is_finalizing=sys.is_finalizing):
         if getattr(self, "_driver", None) is not None and not is_finalizing():
-            self.close()
+            self._close(PATIENCE)
 
     def __enter__(self) -> "LLM":
         return self
@@ -602,6 +630,11 @@ class LLM:
     def __repr__(self) -> str:
         config = self.config
         return f"LLM({config.model!r}, {config.architecture}, {config.dtype}, {config.device})"
+
+
+def _release(engine: Engine, thread: EngineThread) -> None:
+    engine.close()
+    thread.close()
 
 
 def _load(options: LLMOptions, checkpoint: Checkpoint, device: torch.device) -> tuple:

@@ -134,18 +134,18 @@ def test_pictures_may_change_once_the_call_has_begun(folder, monkeypatch, tmp_pa
 
 def test_what_was_interrupted_goes_on(folder, expected, monkeypatch):
     """Its pixels had been given up by then."""
-    wait = calls._wait
+    wait = calls.Calls._wait
 
-    def interrupted(call, *arguments):
+    def interrupted(self, call, *arguments):
         while not all(request.output_token_ids for request in call.requests):
             time.sleep(0.001)
         raise KeyboardInterrupt
 
     options = {"image_cache_bytes": 0, "prefix_cache": False}
     with LLM(folder, kv_cache_tokens=4096, **options) as llm:
-        monkeypatch.setattr(calls, "_wait", interrupted)
+        monkeypatch.setattr(calls.Calls, "_wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS, PARAMS, max_new_tokens=60)
-        monkeypatch.setattr(calls, "_wait", wait)
+        monkeypatch.setattr(calls.Calls, "_wait", wait)
         resumed = llm.resume(progress=False)
     assert [output.token_ids[:6] for output in resumed] == expected

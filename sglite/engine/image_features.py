@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sglite.engine.batch import ImageRows
+from sglite.engine.failures import detach, failed
 from sglite.engine.request import Request
 from sglite.engine.scheduler import Step
-from sglite.interface.errors import UnsupportedModelError
+from sglite.interface.errors import RequestError, UnsupportedModelError
 from sglite.multimodal.inputs import MultimodalItem
 
 
@@ -78,8 +79,14 @@ class ImageFeatures:
         """What the embeddings take that are kept for further prompts."""
         return self._cache.num_bytes
 
-    def of_step(self, step: Step, query_start: NDArray[np.int32]) -> ImageRows | None:
+    def of_step(
+        self, step: Step, query_start: NDArray[np.int32]
+    ) -> tuple[ImageRows | None, dict[int, RequestError]]:
         """The rows of the step's tokens that stand for images; None where there are none.
+
+        An image that cannot be encoded is left out: those tokens keep their placeholder's own
+        embedding, and what comes of them is nobody's. Also given are the errors of its requests,
+        by their index in the step.
 
         Args:
             step: the requests.
@@ -87,15 +94,25 @@ class ImageFeatures:
         """
         rows, parts = [], []
         held: dict[Hashable, Tensor] = {}
-        for scheduled, offset in zip(step.items, query_start.tolist(), strict=False):
+        failed_images: dict[Hashable, BaseException] = {}
+        failures: dict[int, RequestError] = {}
+        for index, (scheduled, offset) in enumerate(
+            zip(step.items, query_start.tolist(), strict=False)
+        ):
             request, start, stop = scheduled.request, scheduled.start, scheduled.stop
             if request.multimodal is None:
                 continue
             for item in request.multimodal.overlapping(start, stop):
                 # Other weights give other embeddings.
                 key = request.namespace, item.digest
-                if key not in held:
-                    held[key] = self._features(key, request, item)
+                if key not in held and key not in failed_images:
+                    try:
+                        held[key] = self._features(key, request, item)
+                    except BaseException as error:  # the model's own code, or no memory for it
+                        failed_images[key] = detach(error)
+                if key in failed_images:
+                    failures[index] = failed(f"encoding the {item.modality}", failed_images[key])
+                    continue
                 features = held[key]
                 first, last = max(start, item.start), min(stop, item.stop)
                 rows.append(np.arange(first, last) - start + offset)
@@ -106,9 +123,13 @@ class ImageFeatures:
         # An image that a chunk has cut is wanted in the next step again.
         self._held = held
         if not parts:
-            return None
+            return None, failures
         embeds = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return ImageRows(np.concatenate(rows), embeds)
+        return ImageRows(np.concatenate(rows), embeds), failures
+
+    def rest(self) -> None:
+        """Keeps no more embeddings than the cache has room for, as no request wants any now."""
+        self._held = {}
 
     def _features(self, key: Hashable, request: Request, item: MultimodalItem) -> Tensor:
         found = self._held.get(key)
@@ -133,7 +154,7 @@ class ImageFeatures:
         """Drops the model and all embeddings."""
         self._model = None
         self._cache.clear()
-        self._held.clear()
+        self._held = {}
 
 
 def _with_pixels(request: Request, item: MultimodalItem) -> MultimodalItem:

@@ -73,8 +73,10 @@ class RequestGroup:
     def _prompt_logprobs(request: Request):
         if request.params.prompt_logprobs is None:
             return None
-        missing = request.num_prompt_tokens - len(request.prompt_logprobs)
-        return [None] * missing + request.prompt_logprobs
+        first = max(1, request.params.prompt_logprobs_start)
+        found = list(request.prompt_logprobs)  # of a request that runs there may be more at once
+        rest = request.num_prompt_tokens - first - len(found)
+        return [None] * first + found + [None] * rest
 
     def _completion(self, index: int) -> CompletionOutput:
         request = self.requests[index]

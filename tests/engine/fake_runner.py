@@ -96,6 +96,9 @@ class FakeRunner:
     def stats(self) -> dict[str, int]:
         return {}
 
+    def rest(self) -> None:
+        self._sampled = {}
+
     def close(self) -> None:
         pass
 
