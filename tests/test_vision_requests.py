@@ -110,6 +110,38 @@ class TestChat:
         wanted = llm.generate({"token_ids": token_ids, "images": [PICTURE]}, PARAMS)
         assert all(same(output, wanted) for output in outputs)
 
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "image_url", "image_url": "PATH"},
+            {"type": "image_url", "image_url": {"url": "PATH"}},
+            {"type": "image_url", "image_url": {"url": "file://PATH"}},
+            {"type": "image_url", "image_url": "FILE://localhostPATH"},
+            {"type": "image_url", "url": "PATH"},
+            {"type": "image_url", "path": "PATH"},
+            {"type": "image", "image": {"url": "PATH"}},
+            {"type": "image", "url": "PATH"},
+            {"type": "video", "video_url": ["PATH"]},
+            {"type": "video", "video_url": {"url": ["file:PATH"]}},
+        ],
+    )
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_a_url_of_a_message_opens_no_file(self, llm, tmp_path, part, exists):
+        """It also says nothing of which files there are."""
+        path = tmp_path / "a.png"
+        if exists:
+            path.write_bytes(png(PICTURE))
+        part = json.loads(json.dumps(part).replace("PATH", str(path)))
+        with pytest.raises(InvalidRequestError, match="must begin with data:.*'image': path"):
+            self.ask(llm, part)
+
+    def test_a_file_of_the_callers_own(self, llm, tmp_path):
+        path = tmp_path / "a.png"
+        path.write_bytes(png(PICTURE))
+        wanted = self.ask(llm, {"type": "image", "image": PICTURE}, "what?")
+        for part in ({"type": "image", "image": path}, {"type": "image", "path": str(path)}):
+            assert same(self.ask(llm, part, "what?"), wanted)
+
     def test_what_somebody_wrote_is_no_placeholder(self, llm):
         output = self.ask(llm, {"type": "text", "text": "an <image> tag"})
         assert "<image>" in output.prompt

@@ -164,6 +164,10 @@ _OPTIONS = {
     "is_embedding": "there are no embedding models",
     "task": "models generate text",
     "runner": "models generate text",
+    "allowed_local_media_path": (
+        "no URL of a message opens a file; pass files of your own as {'type': 'image', 'image': "
+        "path}"
+    ),
     "limit_mm_per_prompt": "the number of images is bounded by the context alone",
     "mm_processor_kwargs": _PIXELS,
     "mm_process_config": _PIXELS,

@@ -19,6 +19,7 @@ from sglite.interface.errors import (
 )
 from sglite.multimodal.chat_templates import fallback_template
 from sglite.multimodal.image_settings import with_settings
+from sglite.multimodal.image_sizes import check_sizes
 from sglite.multimodal.images import Fetcher, read_image
 from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
 from sglite.multimodal.registry import register_processor
@@ -26,6 +27,11 @@ from sglite.multimodal.sources import Fetched, Sources
 from sglite.multimodal.videos import Video, read_video
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_FURTHER_FILES = (
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 #: Stands for one picture in the text of a prompt, with every model; and for one video.
 IMAGE, VIDEO = "<image>", "<video>"
@@ -74,6 +80,9 @@ class HubProcessor:
             CheckpointError: what is there cannot be read.
             ConfigError: `image_settings` has an unknown name, or a value that is not allowed.
         """
+        for name in (*_PROCESSOR_FILES, *_FURTHER_FILES):
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is no regular file")  # read forever, maybe
         if not any((folder / name).exists() for name in _PROCESSOR_FILES):
             return cls(tokenizer, None)
         # Not the class of that name in `transformers` itself, which asks for torchvision.
@@ -88,6 +97,7 @@ class HubProcessor:
                 f"the image processor in {folder} ({' or '.join(_PROCESSOR_FILES)}) cannot be "
                 f"read: {error}"
             ) from error
+        check_sizes(image_processor, folder)
         if image_settings:
             image_processor = with_settings(image_processor, folder, image_settings, fixed_settings)
         settings = _read_json(folder / "processor_config.json")
@@ -412,6 +422,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return contents if isinstance(contents, dict) else {}
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
+    return contents

@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from sglite.interface.errors import ConfigError, UnsupportedModelError
+from sglite.interface.errors import (
+    CheckpointError,
+    ConfigError,
+    SGLiteError,
+    UnsupportedModelError,
+)
 from sglite.multimodal.registry import find_processor
 
 
@@ -28,7 +33,7 @@ def load_processor(
     Raises:
         UnsupportedModelError: the model takes images, and nothing is registered that makes them.
         ConfigError: `options.image_processor` cannot be had.
-        CheckpointError: the checkpoint's image processor is broken.
+        CheckpointError: the checkpoint's image processor is broken, or its files do not fit.
     """
     model_class = type(model)
     kind = find_processor(model_class, architecture)
@@ -52,8 +57,16 @@ def load_processor(
     )
     if hub.image_processor is None:
         _refuse_settings(options, f"{folder} has no image processor")
-    processor = kind(hf_config, options, hub)
-    processor.bind(model)
+    try:
+        processor = kind(hf_config, options, hub)
+        processor.bind(model)
+    except SGLiteError:
+        raise
+    except Exception as error:  # a value of the files that the class cannot work with
+        raise CheckpointError(
+            f"{kind.__name__} cannot be made from the files in {folder}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return processor
 
 

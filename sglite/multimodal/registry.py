@@ -18,7 +18,7 @@ _BUILT_IN = (
     "sglite.multimodal.gemma3",
     "sglite.multimodal.llava",
     "sglite.multimodal.qwen_vl",
-    # The last one, which goes first: a model run by Hugging Face's class has no other.
+    # The last one, which goes first: a model run by Hugging Face's class has no other of these.
     "sglite.multimodal.hugging_face",
 )
 
@@ -61,7 +61,7 @@ def find_processor(model_class: type, architecture: str) -> type | None:
         importlib.import_module(module)
     _import_package(os.environ.get(PACKAGE_VARIABLE, "").strip())
     for base in model_class.__mro__:
-        for processor in reversed(_classes):
+        for processor in _newest_first():
             if any(_is_of(base, architecture, model) for model in processor.models):
                 return processor
         if base.__name__ in _by_name:
@@ -77,6 +77,17 @@ def find_processor(model_class: type, architecture: str) -> type | None:
         f"registered for it: @register({architecture!r}, processor=...), or `models = "
         f"[{model_class.__name__}]` in a BaseMultimodalProcessor"
     )
+
+
+def _newest_first() -> list[type]:
+    """Those with `models`, the library's own last, whenever each was imported."""
+    newest_first = _classes[::-1]
+    newest_first.sort(key=lambda kind: -_place_of(kind.__module__))
+    return newest_first
+
+
+def _place_of(module: str) -> int:
+    return _BUILT_IN.index(module) if module in _BUILT_IN else len(_BUILT_IN)
 
 
 def _is_of(base: type, architecture: str, model: type | str) -> bool:
