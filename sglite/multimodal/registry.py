@@ -18,21 +18,25 @@ _BUILT_IN = (
     "sglite.multimodal.gemma3",
     "sglite.multimodal.llava",
     "sglite.multimodal.qwen_vl",
-    # The last one, which goes first: a model run by Hugging Face's class has no other.
     "sglite.multimodal.hugging_face",
 )
 
-_classes: list[type] = []  # those with `models`, the newest last
+# Those with `models`, the newest last. The library's own are kept apart: they are imported when a
+# processor is first asked for, which may be after a notebook has defined one for the same model.
+_classes: list[type] = []
+_built_in_classes: list[type] = []
 _by_name: dict[str, type] = {}  # those given to `sglite.register(name, processor=...)`
 
 
 def register_processor(processor: type, architecture: str | None = None) -> None:
     """Registers a processor for its `models`, or for the architecture of a name.
 
-    What was registered last goes first, so that a notebook's cell may run twice.
+    What was registered last goes first, so that a notebook's cell may run twice; before all of the
+    library's own, whenever these come.
     """
     if architecture is None:
-        _classes.append(processor)
+        known = _built_in_classes if processor.__module__ in _BUILT_IN else _classes
+        known.append(processor)
     else:
         _by_name[architecture] = processor
 
@@ -61,7 +65,7 @@ def find_processor(model_class: type, architecture: str) -> type | None:
         importlib.import_module(module)
     _import_package(os.environ.get(PACKAGE_VARIABLE, "").strip())
     for base in model_class.__mro__:
-        for processor in reversed(_classes):
+        for processor in (*reversed(_classes), *reversed(_built_in_classes)):
             if any(_is_of(base, architecture, model) for model in processor.models):
                 return processor
         if base.__name__ in _by_name:
