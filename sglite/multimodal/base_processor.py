@@ -17,12 +17,12 @@ from sglite.interface.errors import (
     SGLiteError,
     UnsupportedModelError,
 )
-from sglite.multimodal.chat_templates import fallback_template
 from sglite.multimodal.images import Fetcher, read_frames, read_image
 from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
 from sglite.multimodal.registry import register_processor
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+#: What says how pictures become pixels: one of them has to be there.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 #: Stands for one picture in the text of a prompt, with every model; and for one video.
 IMAGE, VIDEO = "<image>", "<video>"
@@ -38,14 +38,14 @@ class HubProcessor:
             where the folder has no file for one: then there can be text alone.
         settings: the contents of `processor_config.json`; empty if there is none.
         video_settings: those of its video processor, or of the file that holds them.
-        chat_template: the processor's own; None: the tokenizer has it.
+        chat_template: the processor's own, or several by name; None: the tokenizer has it.
     """
 
     tokenizer: Any
     image_processor: Any
     settings: Mapping[str, Any] = field(default_factory=dict)
     video_settings: Mapping[str, Any] = field(default_factory=dict)
-    chat_template: str | None = None
+    chat_template: Any = None
 
     @classmethod
     def load(
@@ -56,7 +56,7 @@ class HubProcessor:
         Raises:
             CheckpointError: what is there cannot be read.
         """
-        if not any((folder / name).exists() for name in _PROCESSOR_FILES):
+        if not any((folder / name).exists() for name in PROCESSOR_FILES):
             return cls(tokenizer, None)
         # Not the class of that name in `transformers` itself, which asks for torchvision.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -67,7 +67,7 @@ class HubProcessor:
             )
         except Exception as error:  # whatever its code raises on a broken or missing file
             raise CheckpointError(
-                f"the image processor in {folder} ({' or '.join(_PROCESSOR_FILES)}) cannot be "
+                f"the image processor in {folder} ({' or '.join(PROCESSOR_FILES)}) cannot be "
                 f"read: {error}"
             ) from error
         settings = _read_json(folder / "processor_config.json")
@@ -76,7 +76,9 @@ class HubProcessor:
             or _read_json(folder / "video_preprocessor_config.json")
             or _read_json(folder / "preprocessor_config.json")
         )
-        template = _read_json(folder / "chat_template.json").get("chat_template")
+        template = settings.get("chat_template") or _read_json(folder / "chat_template.json").get(
+            "chat_template"
+        )
         return cls(tokenizer, image_processor, settings, video_settings, template)
 
 
@@ -179,34 +181,22 @@ class BaseMultimodalProcessor:
                 text = text.replace(generic, placeholder)
         return text
 
-    def chat_template(self, render: Callable[..., str]) -> str | None:
-        """The chat template to use; None: the tokenizer's own.
-
-        That is the processor's where the tokenizer has none, and the one that `fallback_template`
-        registers for the family where what the checkpoint has does not write images.
+    def count_placeholders(self, text: str, modality: str) -> int:
+        """How many images or videos a chat template has written into a text.
 
         Args:
-            render: `render(conversation, chat_template=...)` gives text.
+            text: as the template gave it.
+            modality: "image" or "video".
         """
-        for template in (
-            getattr(self.tokenizer, "chat_template", None),
-            self._processor.chat_template,
-        ):
-            if template is not None and self._writes_images(render, template):
-                return template
-        return fallback_template(type(self))
-
-    def _writes_images(self, render: Callable[..., str], template: Any) -> bool:
-        conversation = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-        ]
-        try:
-            text = render(conversation, chat_template=template, add_generation_prompt=True)
-        except Exception:  # a template for content that is a string
-            return False
-        return self.image_token in self.prepare_text(text, is_rendered=True)
+        token = self.image_token if modality == "image" else self.video_token
+        return self.prepare_text(text, is_rendered=True).count(token) if token else 0
 
     # -- what all families share -----------------------------------------------------------------
+
+    @property
+    def own_chat_template(self) -> Any:
+        """The chat template of the checkpoint's processor; None: it has none."""
+        return self._processor.chat_template
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -249,7 +239,7 @@ class BaseMultimodalProcessor:
         if (images or videos) and self.image_processor is None:
             raise InvalidRequestError(
                 f"{name} has images, but the checkpoint has no image processor "
-                f"({' or '.join(_PROCESSOR_FILES)}): it can be used for text alone"
+                f"({' or '.join(PROCESSOR_FILES)}): it can be used for text alone"
             )
         pictures = [
             read_image(f"{name}: images[{index}]", image, fetch)
