@@ -19,7 +19,7 @@ from transformers.utils import is_torchvision_available
 import sglite
 from bench.mmmu_prompts import Prompt, as_messages
 from sglite.models.registry import ModelRegistry
-from sglite.multimodal.chat_templates import fallback_template
+from sglite.multimodal.chat_templates import registered_template
 from sglite.multimodal.registry import find_processor
 
 _AT_ONCE = 256  # prompts that sglite gets together: the files of all of them are opened
@@ -223,7 +223,7 @@ def _without_video(folder: Path, image_processor: Any) -> transformers.Processor
 def _registered_template(folder: Path) -> str:
     """What sglite uses where a checkpoint has no chat template, so that both get the same text."""
     architecture, model = ModelRegistry.resolve(_read(folder / "config.json")["architectures"])
-    template = fallback_template(find_processor(model, architecture) or object)
+    template = registered_template(find_processor(model, architecture) or object, has_own=False)
     if template is None:
         raise ValueError(f"{folder} has no chat template, and none is registered for its family")
     return template

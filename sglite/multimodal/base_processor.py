@@ -17,7 +17,6 @@ from sglite.interface.errors import (
     SGLiteError,
     UnsupportedModelError,
 )
-from sglite.multimodal.chat_templates import fallback_template
 from sglite.multimodal.image_settings import with_settings
 from sglite.multimodal.image_sizes import check_sizes
 from sglite.multimodal.images import Fetcher, read_image
@@ -26,7 +25,8 @@ from sglite.multimodal.registry import register_processor
 from sglite.multimodal.sources import Fetched, Sources
 from sglite.multimodal.videos import Video, read_video
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+#: What says how pictures become pixels: one of them has to be there.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _FURTHER_FILES = (
     "video_preprocessor_config.json",
     "chat_template.json",
@@ -48,14 +48,15 @@ class HubProcessor:
             be text alone.
         settings: the contents of `processor_config.json`; empty if there is none.
         video_settings: those of its video processor, or of the file that holds them.
-        chat_template: the one that Hugging Face's processor would use; None: it has none.
+        chat_template: the one that Hugging Face's processor would use, or several by name; None:
+            it has none.
     """
 
     tokenizer: Any
     image_processor: Any
     settings: Mapping[str, Any] = field(default_factory=dict)
     video_settings: Mapping[str, Any] = field(default_factory=dict)
-    chat_template: str | None = None
+    chat_template: Any = None
 
     @classmethod
     def load(
@@ -80,10 +81,10 @@ class HubProcessor:
             CheckpointError: what is there cannot be read.
             ConfigError: `image_settings` has an unknown name, or a value that is not allowed.
         """
-        for name in (*_PROCESSOR_FILES, *_FURTHER_FILES):
+        for name in (*PROCESSOR_FILES, *_FURTHER_FILES):
             if (folder / name).exists() and not (folder / name).is_file():
                 raise CheckpointError(f"{folder / name} is no regular file")  # read forever, maybe
-        if not any((folder / name).exists() for name in _PROCESSOR_FILES):
+        if not any((folder / name).exists() for name in PROCESSOR_FILES):
             return cls(tokenizer, None)
         # Not the class of that name in `transformers` itself, which asks for torchvision.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -94,7 +95,7 @@ class HubProcessor:
             )
         except Exception as error:  # whatever its code raises on a broken or missing file
             raise CheckpointError(
-                f"the image processor in {folder} ({' or '.join(_PROCESSOR_FILES)}) cannot be "
+                f"the image processor in {folder} ({' or '.join(PROCESSOR_FILES)}) cannot be "
                 f"read: {error}"
             ) from error
         check_sizes(image_processor, folder)
@@ -164,7 +165,6 @@ class BaseMultimodalProcessor:
         self._processor = _processor
         self.tokenizer = _processor.tokenizer
         self.image_processor = _processor.image_processor
-        self._loaded_template = getattr(self.tokenizer, "chat_template", None)
         self._ids: dict[str, int | None] = {}
 
     def bind(self, model: Any) -> None:
@@ -212,39 +212,22 @@ class BaseMultimodalProcessor:
                 text = text.replace(generic, placeholder)
         return text
 
-    def chat_template(self, render: Callable[..., str]) -> str | None:
-        """The chat template to use; None: the tokenizer's own.
-
-        What somebody has set on the tokenizer since it was loaded goes first. Then comes the
-        processor's, as with Hugging Face's `AutoProcessor.apply_chat_template`, and the
-        tokenizer's; where none of them writes images, the one that `fallback_template` registers
-        for the family.
+    def count_placeholders(self, text: str, modality: str) -> int:
+        """How many images or videos a chat template has written into a text.
 
         Args:
-            render: `render(conversation, chat_template=...)` gives text.
+            text: as the template gave it.
+            modality: "image" or "video".
         """
-        of_tokenizer = getattr(self.tokenizer, "chat_template", None)
-        templates = [self._processor.chat_template, of_tokenizer]
-        if of_tokenizer != self._loaded_template:
-            templates.reverse()
-        for template in templates:
-            # A tokenizer may have several, by name.
-            one = template.get("default") if isinstance(template, Mapping) else template
-            if one is not None and self._writes_images(render, one):
-                return None if template is of_tokenizer else template
-        return fallback_template(type(self))
-
-    def _writes_images(self, render: Callable[..., str], template: Any) -> bool:
-        conversation = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-        ]
-        try:
-            text = render(conversation, chat_template=template, add_generation_prompt=True)
-        except Exception:  # a template for content that is a string
-            return False
-        return self.image_token in self.prepare_text(text, is_rendered=True)
+        token = self.image_token if modality == "image" else self.video_token
+        return self.prepare_text(text, is_rendered=True).count(token) if token else 0
 
     # -- what all families share -----------------------------------------------------------------
+
+    @property
+    def own_chat_template(self) -> Any:
+        """The chat template of the checkpoint's processor; None: it has none."""
+        return self._processor.chat_template
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -287,7 +270,7 @@ class BaseMultimodalProcessor:
             kind = "images" if images else "videos"
             raise InvalidRequestError(
                 f"{name} has {kind}, but the checkpoint has no image processor "
-                f"({' or '.join(_PROCESSOR_FILES)}): it can be used for text alone"
+                f"({' or '.join(PROCESSOR_FILES)}): it can be used for text alone"
             )
         fetch = Fetched(fetch) if fetch else None
         pictures = [

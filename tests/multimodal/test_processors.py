@@ -1,7 +1,6 @@
 """A checkpoint's processor: which class makes pixels, its settings, its chat template."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -11,7 +10,6 @@ from transformers.models.auto import image_processing_auto
 from sglite import LLM, ConfigError, SamplingParams
 from sglite.multimodal.base_processor import HubProcessor
 from sglite.multimodal.gemma3 import Gemma3ImageProcessor
-from sglite.multimodal.llava import LlavaImageProcessor
 from tests.checkpoints import make_checkpoint
 from tests.vision_checkpoints import RECIPES, make_vision_checkpoint, picture
 
@@ -148,17 +146,3 @@ class TestChatTemplate:
             assert llm.chat(message, PARAMS).prompt == f"{first}:<image>x"
             llm.tokenizer.chat_template = self.template("mine")
             assert llm.chat(message, PARAMS).prompt == "mine:<image>x"
-
-    def test_one_that_writes_no_images_is_passed_over(self):
-        tokenizer = SimpleNamespace(chat_template={"default": self.template("t"), "tool_use": "y"})
-        hub = HubProcessor(tokenizer, None, chat_template="x")
-        config = SimpleNamespace(
-            vision_config=SimpleNamespace(image_size=24, patch_size=4, model_type="x"),
-            vision_feature_select_strategy="full",
-        )
-        processor = LlavaImageProcessor(config, None, hub)
-
-        def render(conversation, *, chat_template, **_):
-            return "<image>" if "image" in chat_template else ""
-
-        assert processor.chat_template(render) is None  # the tokenizer's own
