@@ -86,8 +86,8 @@ examples:
 {refused}
 
 RoPE of the kinds "dynamic" and "longrope" changes with the longest sequence of a batch; through
-Hugging Face's class it is run up to the original length (pass `context_length=`), and refused
-beyond. Phi-3 has a file, which reads "longrope" for any length.
+Hugging Face's class it is run up to the original length (for "longrope" pass `context_length=`),
+and refused beyond. Phi-3 has a file, which reads "longrope" for any length.
 """
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, nullcontext
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from sglite.engine.assembly import make_engine
-from sglite.engine.calls import Calls, Work
+from sglite.engine.calls import Asked, Calls, Work
 from sglite.engine.conversations import render_conversations
 from sglite.engine.device import (
     EngineThread,
@@ -97,6 +98,8 @@ class LLM:
         image_cache_bytes: what the embeddings of images may take that are kept for further prompts.
         image_fetcher: gives the bytes of the file behind a http(s) URL of an image; None: such
             images are refused.
+        image_processor: settings of the Hugging Face image processor that are to be others than
+            the checkpoint's: `{"max_pixels": 1003520}`, say, or `min_pixels`.
 
     Attributes:
         config: every setting, resolved; prints as a table.
@@ -135,6 +138,7 @@ class LLM:
         token: str | bool | None = None,
         image_cache_bytes: int = 256 << 20,
         image_fetcher: Callable[[str], bytes] | None = None,
+        image_processor: Mapping[str, Any] | None = None,
         **others: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "others")}
@@ -221,6 +225,8 @@ class LLM:
                 self.tokenizer,
                 options,
             )
+        elif options.image_processor:
+            raise ConfigError("image_processor is for checkpoints: a live module takes text only")
         self._intake = Intake(
             self._tokenizer,
             PromptReader(
@@ -270,7 +276,8 @@ class LLM:
             images: for one prompt an image or a list of them, for a list of prompts a list of such.
                 An image is a PIL image, a path, the bytes of a file, a `data:` URL, a numpy array
                 or a torch tensor.
-            videos: likewise, always in a list; a video is a list of frames.
+            videos: likewise, always in a list; a video is a list of frames, or a dict with `frames`
+                and `fps`, how many of them there are in a second.
             sampling_params: a `SamplingParams` or a dict of its fields, one for all prompts or a
                 list with one for each.
             progress: whether a bar is shown; None: for a batch, when someone is watching.
@@ -307,7 +314,7 @@ class LLM:
             messages: a list of dicts with `role` and `content`, or a list of such lists. A content
                 is a string or a list of parts: `{"type": "text", "text": ...}`,
                 `{"type": "image", "image": ...}`, `{"type": "image_url", "image_url": ...}`,
-                `{"type": "video", "video": frames}`.
+                `{"type": "video", "video": frames, "fps": 2.0}`.
             sampling_params: as in `generate`.
             tools: functions or JSON schemas, given to the chat template.
             chat_template_kwargs: further arguments of the chat template, such as
@@ -318,9 +325,11 @@ class LLM:
         Returns, raises: as `generate`; also InvalidRequestError where the model's tokenizer has no
         chat template, or the template refuses the conversation.
         """
+        called_at = time.perf_counter()
         calls = self._open_calls()
         conversations = self._render(messages, tools, chat_template_kwargs)
-        return calls.run(calls.prepare(*conversations, sampling_params, keywords), progress)
+        work = calls.prepare(*conversations, sampling_params, keywords, called_at=called_at)
+        return calls.run(work, progress)
 
     @keeps_nothing
     def stream(
@@ -339,8 +348,9 @@ class LLM:
         prompt carries its `output`. Leaving the loop early frees the requests. The arguments are
         checked at once, not at the first piece.
         """
+        calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return self._stream(self._prepare_stream(normalized, sampling_params, keywords))
+        return self._stream(calls.prepare(*normalized, sampling_params, keywords, streams=True))
 
     @keeps_nothing
     def stream_chat(
@@ -353,9 +363,14 @@ class LLM:
         **keywords: Any,
     ) -> Iterator[StreamChunk]:
         """`chat`, handing out the text in pieces as `stream` does."""
+        called_at = time.perf_counter()
+        calls = self._open_calls()
         conversations = self._render(messages, tools, chat_template_kwargs)
-        work = self._open_calls().prepare(*conversations, sampling_params, keywords, streams=True)
-        return self._stream(work)
+        return self._stream(
+            calls.prepare(
+                *conversations, sampling_params, keywords, streams=True, called_at=called_at
+            )
+        )
 
     @keeps_nothing
     async def agenerate(
@@ -370,11 +385,13 @@ class LLM:
         """`generate` for a task of a running event loop, which goes on meanwhile.
 
         Requests of all tasks and threads share batches. Cancelling the task ends its requests.
-        Arguments, results and errors are those of `generate`.
+        Pictures and long texts are read on a thread of the loop's own pool. Arguments, results and
+        errors are those of `generate`, but that there is no `progress`.
         """
         calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return await calls.run_in_loop(calls.prepare(*normalized, sampling_params, keywords))
+        asked = calls.ask(*normalized, sampling_params, keywords)
+        return await calls.run_in_loop(await calls.read_in_loop(asked))
 
     @keeps_nothing
     def astream(
@@ -386,9 +403,15 @@ class LLM:
         videos: Any = None,
         **keywords: Any,
     ) -> AsyncIterator[StreamChunk]:
-        """`stream` for `async for`, in a running event loop."""
+        """`stream` for `async for`, in a running event loop.
+
+        What is read on a thread, as in `agenerate`, is read and checked when the first piece is
+        asked for.
+        """
+        calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return self._astream(self._prepare_stream(normalized, sampling_params, keywords))
+        asked = calls.ask(*normalized, sampling_params, keywords, streams=True)
+        return self._astream(asked if asked.takes_long else calls.read(asked))
 
     #: SGLang's name.
     async_generate = agenerate
@@ -419,22 +442,23 @@ class LLM:
         """
         return self._open_calls().resume(progress)
 
-    def _prepare_stream(self, normalized: tuple, sampling_params, keywords: dict) -> Work:
-        return self._open_calls().prepare(*normalized, sampling_params, keywords, streams=True)
-
     # These two keep the LLM alive until their stream ends.
     @keeps_nothing
     def _stream(self, work: Work) -> Iterator[StreamChunk]:
         yield from self._open_calls().stream(work)
 
-    async def _astream(self, work: Work) -> AsyncIterator[StreamChunk]:
+    async def _astream(self, work: Work | Asked) -> AsyncIterator[StreamChunk]:
         try:
-            async with aclosing(self._open_calls().stream_in_loop(work)) as chunks:
+            calls = self._open_calls()
+            if isinstance(work, Asked):
+                work = await calls.read_in_loop(work)
+            async with aclosing(calls.stream_in_loop(work)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except BaseException as error:
             empty_frames(error)
             del self, work
+            calls = None
             raise
 
     def _open_calls(self) -> Calls:
@@ -574,7 +598,9 @@ class LLM:
         `kv_tokens_total`, `kv_tokens_used` (by running requests and the prefix cache),
         `kv_tokens_cached` (reusable prefixes), `running`, `waiting` (requests), `prompt_tokens`,
         `cached_tokens` (of them, from the cache), `completion_tokens`, `preemptions`, `steps`,
-        `tokens_per_second` (completion tokens over the time spent in steps).
+        `tokens_per_second` (completion tokens over the time spent in steps), `images_encoded`
+        (images and videos that went through the model's encoder), `image_cache_bytes` (what their
+        embeddings take that are kept).
         """
         engine = self._engine  # before the check, as another thread may close at any moment
         self._open_calls()

@@ -128,6 +128,23 @@ CANCELLED = "\n".join(
 )
 
 
+# So long that it is read on a thread of the loop's pool, and refused there.
+LONG = "'Hi' * 20_000"
+CANCELLED_READING = "\n".join(
+    [
+        "import asyncio, time",
+        "read = llm._intake.reader.read",
+        "def slow(*arguments):",
+        "    time.sleep(0.2)",
+        "    return read(*arguments)",
+        "llm._intake.reader.read = slow",
+        "async def main():",
+        f"    await asyncio.wait_for(llm.agenerate({LONG}), 0.05)",
+        "asyncio.run(main())",
+    ]
+)
+
+
 @pytest.mark.parametrize(
     "cell",
     [
@@ -141,6 +158,9 @@ CANCELLED = "\n".join(
         INTERRUPTED.format("list(llm.stream('Hi'))"),
         INTERRUPTED.format("llm.generate(['Hi'] * 3, progress=True)"),
         CANCELLED,
+        CANCELLED_READING,
+        f"import asyncio\nasyncio.run(llm.agenerate({LONG}))",
+        AWAITED.replace("'Hi'", LONG),
         "llm.generate('Hi', temperature=-1)",
         "llm.generate({'text': 'Hi', 'images': [1]})",
         "llm.stream([10**9])",

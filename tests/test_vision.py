@@ -42,7 +42,13 @@ class Expected:
         self._inputs = oracle.inputs(**self.prompt)
         self._margins = {}
         self.token_ids = self._inputs["input_ids"][0].tolist()
-        self.logprobs = oracle.logits(self._inputs).log_softmax(-1)
+        self.logits = oracle.logits(self._inputs)
+        self.logprobs = self.logits.log_softmax(-1)
+
+    def logits_behind(self, tokens):
+        """The logits of the prompt's last position and of tokens behind it."""
+        inputs = self._oracle.extended(self._inputs, tokens)
+        return self._oracle.logits(inputs)[len(self.token_ids) - 1 :]
 
     def margins(self, tokens):
         """By how much each token's logit is below the best one, relative to the largest logit.
@@ -52,8 +58,7 @@ class Expected:
         """
         tokens = tuple(tokens)
         if tokens not in self._margins:
-            inputs = self._oracle.extended(self._inputs, tokens)
-            rows = self._oracle.logits(inputs)[len(self.token_ids) - 1 : -1]
+            rows = self.logits_behind(tokens)[:-1]
             chosen = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
             self._margins[tokens] = (rows.amax(1) - chosen) / rows.abs().amax(1)
         return self._margins[tokens]
@@ -110,13 +115,55 @@ def test_prompts_are_told_apart(family):
     assert len({token for output in outputs for token in output.token_ids}) > 8
 
 
-def test_prefill(family):
-    with family.llm() as llm:
-        outputs = llm.generate(family.prompts, SCORED)
-    for output, one in zip(outputs, family.expected, strict=True):
+def test_whole_rows_of_every_position(family):
+    """Those of a prompt as log-probabilities; its last and those behind it as logits."""
+    vocab_size = family.expected[0].logits.shape[1]
+    kept = [[] for _ in family.prompts]
+    params = [
+        SamplingParams(
+            temperature=0,
+            max_new_tokens=3,
+            ignore_eos=True,
+            prompt_logprobs=vocab_size,
+            logits_processors=[keeper(rows)],
+        )
+        for rows in kept
+    ]
+    with family.llm(chunked_prefill_size=23) as llm:
+        outputs = llm.generate(family.prompts, params)
+    for output, rows, one in zip(outputs, kept, family.expected, strict=True):
         assert output.prompt_token_ids == one.token_ids
-        error = (scores_of(output) - one.scores).abs().max()
-        assert error <= TOLERANCE * one.logprobs.abs().max()
+        assert_rows(prompt_rows(output, vocab_size), one.logprobs[:-1])
+        wanted = one.logits_behind(output.token_ids[:-1])
+        assert len(rows) == 3
+        assert_rows(torch.stack(rows), wanted)
+
+
+def keeper(rows):
+    """A logits processor that keeps what it gets."""
+
+    def keep(token_ids, logits):
+        rows.append(logits.clone())
+        return logits
+
+    return keep
+
+
+def prompt_rows(output, vocab_size):
+    """Log-probabilities of all tokens at each position but the last, [tokens - 1, vocabulary]."""
+    return torch.tensor(
+        [
+            [entry[token].logprob for token in range(vocab_size)]
+            for entry in output.prompt_logprobs[1:]
+        ]
+    )
+
+
+def assert_rows(actual, expected):
+    """Each row is within the tolerance, relative to what is largest in it."""
+    assert actual.shape == expected.shape
+    errors = (actual - expected).abs().amax(1) / expected.abs().amax(1)
+    assert errors.max() <= TOLERANCE, errors
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -181,10 +228,11 @@ class TestCache:
     def test_the_same_picture_is_encoded_once_and_its_keys_are_shared(self, family):
         text = words(4, 20)
         with family.llm(page_size=4) as llm:
-            features = llm._engine.runner._images
             first = llm.generate(f"{text}<image>{words(5, 21)}", images=picture(90, 70, 1))
             again = llm.generate(f"{text}<image>{words(5, 22)}", images=picture(90, 70, 1))
-            assert features.num_encoded == 1
+            stats = llm.stats()
+            assert stats["images_encoded"] == 1
+            assert 0 < stats["image_cache_bytes"] < 1 << 20
             common = common_length(first.prompt_token_ids, again.prompt_token_ids)
             assert again.usage.cached_tokens == common > len(llm.tokenizer.encode(text)) + 8
 
@@ -194,21 +242,19 @@ class TestCache:
         other.putpixel((50, 40), tuple(255 - value for value in other.getpixel((50, 40))))
         prompt = f"{words(4, 20)}<image>{words(5, 21)}"
         with family.llm(page_size=4) as llm:
-            features = llm._engine.runner._images
             first = llm.generate(prompt, images=one)
             second = llm.generate(prompt, images=other)
             assert first.prompt_token_ids == second.prompt_token_ids
-            assert features.num_encoded == 2
+            assert llm.stats()["images_encoded"] == 2
             start = first.prompt_token_ids.index(features_token(family))
             assert second.usage.cached_tokens == start
 
     def test_a_picture_that_left_the_cache_is_encoded_again(self, family):
         with family.llm(image_cache_bytes=0, chunked_prefill_size=5, prefix_cache=False) as llm:
-            features = llm._engine.runner._images
             one = family.expected[1]
             for count in (1, 2):
                 assert_greedy([llm.generate(one.prompt, GREEDY)], [one])
-                assert features.num_encoded == count
+                assert llm.stats()["images_encoded"] == count
 
 
 def features_token(family):

@@ -12,7 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sglite import LLM, CheckpointError, GenerationError, InvalidRequestError, SamplingParams
+from sglite import (
+    LLM,
+    CheckpointError,
+    GenerationError,
+    InvalidRequestError,
+    SamplingParams,
+    UnsupportedModelError,
+)
 from tests.checkpoints import make_checkpoint
 from tests.engine.test_driver import driver_threads, wait_until
 from tests.faults import Planted
@@ -76,12 +83,11 @@ class TestForms:
         assert "".join(chunk.text for chunk in chunks) == expected.text
 
     def test_several_completions_of_one_picture(self, llm):
-        features = llm._engine.runner._images
-        before = features.num_encoded
+        before = llm.stats()["images_encoded"]
         image = picture(50, 50, 9)
         output = llm.generate("<image>x", images=image, n=3, seed=1, max_new_tokens=4)
         assert len(output.outputs) == 3
-        assert features.num_encoded == before + 1
+        assert llm.stats()["images_encoded"] == before + 1
 
     def test_a_fetcher_of_the_callers_own(self, llm, expected):
         files = {"http://a/1.png": png(PICTURE), "http://a/2.png": png(OTHER)}
@@ -351,7 +357,77 @@ class TestInvariance:
             llm.check_invariance({"text": "<image>", "images": [PICTURE]})
 
 
+PART_LOOP = (
+    "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+TEXT_ONLY = "{% for message in messages %}<{{ message.role + '>' + message.content }}{% endfor %}"
+
+
 class TestChatTemplates:
+    LOOK = ({"role": "user", "content": [{"type": "image", "image": PICTURE}, "what?"]},)
+    TALK = ({"role": "system", "content": "be kind"}, {"role": "user", "content": "Hi"})
+
+    @staticmethod
+    def checkpoint(folder, name, template):
+        make_vision_checkpoint(folder, name)
+        (folder / "chat_template.jinja").write_text(template)
+        return LLM(folder, kv_cache_tokens=256)
+
+    def test_a_string_is_not_lost_on_a_template_of_parts(self, tmp_path):
+        with self.checkpoint(tmp_path, "llava-onevision", PART_LOOP) as llava:
+            assert llava.chat(list(self.TALK), PARAMS).prompt == "[system]be kind[user]Hi"
+            assert llava.chat(list(self.LOOK), PARAMS).prompt == "[user]<image>what?"
+
+    def test_one_that_writes_no_pictures_is_for_text(self, tmp_path):
+        with self.checkpoint(tmp_path, "llava", TEXT_ONLY) as llava:
+            assert llava.chat(list(self.TALK), PARAMS).prompt == "<system>be kind<user>Hi"
+            message = "register_chat_template.LlavaImageProcessor, .*llm.tokenizer.chat_template"
+            with pytest.raises(InvalidRequestError, match=message):
+                llava.chat(list(self.LOOK), PARAMS)
+
+    def test_a_picture_that_it_leaves_out_is_named(self, tmp_path):
+        loop = PART_LOOP.replace("part.type == 'image'", "part.type == 'image' and loop.first")
+        two = [{"type": "image", "image": image} for image in (PICTURE, OTHER)]
+        with self.checkpoint(tmp_path, "llava", loop) as llava:
+            message = "2 images, but the chat template .* writes 1 of them"
+            with pytest.raises(InvalidRequestError, match=message):
+                llava.chat([{"role": "user", "content": two}], PARAMS)
+
+    def test_of_another_language_model_in_the_familys_place(self, tmp_path):
+        folder = make_vision_checkpoint(tmp_path, "llava-next")
+        with (
+            LLM(folder, kv_cache_tokens=256) as llava,
+            pytest.raises(InvalidRequestError, match="has no chat template"),
+        ):
+            llava.chat(list(self.LOOK), PARAMS)
+
+    def test_what_is_registered_is_for_pictures_alone_and_said(self, tmp_path, monkeypatch, caplog):
+        from sglite.multimodal import chat_templates, register_chat_template
+        from sglite.multimodal.llava import LlavaNextImageProcessor
+
+        monkeypatch.setattr(chat_templates, "_TEMPLATES", dict(chat_templates._TEMPLATES))
+        register_chat_template(LlavaNextImageProcessor, PART_LOOP)
+        with self.checkpoint(tmp_path, "llava-next", TEXT_ONLY) as llava:
+            assert llava.chat(list(self.TALK), PARAMS).prompt == "<system>be kind<user>Hi"
+            assert not caplog.records
+            assert llava.chat(list(self.LOOK), PARAMS).prompt == "[user]<image>what?"
+            assert "registered for LlavaNextImageProcessor" in caplog.text
+
+    def test_the_callers_own_is_used_as_it_is(self, tmp_path):
+        folder = make_vision_checkpoint(tmp_path, "llava")
+        with LLM(folder, kv_cache_tokens=256) as llava:
+            asked = {"chat_template_kwargs": {"chat_template": TEXT_ONLY}}
+            assert llava.chat(list(self.TALK), PARAMS, **asked).prompt == "<system>be kind<user>Hi"
+            with pytest.raises(InvalidRequestError, match="takes no pictures"):
+                llava.chat(list(self.LOOK), PARAMS, **asked)
+            llava.tokenizer.chat_template = "{{ messages[-1].content[-1].text }}!"
+            with pytest.raises(InvalidRequestError, match="1 images, .* writes 0 of them"):
+                llava.chat(list(self.LOOK), PARAMS)
+            llava.tokenizer.chat_template = "<image>{{ messages[-1].content[-1].text }}!"
+            assert llava.chat(list(self.LOOK), PARAMS).prompt == "<image>what?!"
+
     def test_of_the_family_where_the_checkpoint_has_none(self, tmp_path):
         folder = make_vision_checkpoint(tmp_path, "llava")
         message = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, "what?"]}]
@@ -384,6 +460,14 @@ def test_a_checkpoint_without_an_image_processor_is_for_text(tmp_path):
         LLM(folder, kv_cache_tokens=256)
 
 
+def test_crops_beside_a_picture_are_refused_by_name(tmp_path):
+    folder = make_vision_checkpoint(tmp_path, "gemma3")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_pan_and_scan": True}))
+    with pytest.raises(UnsupportedModelError, match="do_pan_and_scan"):
+        LLM(folder, kv_cache_tokens=256)
+
+
 def test_weights_that_changed_give_other_embeddings(tmp_path):
     with LLM(make_vision_checkpoint(tmp_path), kv_cache_tokens=512) as own:
         prompt = {"text": f"<image>{words(3)}", "images": [PICTURE]}
@@ -393,7 +477,7 @@ def test_weights_that_changed_give_other_embeddings(tmp_path):
         own.weights_changed()
         after = own.generate(prompt, PARAMS, logprobs=0)
         assert after.usage.cached_tokens == 0
-        assert own._engine.runner._images.num_encoded == 2
+        assert own.stats()["images_encoded"] == 2
         first = [next(iter(output.logprobs[0].values())).logprob for output in (before, after)]
         assert first[0] != first[1]
 

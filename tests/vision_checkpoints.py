@@ -63,6 +63,9 @@ _TOWER = {
 }
 _CLIP = {**_TOWER, "model_type": "clip_vision_model", "projection_dim": 16}
 _SIGLIP = {**_TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
+# Two pixels more than six patches, as SigLIP's 384 are six more than 27 of 14.
+_ODD_SIDE = _SIDE + 2
+_ODD_PINPOINTS = [[26, 52], [52, 26], [52, 52], [78, 26], [26, 78]]
 _CLIP_IMAGES = {
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": _SIDE},
@@ -150,14 +153,14 @@ RECIPES = {
             **_LLAVA_IDS,
             "video_token_index": VOCAB_SIZE + 1,
             "text_config": {**_TEXT, "model_type": "qwen2"},
-            "vision_config": _SIGLIP,
-            "image_grid_pinpoints": _PINPOINTS,
+            "vision_config": {**_SIGLIP, "image_size": _ODD_SIDE},
+            "image_grid_pinpoints": _ODD_PINPOINTS,
             "vision_aspect_ratio": "anyres_max_2",
         },
         {
             "image_processor_type": "LlavaOnevisionImageProcessor",
-            "size": {"height": _SIDE, "width": _SIDE},
-            "image_grid_pinpoints": _PINPOINTS,
+            "size": {"height": _ODD_SIDE, "width": _ODD_SIDE},
+            "image_grid_pinpoints": _ODD_PINPOINTS,
         },
     ),
     "gemma3": Recipe(
@@ -221,6 +224,7 @@ def make_vision_checkpoint(
     _draw_weights(model, seed)
     if cancels:
         let_sums_cancel(model)
+    _generate_no_placeholders(model)
     model.eval().save_pretrained(folder)
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(recipe.tokens)})
@@ -232,6 +236,14 @@ def make_vision_checkpoint(
         settings = json.dumps({**recipe.images, **sizes})
         (folder / "video_preprocessor_config.json").write_text(settings)
     return folder
+
+
+def _generate_no_placeholders(model: nn.Module) -> None:
+    """Has their logits be 0, never the best: Hugging Face would want a picture for each."""
+    names = ("image_token_id", "video_token_id")
+    ids = [getattr(model.config, name) for name in names if hasattr(model.config, name)]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[ids] = 0
 
 
 def _draw_weights(model: nn.Module, seed: int) -> None:
@@ -405,9 +417,10 @@ class LlavaOracle(Oracle):
             "llava_next": LlavaNextProcessor,
             "llava_onevision": LlavaOnevisionProcessor,
         }[self.config.model_type]
-        processor = kind.__new__(kind)
+        processor = self.processor = kind.__new__(kind)
         vars(processor).update(
             image_token="<image>",
+            video_token="<video>",
             patch_size=_PATCH,
             num_additional_image_tokens=1,
             num_image_tokens=(_SIDE // _PATCH) ** 2,
@@ -416,6 +429,34 @@ class LlavaOracle(Oracle):
             image_processor=self.image_processor,
         )
         return processor.replace_image_token
+
+
+class OnevisionOracle(LlavaOracle):
+    """LLaVA-OneVision, with videos of frames that are stretched to squares by a naive loop."""
+
+    takes_videos = True
+
+    def inputs(self, text: str, images: Sequence[Any], videos: Sequence[Any]) -> dict[str, Any]:
+        """What the model takes."""
+        inputs = super().inputs(text, images, [])
+        if not videos:
+            return inputs
+        (frames,) = videos
+        mean, std = (
+            np.array(values)[:, None, None]
+            for values in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        planes = []
+        for frame in frames:
+            small = frame.resize((_ODD_SIDE, _ODD_SIDE), Image.Resampling.BICUBIC)
+            planes.append((np.asarray(small).transpose(2, 0, 1) / 255 - mean) / std)
+        inputs["pixel_values_videos"] = torch.tensor(np.array(planes, np.float32))[None]
+        ids = inputs["input_ids"][0].tolist()
+        place = ids.index(self.config.video_token_id)
+        count = self.processor.replace_video_token(inputs, 0).count("<video>")
+        ids[place : place + 1] = [ids[place]] * count
+        inputs["input_ids"] = torch.tensor([ids])
+        return inputs
 
 
 class GemmaOracle(Oracle):
@@ -439,6 +480,6 @@ ORACLES: dict[str, type[Oracle]] = {
     "qwen2.5-vl": QwenOracle,
     "llava": LlavaOracle,
     "llava-next": LlavaOracle,
-    "llava-onevision": LlavaOracle,
+    "llava-onevision": OnevisionOracle,
     "gemma3": GemmaOracle,
 }

@@ -1,12 +1,16 @@
 """The calls of an `LLM`: requests made and handed over, waited for, interrupted, resumed."""
 
+import asyncio
+import contextvars
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from sglite.engine.driver import Driver
+from sglite.engine.failures import detach
 from sglite.engine.intake import Intake
 from sglite.engine.progress import ProgressBar, someone_is_watching
 from sglite.engine.results import RequestGroup
@@ -20,6 +24,40 @@ from sglite.interface.errors import (
 from sglite.interface.outputs import RequestOutput, StreamChunk
 from sglite.interface.prompts import Prompt
 from sglite.interface.sampling_params import SamplingParams, broadcast_sampling_params
+
+# Characters or ids of text that are made into requests in a few milliseconds.
+_QUICKLY_READ = 8192
+# Of pixels that a call has ready before it is their turn; those of further prompts are made then.
+_MOST_PIXEL_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one call asks for, its parameters checked and its prompts not yet read.
+
+    Attributes:
+        prompts: what to generate from.
+        params: one for each prompt.
+        seeds: likewise; drawn here, so that they do not depend on which call is read first.
+        is_single: whether the caller gave a prompt, and not a list of them.
+        streams: whether text is to be kept token by token.
+        called_at: when the call began, by `time.perf_counter`.
+    """
+
+    prompts: Sequence[Prompt]
+    params: Sequence[SamplingParams]
+    seeds: Sequence[int]
+    is_single: bool
+    streams: bool
+    called_at: float
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether reading the prompts would keep an event loop waiting."""
+        if any(prompt.images or prompt.videos for prompt in self.prompts):
+            return True
+        sizes = (len(prompt.token_ids or prompt.text or "") for prompt in self.prompts)
+        return sum(sizes) > _QUICKLY_READ
 
 
 @dataclass(frozen=True)
@@ -81,7 +119,7 @@ class Calls:
         self._driver = driver
         self._of_this_thread = _OfThread()
 
-    def prepare(
+    def ask(
         self,
         prompts: Sequence[Prompt],
         is_single: bool,
@@ -89,32 +127,66 @@ class Calls:
         keywords: Mapping[str, Any],
         *,
         streams: bool = False,
-    ) -> Work:
-        """Makes the requests of a call.
+        called_at: float | None = None,
+    ) -> Asked:
+        """Checks the parameters of a call.
 
         Args:
             prompts: what to generate from.
             is_single: whether the caller gave one prompt that is no list.
             sampling_params, keywords: as `LLM.generate` takes them.
             streams: whether text is to be kept token by token.
+            called_at: when the call began, by `time.perf_counter`; None: now.
 
         Raises:
-            InvalidRequestError: a prompt or a parameter is wrong.
+            InvalidRequestError: a parameter is wrong.
         """
+        if called_at is None:
+            called_at = time.perf_counter()
         params = broadcast_sampling_params(sampling_params, len(prompts), **keywords)
-        # A comprehension's frame keeps what it closes over, in the traceback of an error too.
-        make_group = self._intake.make_group
-        groups = [
-            make_group(
-                index,
-                prompt,
-                params[index],
-                name="the prompt" if len(prompts) == 1 else f"prompts[{index}]",
-                streams=streams,
+        seeds = [self._intake.seed_for(one) for one in params]
+        return Asked(prompts, params, seeds, is_single, streams, called_at)
+
+    def read(self, asked: Asked) -> Work:
+        """Makes the requests of a call: tokens of texts, and pixels of pictures.
+
+        Raises:
+            InvalidRequestError: a prompt is wrong, or does not fit its parameters.
+        """
+        names = ["the prompt"]
+        if len(asked.prompts) != 1:
+            names = [f"prompts[{index}]" for index in range(len(asked.prompts))]
+        groups = []
+        room = _MOST_PIXEL_BYTES
+        given = zip(names, asked.prompts, asked.params, asked.seeds, strict=True)
+        for index, (name, prompt, params, seed) in enumerate(given):
+            group = self._intake.make_group(
+                index, name, prompt, params, seed, streams=asked.streams, called_at=asked.called_at
             )
-            for index, prompt in enumerate(prompts)
-        ]
-        return Work(groups, is_single)
+            room -= group.num_pixel_bytes
+            if room < 0:
+                group.release_pixels()
+            groups.append(group)
+        return Work(groups, asked.is_single)
+
+    async def read_in_loop(self, asked: Asked) -> Work:
+        """`read` for a task of an event loop, on a thread where it takes long.
+
+        A task that is cancelled meanwhile leaves nothing: what the thread then makes is in no
+        engine.
+        """
+        if not asked.takes_long:
+            return self.read(asked)
+        context = contextvars.copy_context()  # in which the caller's own code may look
+        loop = asyncio.get_running_loop()
+        work, error = await loop.run_in_executor(None, context.run, _tried, self.read, asked)
+        if error is not None:
+            raise error
+        return work
+
+    def prepare(self, *arguments: Any, **keywords: Any) -> Work:
+        """`ask` and `read` in one."""
+        return self.read(self.ask(*arguments, **keywords))
 
     def run(self, work: Work, progress: bool | None) -> RequestOutput | list[RequestOutput]:
         """Runs a call to its end, in a thread that waits.
@@ -251,3 +323,16 @@ class Calls:
                 seen = self._driver.wait(call, seen)
                 if bar is not None:
                     bar.update(sum(group.is_finished for group in groups) - bar.n)
+
+
+def _tried(
+    function: Callable[[Asked], Work], asked: Asked
+) -> tuple[Work | None, BaseException | None]:
+    """What the function gives, or what it raises, which is then a text without frames.
+
+    The frames of a pool's thread are asyncio's, and hold what the thread was given: the engine.
+    """
+    try:
+        return function(asked), None
+    except BaseException as error:
+        return None, detach(error)

@@ -48,33 +48,66 @@ def render_conversations(
     is_single = bool(messages) and isinstance(messages[0], Mapping)
     conversations = [messages] if is_single else messages
     arguments = {"add_generation_prompt": True, **(template_arguments or {})}
-    if reader.processor is not None:
-        template = reader.processor.chat_template(tokenizer.apply_chat_template)
-        if template is not None:
-            arguments.setdefault("chat_template", template)
-    has_template = getattr(tokenizer.hf, "chat_template", None) or arguments.get("chat_template")
-    if conversations and not has_template:
-        raise InvalidRequestError(
-            f"{model} has no chat template; use generate(), or set llm.tokenizer.chat_template"
-        )
-    return [_render(tokenizer, reader, one, tools, arguments) for one in conversations], is_single
+    rendered = [_render(tokenizer, reader, model, one, tools, arguments) for one in conversations]
+    return rendered, is_single
 
 
 def _render(
-    tokenizer: Tokenizer, reader: PromptReader, conversation: Sequence, tools, arguments: Mapping
+    tokenizer: Tokenizer,
+    reader: PromptReader,
+    model: str,
+    conversation: Sequence,
+    tools: Sequence | None,
+    arguments: Mapping[str, Any],
 ) -> Prompt:
     plain, images, videos = _take_media(conversation)
     prompt = Prompt(images=tuple(images), videos=tuple(videos))
     reader.check_takes("the conversation", prompt)
+    templates, has_media = reader.templates, bool(images or videos)
     try:
-        text = tokenizer.apply_chat_template(plain, tools=tools, **arguments)
+        template = arguments.get("chat_template") or templates.choose(model, has_media, tools)
+        if template is not None:
+            plain = templates.adapt(plain, template, tools)
+            arguments = {**arguments, **templates.arguments(template)}
+            text = tokenizer.apply_chat_template(plain, tools=tools, **arguments)
     except Exception as error:
-        raise InvalidRequestError(f"the chat template refuses the conversation: {error}") from error
+        hint = f". If it takes no pictures, {_remedy(reader)}" if has_media else ""
+        raise InvalidRequestError(
+            f"the chat template refuses the conversation: {error}{hint}"
+        ) from error
+    if template is None:
+        raise InvalidRequestError(
+            f"{model} has no chat template; use generate(), or set llm.tokenizer.chat_template"
+        )
     if reader.processor is not None:
+        _check_is_written(reader, model, text, prompt)
         text = reader.processor.prepare_text(text, is_rendered=True)
     # The template writes the special tokens itself, a BOS among them.
     token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     return Prompt(text=text, token_ids=token_ids, images=prompt.images, videos=prompt.videos)
+
+
+def _check_is_written(reader: PromptReader, model: str, text: str, prompt: Prompt) -> None:
+    """Refuses a conversation whose pictures the chat template has left out.
+
+    Raises:
+        InvalidRequestError: it has; the caller has no placeholder to add.
+    """
+    for modality, media in (("image", prompt.images), ("video", prompt.videos)):
+        written = reader.processor.count_placeholders(text, modality) if media else 0
+        if written < len(media):
+            raise InvalidRequestError(
+                f"the conversation has {len(media)} {modality}s, but the chat template of {model} "
+                f"writes {written} of them: {_remedy(reader)}"
+            )
+
+
+def _remedy(reader: PromptReader) -> str:
+    kind = type(reader.processor).__name__
+    return (
+        f"register another one with sglite.multimodal.register_chat_template({kind}, ...), set "
+        f"llm.tokenizer.chat_template, or write the whole prompt, with <image>, for generate()"
+    )
 
 
 def _take_media(conversation: Sequence) -> tuple[Sequence, list[Any], list[Any]]:
@@ -116,6 +149,8 @@ def _take_part(part: Any, images: list[Any], videos: list[Any]) -> Any:
     if is_url:
         _check_urls(kind, value)
     if kind == "video":
+        if part.get("fps") is not None:
+            value = {"frames": value, "fps": part["fps"]}
         videos.append(value)
         return {"type": "video"}
     images.append(f"data:;base64,{value}" if key == "base64" else value)

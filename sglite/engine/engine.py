@@ -33,6 +33,9 @@ class Runner(Protocol):
     def launch(self, step: Step) -> LaunchedStep:
         """Begins to compute a step; steps are computed in the order of the calls."""
 
+    def stats(self) -> dict[str, int]:
+        """Counts of its own; see `LLM.stats`."""
+
     def rest(self) -> None:
         """Lets go of the requests that it knows, as there are none left."""
 
@@ -82,6 +85,7 @@ class Engine:
             "preemptions": counts.preemptions,
             "steps": counts.steps,
             "tokens_per_second": counts.tokens_per_second,
+            **self.runner.stats(),
         }
 
     def step(self) -> None:

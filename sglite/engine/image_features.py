@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sglite.engine.batch import ImageRows
 from sglite.engine.failures import detach, failed
+from sglite.engine.request import Request
 from sglite.engine.scheduler import Step
 from sglite.interface.errors import RequestError, UnsupportedModelError
 from sglite.multimodal.inputs import MultimodalItem
@@ -73,6 +74,11 @@ class ImageFeatures:
         self._held: dict[Hashable, Tensor] = {}
         self.num_encoded = 0
 
+    @property
+    def num_cached_bytes(self) -> int:
+        """What the embeddings take that are kept for further prompts."""
+        return self._cache.num_bytes
+
     def of_step(
         self, step: Step, query_start: NDArray[np.int32]
     ) -> tuple[ImageRows | None, dict[int, RequestError]]:
@@ -101,7 +107,7 @@ class ImageFeatures:
                 key = request.namespace, item.digest
                 if key not in held and key not in failed_images:
                     try:
-                        held[key] = self._features(key, item)
+                        held[key] = self._features(key, request, item)
                     except BaseException as error:  # the model's own code, or no memory for it
                         failed_images[key] = detach(error)
                 if key in failed_images:
@@ -111,6 +117,9 @@ class ImageFeatures:
                 first, last = max(start, item.start), min(stop, item.stop)
                 rows.append(np.arange(first, last) - start + offset)
                 parts.append(features[first - item.start : last - item.start])
+            if stop >= request.multimodal.items[-1].stop:
+                # Wanted again only after a preemption that cost the request its prefix as well.
+                request.multimodal = request.multimodal.released()
         # An image that a chunk has cut is wanted in the next step again.
         self._held = held
         if not parts:
@@ -122,12 +131,12 @@ class ImageFeatures:
         """Keeps no more embeddings than the cache has room for, as no request wants any now."""
         self._held = {}
 
-    def _features(self, key: Hashable, item: MultimodalItem) -> Tensor:
+    def _features(self, key: Hashable, request: Request, item: MultimodalItem) -> Tensor:
         found = self._held.get(key)
         if found is None:
             found = self._cache.get(key)
         if found is None:
-            found = self._encode(item)
+            found = self._encode(_with_pixels(request, item))
             self._cache.put(key, found)
         return found
 
@@ -146,3 +155,13 @@ class ImageFeatures:
         self._model = None
         self._cache.clear()
         self._held = {}
+
+
+def _with_pixels(request: Request, item: MultimodalItem) -> MultimodalItem:
+    """The item, its pixels made again where the request has given them up."""
+    if item.pixel_values is None:
+        # Those of all its images at once, since one may depend on how many there are.
+        if not request.multimodal.num_pixel_bytes:
+            request.multimodal = request.multimodal.restored()
+        (item,) = request.multimodal.overlapping(item.start, item.stop)
+    return item

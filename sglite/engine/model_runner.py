@@ -157,6 +157,14 @@ class ModelRunner:
             request.params.prompt_logprobs,
         )
 
+    def stats(self) -> dict[str, int]:
+        """Counts of images; see `LLM.stats`."""
+        images = self._images
+        return {
+            "images_encoded": images.num_encoded if images else 0,
+            "image_cache_bytes": images.num_cached_bytes if images else 0,
+        }
+
     def rest(self) -> None:
         """Lets go of the requests that it knows, and of what it holds for them."""
         if self._decode is not None:

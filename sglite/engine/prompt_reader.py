@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sglite.engine.chat_templates import ChatTemplates
 from sglite.engine.tokenizer import Tokenizer
 from sglite.interface.errors import InvalidRequestError
 from sglite.interface.prompts import Prompt
@@ -37,6 +38,7 @@ class PromptReader:
 
     Attributes:
         processor: as given.
+        templates: what conversations are rendered with.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._architecture = architecture
         self.processor = processor
+        self.templates = ChatTemplates(tokenizer, processor)
         self._pad_input_ids = pad_input_ids
         self._fetch = fetch
 

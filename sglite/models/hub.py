@@ -15,7 +15,13 @@ from huggingface_hub.errors import (
 from sglite.interface.errors import CheckpointError
 from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, no_weights, read_index
 
-# Configuration and tokenizer: everything but weights.
+# What says how pictures and videos become pixels, and where they stand in a prompt.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+# Configuration, tokenizer and processor: everything but weights.
 _SMALL_FILES = [
     "config.json",
     "generation_config.json",
@@ -27,9 +33,11 @@ _SMALL_FILES = [
     "merges.txt",
     "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates/*",
+    *_PROCESSOR_FILES,
     "*.py",  # read only with trust_remote_code
 ]
-_TOKENIZER_FILES = [name for name in _SMALL_FILES if name != INDEX_FILE]
+_TOKENIZER_FILES = [name for name in _SMALL_FILES if name not in (INDEX_FILE, *_PROCESSOR_FILES)]
 
 
 def download_checkpoint(

@@ -1,7 +1,8 @@
 """LLaVA-NeXT and OneVision: LLaVA that sees a picture small and whole, and in tiles behind that.
 
 The patches of the tiles are put together to one grid, cut to the picture, and a newline is put
-behind each row. OneVision makes the grid smaller where it has too many rows and columns.
+behind each row. OneVision makes the grid smaller where it has too many rows and columns, and takes
+videos.
 (Liu et al., 2024; Li et al., 2024.)
 """
 
@@ -53,6 +54,18 @@ class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
 
 class LlavaOnevisionForConditionalGeneration(LlavaNextForConditionalGeneration):
     """LLaVA-OneVision; `config` is a `transformers.LlavaOnevisionConfig`."""
+
+    def _feature(self, item: MultimodalItem) -> Tensor:
+        """As for a picture; of a video, all frames at half their size, and one newline."""
+        if item.modality != "video":
+            return super()._feature(item)
+        frames = self.project(item.pixel_values)
+        side = math.isqrt(frames.shape[1])
+        grids = frames.transpose(1, 2).unflatten(2, (side, side))
+        half = math.ceil(side / 2)
+        small = functional.interpolate(grids, [half, half], mode="bilinear")
+        rows = small.flatten(2).transpose(1, 2).flatten(0, 1)
+        return torch.cat([rows, self.image_newline[None]])
 
     def shrink(self, grid: Tensor, side: int) -> Tensor:
         """Fewer rows and columns, where they are more than so many tiles have."""

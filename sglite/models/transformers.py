@@ -261,7 +261,7 @@ class TransformersVisionModel(SeesImages, TransformersModel):
     def __init__(
         self, inner: nn.Module, num_positions: int | None, image_processor: Any, **options: Any
     ):
-        found = learn_images(inner, image_processor)
+        found = learn_images(inner, image_processor, options["device"])
         super().__init__(
             inner,
             num_positions,

@@ -1,5 +1,6 @@
 """What the path through Hugging Face's own classes refuses by name."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from sglite.interface.errors import UnsupportedModelError
+
+_log = logging.getLogger(__name__)
 
 # Kinds of layers that configs name in `layer_types`, beside those that attend.
 _STATEFUL_LAYERS = re.compile(r"linear|mamba|ssm|recurrent|rwkv|conv|hybrid|delta", re.IGNORECASE)
@@ -75,7 +78,8 @@ def refuse_rope(name: str, config: Any, context_length: int | None) -> int | Non
     Args:
         name: of the architecture.
         config: the Hugging Face config.
-        context_length: what the caller asked for.
+        context_length: what the caller asked for; None: all that is fine. Of "longrope" that is a
+            small part of what the model was made for, so that it must be asked for.
 
     Returns:
         The longest context that is fine; None where RoPE sets no limit.
@@ -93,6 +97,9 @@ def refuse_rope(name: str, config: Any, context_length: int | None) -> int | Non
             or getattr(text, "original_max_position_embeddings", None)
             or getattr(text, "max_position_embeddings", None)
         )
+        if context_length is None and original is not None and kind == "dynamic":
+            _log.info("%s: 'dynamic' RoPE, which is plain up to a context of %d", name, original)
+            return original
         if context_length is None or original is None or context_length > original:
             raise UnsupportedModelError(
                 f"{name} has {kind!r} RoPE, whose frequencies change with the longest sequence of "

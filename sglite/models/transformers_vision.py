@@ -6,8 +6,9 @@ with the features in the place of embeddings, must give every attention layer th
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from sglite.models.transformers_attention import (
 )
 from sglite.models.transformers_calls import record_calls
 from sglite.models.transformers_probe import Recorder, run_recorded
-from sglite.multimodal.base_processor import HubProcessor
+from sglite.multimodal.base_processor import PROCESSOR_FILES, HubProcessor
 from sglite.multimodal.hugging_face import rope_index
 from sglite.multimodal.inputs import MultimodalItem
 
 # The picture that a model is tried with: height, width.
 _SIZE = (50, 70)
+# Settings of image processors that have pictures cut into tiles.
+_TILING = ("do_image_splitting", "crop_to_patches")
 # What two ways to the same queries, keys and values may differ by, relative to the largest.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
@@ -119,7 +122,7 @@ def read_image_processor(name: str, folder: Path) -> Any:
         CheckpointError: it is not there, or broken.
     """
     try:
-        return HubProcessor.load(folder, None).image_processor
+        found = HubProcessor.load(folder, None).image_processor
     except CheckpointError as error:
         if "torchvision" in str(error.__cause__).lower():
             raise UnsupportedModelError(
@@ -127,22 +130,67 @@ def read_image_processor(name: str, folder: Path) -> Any:
                 f"and torchvision is not there: {error.__cause__}"
             ) from error
         raise
+    if found is None:
+        raise CheckpointError(
+            f"{name} takes images, but {folder} has no image processor: neither "
+            f"{' nor '.join(PROCESSOR_FILES)} is there"
+        )
+    return found
 
 
-def learn_images(inner: nn.Module, image_processor: Any) -> VisionFacts:
+def learn_images(inner: nn.Module, image_processor: Any, device: torch.device) -> VisionFacts:
     """Tries a model with a picture.
 
     Args:
         inner: the Hugging Face model with its weights, before any part of it is replaced.
         image_processor: its own.
+        device: where the model is going to run; it is tried there.
 
     Raises:
         UnsupportedModelError: a picture reaches the text model otherwise than in the place of its
             tokens, or its tokens see what follows them.
     """
-    name = type(inner).__name__
+    with weights_on(inner, device):
+        return _learn(inner, image_processor)
+
+
+@contextmanager
+def weights_on(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Has a copy of a module's weights and buffers on a device, and then these as they were.
+
+    Two forwards of a large model take long on the CPU; what comes next wants the weights there.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    stores = [store for part in module.modules() for store in (part._parameters, part._buffers)]
+    before = [dict(store) for store in stores]
+    lent: dict[Tensor, Tensor] = {}  # tied ones stay so
     try:
-        data = dict(image_processor(images=[_picture()], return_tensors="pt"))
+        for store in stores:
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if tensor not in lent:
+                    copy = tensor.detach().to(device)
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    lent[tensor] = nn.Parameter(copy, requires_grad=False) if is_weight else copy
+                store[name] = lent[tensor]
+        yield
+    finally:
+        lent.clear()
+        for store, own in zip(stores, before, strict=True):
+            store.update(own)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _learn(inner: nn.Module, image_processor: Any) -> VisionFacts:
+    name = type(inner).__name__
+    # One tile shows as much as many, which some make of the smallest picture.
+    whole = {key: False for key in _TILING if getattr(image_processor, key, None)}
+    try:
+        data = dict(image_processor(images=[_picture()], return_tensors="pt", **whole))
         with record_calls(inner) as calls:
             features = features_of(inner, data)
     except SGLiteError:
@@ -155,7 +203,7 @@ def learn_images(inner: nn.Module, image_processor: Any) -> VisionFacts:
         inner.config.image_token_id, _rope_of(inner), data, features, frozenset(calls)
     )
     _check_nothing_else_is_seen(inner, found)
-    return found
+    return replace(found, features=features.cpu())
 
 
 def features_of(inner: nn.Module, data: Mapping[str, Any]) -> Tensor:
@@ -199,7 +247,7 @@ class SeesImages:
         self._embedding.register_forward_hook(self._put_images)
         with torch.inference_mode():
             again = features_of(self.inner, found.data)
-        if not _alike(again, found.features):
+        if not _alike(again.cpu(), found.features):
             raise UnsupportedModelError(
                 f"{type(self.inner).__name__} gives other features of a picture once the parts "
                 f"of its text model are replaced"
@@ -283,7 +331,7 @@ def _check_nothing_else_is_seen(inner: nn.Module, found: VisionFacts) -> None:
 
     def put(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
         output = output.clone()
-        output[0, len(text) : len(text) + len(found.features)] = found.features.to(output.dtype)
+        output[0, len(text) : len(text) + len(found.features)] = found.features.to(output)
         return output
 
     use_implementation(inner, PROBED_IMPLEMENTATION)

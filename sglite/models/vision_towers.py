@@ -121,8 +121,10 @@ class ClipVisionTower(nn.Module):
         """[images * tokens_per_image, hidden_size], what goes into the first layer."""
         projection = self.embeddings["patch_embedding"]
         pixels = pixels.to(projection.matrix.device, projection.matrix.dtype)
-        size = self.patch_size
-        patches = pixels.unflatten(2, (-1, size)).unflatten(4, (-1, size))
+        size, side = self.patch_size, self.side
+        # A rest at the right and at the bottom is in no patch: SigLIP has 14 of 384 pixels.
+        pixels = pixels[:, :, : side * size, : side * size]
+        patches = pixels.unflatten(2, (side, size)).unflatten(4, (side, size))
         x = projection(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         if self.has_class_token:
             own = self.embeddings.class_embedding.expand(len(x), 1, -1)

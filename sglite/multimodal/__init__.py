@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         HubProcessor,
         ProcessedMedia,
     )
+    from sglite.multimodal.chat_templates import register_chat_template
     from sglite.multimodal.images import read_image
     from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
     from sglite.multimodal.keys import pad_input_ids
@@ -30,6 +31,7 @@ _HOMES = {
     "find_processor": "registry",
     "pad_input_ids": "keys",
     "read_image": "images",
+    "register_chat_template": "chat_templates",
     "register_processor": "registry",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "find_processor",
     "pad_input_ids",
     "read_image",
+    "register_chat_template",
     "register_processor",
 ]
 

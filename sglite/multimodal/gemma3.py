@@ -4,6 +4,7 @@ from typing import Any
 
 from PIL import Image
 
+from sglite.interface.errors import UnsupportedModelError
 from sglite.multimodal.base_processor import BaseMultimodalProcessor, ProcessedMedia
 
 
@@ -16,11 +17,26 @@ class Gemma3ImageProcessor(BaseMultimodalProcessor):
 
     models = ("Gemma3ForConditionalGeneration",)
     whole_spans = True
+    # Pictures are not cut up, and the number of their tokens is the model's.
+    fixed_settings = frozenset(
+        {
+            "do_pan_and_scan",
+            "pan_and_scan_max_num_crops",
+            "pan_and_scan_min_crop_size",
+            "pan_and_scan_min_ratio_to_activate",
+            "size",
+        }
+    )
 
     def __init__(
         self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any
     ):
         super().__init__(hf_config, server_args, _processor, *args, **kwargs)
+        if getattr(self.image_processor, "do_pan_and_scan", None):
+            raise UnsupportedModelError(
+                "preprocessor_config.json has do_pan_and_scan: crops of a picture beside the whole "
+                "are not implemented; set it to false to have pictures seen whole"
+            )
         tokenizer = self.tokenizer
         self.image_token = getattr(tokenizer, "image_token", None) or "<image_soft_token>"
         self.begin = getattr(tokenizer, "boi_token", None) or "<start_of_image>"

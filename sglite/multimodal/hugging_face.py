@@ -129,10 +129,12 @@ class HuggingFaceProcessor(BaseMultimodalProcessor):
         return super()._places(name, modality, token, token_ids, media)
 
     def _written_by_template(self) -> str | None:
-        """What the chat template writes for a picture; None if that cannot be told."""
-        template = getattr(self.tokenizer, "chat_template", None) or self._processor.chat_template
-        if template is None:
-            return None
+        """What a chat template writes for a picture; None if that cannot be told."""
+        templates = (self._processor.chat_template, getattr(self.tokenizer, "chat_template", None))
+        found = (self._written_by(one) for one in templates if one)
+        return next((written for written in found if written is not None), None)
+
+    def _written_by(self, template: Any) -> str | None:
         before, behind = "(before)", "(behind)"
         parts = [
             {"type": "text", "text": before},

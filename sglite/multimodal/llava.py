@@ -1,5 +1,6 @@
 """LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ from sglite.multimodal.base_processor import BaseMultimodalProcessor, ProcessedM
 from sglite.multimodal.chat_templates import register_chat_template
 from sglite.multimodal.tiling import crop_of, shrunk
 
+# What the files for videos may have other than those for images.
+_VIDEO_SETTINGS = ("size", "resample", "rescale_factor", "image_mean", "image_std")
 
-class LlavaImageProcessor(BaseMultimodalProcessor):
+
+class LlavaFamilyProcessor(BaseMultimodalProcessor):
     """Pixels [1, 3, side, side] float32 of a picture."""
-
-    models = ("LlavaForConditionalGeneration",)
 
     def __init__(
         self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any
@@ -34,7 +36,13 @@ class LlavaImageProcessor(BaseMultimodalProcessor):
         return ProcessedMedia("image", pixels, self.num_patches, {})
 
 
-class LlavaNextImageProcessor(LlavaImageProcessor):
+class LlavaImageProcessor(LlavaFamilyProcessor):
+    """That of LLaVA 1.5."""
+
+    models = ("LlavaForConditionalGeneration",)
+
+
+class LlavaNextImageProcessor(LlavaFamilyProcessor):
     """Pixels [1 + tiles, 3, side, side] float32: the whole picture, small, then its tiles.
 
     `data["tiles"]` is (tiles down, tiles across), `data["image_size"]` (height, width) in pixels.
@@ -65,9 +73,32 @@ class LlavaNextImageProcessor(LlavaImageProcessor):
 
 
 class LlavaOnevisionImageProcessor(LlavaNextImageProcessor):
-    """As for LLaVA-NeXT; a picture that is not alone in its prompt is not cut into tiles."""
+    """As for LLaVA-NeXT; a picture that is not alone in its prompt is not cut into tiles.
+
+    Pixels of a video are [frames, 3, side, side] float32: each frame whole, stretched to a square.
+    """
 
     models = ("LlavaOnevisionForConditionalGeneration",)
+
+    def __init__(
+        self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any
+    ):
+        super().__init__(hf_config, server_args, _processor, *args, **kwargs)
+        self.video_token = getattr(self.tokenizer, "video_token", None) or "<video>"
+        self.video_placeholder = self.video_token
+
+    def process_video(self, frames: Sequence[Image.Image]) -> ProcessedMedia:
+        """Pixels of a video's frames."""
+        settings = self._processor.video_settings
+        given = {key: settings[key] for key in _VIDEO_SETTINGS if settings.get(key) is not None}
+        side = self.hf_config.vision_config.image_size
+        # Each is a picture in a single tile, which stands behind the whole.
+        found = self.image_processor(
+            images=list(frames), image_grid_pinpoints=[[side, side]], return_tensors="pt", **given
+        )
+        pixels = found["pixel_values"][:, 0].contiguous()
+        count = len(pixels) * math.ceil(self.side / 2) ** 2 + 1
+        return ProcessedMedia("video", pixels, count, {})
 
     def process_images(self, images: Sequence[Image.Image]) -> list[ProcessedMedia]:
         """Pixels of all images of a prompt."""
@@ -83,12 +114,15 @@ class LlavaOnevisionImageProcessor(LlavaNextImageProcessor):
         return shrunk(rows, columns, self.side, self.hf_config.vision_aspect_ratio)
 
 
-# That of Vicuna, which LLaVA 1.5 was trained with.
+# That of Vicuna, which LLaVA 1.5 was trained with; a checkpoint with one of its own has another
+# language model inside.
 register_chat_template(
     LlavaImageProcessor,
-    "{% for message in messages %}{{ message.role | upper }}: {% if message.content is string %}"
-    "{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
-    "<image>\n{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "{% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: "
+    "{% endif %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<image>\n{% elif "
+    "part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    replaces=False,
 )

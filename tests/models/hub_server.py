@@ -17,6 +17,10 @@ def serve(folder: Path, repo_id: str) -> Iterator[tuple[str, list[str]]]:
     """Serves a folder as a repository; gives the address and the list of files asked for."""
     asked: list[str] = []
 
+    def own_name(path):
+        """The name of a file within the repository, from `/owner/name/resolve/revision/...`."""
+        return path.split("/", 5)[5]
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.answer(with_body=True)
@@ -30,9 +34,10 @@ def serve(folder: Path, repo_id: str) -> Iterator[tuple[str, list[str]]]:
             if path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
                 self.send_json({"id": repo_id, "sha": COMMIT, "siblings": []})
             elif path.startswith(f"{api}/tree/"):
-                self.send_json([self.entry(file) for file in sorted(folder.iterdir())])
-            elif path.startswith(resolve) and (folder / Path(path).name).exists():
-                self.send_file(folder / Path(path).name, with_body)
+                files = sorted(file for file in folder.rglob("*") if file.is_file())
+                self.send_json([self.entry(file) for file in files])
+            elif path.startswith(resolve) and (folder / own_name(path)).is_file():
+                self.send_file(own_name(path), with_body)
             else:
                 self.send_response(404)
                 self.send_header("X-Error-Code", "RepoNotFound")
@@ -42,7 +47,8 @@ def serve(folder: Path, repo_id: str) -> Iterator[tuple[str, list[str]]]:
         @staticmethod
         def entry(file):
             digest = hashlib.sha1(file.read_bytes()).hexdigest()
-            return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": digest}
+            name = file.relative_to(folder).as_posix()
+            return {"type": "file", "path": name, "size": file.stat().st_size, "oid": digest}
 
         def send_json(self, contents):
             body = json.dumps(contents).encode()
@@ -52,15 +58,15 @@ def serve(folder: Path, repo_id: str) -> Iterator[tuple[str, list[str]]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def send_file(self, file, with_body):
-            body = file.read_bytes()
+        def send_file(self, name, with_body):
+            body = (folder / name).read_bytes()
             self.send_response(200)
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if with_body:
-                asked.append(file.name)
+                asked.append(name)
                 self.wfile.write(body)
 
         def log_message(self, *arguments):

@@ -1,6 +1,8 @@
 """Hub models, against a hub on this machine; every call in a process with its own settings."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +34,12 @@ def resolve(
     cache, *, endpoint="http://127.0.0.1:9", name=REPO, revision="", tokenizer="", offline=False
 ):
     """What the process above prints."""
+    arguments = (name, cache, revision, tokenizer)
+    return run(_CODE, *arguments, endpoint=endpoint, offline=offline)
+
+
+def run(code, *arguments, endpoint="http://127.0.0.1:9", offline=False):
+    """What a process prints that runs some code."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
@@ -41,14 +49,14 @@ def resolve(
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    run = subprocess.run(
-        [sys.executable, "-c", _CODE, name, str(cache), revision, tokenizer],
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
         check=True,
         capture_output=True,
         text=True,
         env=environment,
     )
-    return run.stdout.strip()
+    return finished.stdout.strip()
 
 
 @pytest.fixture
@@ -82,6 +90,36 @@ def test_only_the_files_needed_and_each_once(repository, tmp_path):
     # The hub is gone; so is the wish to ask it.
     assert resolve(tmp_path / "cache") == first
     assert resolve(tmp_path / "cache", offline=True) == first
+
+
+#: Makes an LLM of the model and has it look at a picture; prints what it says.
+_LOOK = """
+import sys
+from PIL import Image
+from sglite import LLM
+with LLM(sys.argv[1], cache_dir=sys.argv[2], kv_cache_tokens=512) as llm:
+    image = Image.new("RGB", (64, 64), "red")
+    part = {"type": "image", "image": image}
+    text = {"type": "text", "text": "Name the colour of the figure."}
+    llm.chat([{"role": "user", "content": [part, text]}], max_new_tokens=1)
+    print(llm.generate("<image>What?", images=image, temperature=0, max_new_tokens=4).text)
+"""
+
+
+def test_a_model_that_sees_comes_with_what_it_sees_with(tmp_path):
+    from sglite.models.checkpoint import resolve_checkpoint
+
+    folder = tmp_path / "repository"
+    shutil.copytree(resolve_checkpoint("demo-vl").folder, folder)
+    for name in ("processor_config.json", "video_preprocessor_config.json", "chat_template.json"):
+        (folder / name).write_text(json.dumps({"own": name}))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    with serve(folder, REPO) as (endpoint, asked):
+        answer = run(_LOOK, REPO, tmp_path / "cache", endpoint=endpoint)
+    assert sorted(asked) == sorted(files - {"README.md"})
+    assert answer == run(_LOOK, "demo-vl", tmp_path / "cache")
 
 
 def test_a_single_file(tmp_path):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import sglite
 from sglite import LLM, ModelRegistry, SamplingParams
 from sglite.interface.errors import CheckpointError, UnsupportedModelError
+from sglite.models.transformers_refusals import refuse_rope
 from tests.checkpoints import VOCAB_SIZE, hugging_face_logits
 from tests.forward import Runner, assert_near
 from tests.models.unregistered import REFUSED, RUN, make_config, make_model, save
@@ -166,6 +167,15 @@ def test_rope_by_the_longest_sequence_runs_below_its_original_length(tmp_path):
     oracle = make_model(make_config("HeliumConfig", rope_parameters=rope))
     folder = save(oracle, tmp_path)
     with pytest.raises(UnsupportedModelError, match=r"'dynamic' RoPE.* context_length=256"):
-        LLM(folder, kv_cache_tokens=512)
-    with LLM(folder, kv_cache_tokens=1024, context_length=256) as llm:
+        LLM(folder, kv_cache_tokens=512, context_length=257)
+    with LLM(folder, kv_cache_tokens=1024) as llm:
+        assert llm.config.context_length == 256
         check_greedy(llm, oracle)
+
+
+def test_rope_whose_original_length_is_a_small_part_has_to_be_asked_for():
+    config = make_config("HeliumConfig")
+    config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    with pytest.raises(UnsupportedModelError, match=r"'longrope' RoPE.* context_length=64"):
+        refuse_rope("Model", config, None)
+    assert refuse_rope("Model", config, 60) == 64

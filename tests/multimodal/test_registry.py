@@ -1,5 +1,6 @@
 """Which processor serves which model."""
 
+import subprocess
 import sys
 
 import pytest
@@ -90,6 +91,22 @@ def test_the_last_one_goes_first():
         models = (Seeing,)
 
     assert find_processor(Seeing, "Any") is Second
+
+
+def test_the_callers_own_goes_before_the_librarys_which_comes_later():
+    code = """
+from sglite.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from sglite.multimodal import BaseMultimodalProcessor
+from sglite.multimodal.registry import find_processor
+
+class Mine(BaseMultimodalProcessor):
+    models = ["Qwen2VLForConditionalGeneration"]
+
+name = "Qwen2VLForConditionalGeneration"
+print(find_processor(Qwen2VLForConditionalGeneration, name).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "Mine"
 
 
 def test_a_package_that_the_environment_names(tmp_path, monkeypatch):

@@ -1,15 +1,16 @@
 """Vision-language models that Hugging Face's own class runs: its logits and tokens, or refused."""
 
 import pytest
+import torch
 
-from sglite import LLM, SamplingParams, UnsupportedModelError
-from tests.test_vision import TOLERANCE, scores_of
+from sglite import LLM, CheckpointError, SamplingParams, UnsupportedModelError
+from sglite.models.transformers_vision import learn_images, weights_on
+from tests.test_vision import TOLERANCE, assert_rows, prompt_rows
 from tests.vision_checkpoints import picture, words
 from tests.vision_strangers import REFUSED, RUN, StrangerOracle, make_stranger
 
 COUNT = 10
-PLAIN = SamplingParams(temperature=0, max_new_tokens=COUNT, ignore_eos=True)
-PARAMS = SamplingParams(temperature=0, max_new_tokens=COUNT, prompt_logprobs=0, ignore_eos=True)
+PARAMS = SamplingParams(temperature=0, max_new_tokens=COUNT, ignore_eos=True)
 
 
 def prompts():
@@ -30,23 +31,50 @@ def test_hugging_faces_logits_and_tokens(name, tmp_path):
     tokens = [oracle.greedy(one, COUNT) for one in inputs]
     with LLM(folder, kv_cache_tokens=8192, chunked_prefill_size=23) as llm:
         for is_again in (False, True):
-            params = PARAMS if not is_again else PLAIN
-            outputs = llm.generate(prompts(), params)
+            scored = {} if is_again else {"prompt_logprobs": expected[0].shape[1]}
+            outputs = llm.generate(prompts(), PARAMS, **scored)
             for output, one, logprobs, (best, gaps) in zip(
                 outputs, inputs, expected, tokens, strict=True
             ):
                 ids = one["input_ids"][0]
                 assert output.prompt_token_ids == ids.tolist()
                 if not is_again:
-                    wanted = logprobs[:-1].gather(1, ids[1:, None])[:, 0]
-                    error = (scores_of(output) - wanted).abs().max()
-                    assert error <= TOLERANCE * logprobs.abs().max()
+                    assert_rows(prompt_rows(output, logprobs.shape[1]), logprobs[:-1])
                 else:
                     assert output.usage.cached_tokens == len(ids) - 1
                 for actual, token, gap in zip(output.token_ids, best, gaps, strict=True):
                     if actual != token:
                         assert gap < TOLERANCE
                         break
+
+
+@pytest.mark.parametrize("name", ["idefics3", "internvl"])
+def test_a_model_is_tried_with_one_tile(name, tmp_path):
+    folder = make_stranger(tmp_path, RUN[name])
+    oracle = StrangerOracle(folder, RUN[name])
+    found = learn_images(oracle.model, oracle.image_processor, torch.device("cpu"))
+    assert len(found.features) == 9
+    assert found.data["pixel_values"].shape[-4:] == (1, 3, 24, 24)
+
+
+def test_weights_are_lent_to_a_device():
+    module = torch.nn.Sequential(
+        torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)
+    )
+    module[1].weight = module[0].weight
+    before = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
+    with weights_on(module, torch.device("meta")):
+        assert all(tensor.is_meta for tensor in module.state_dict().values())
+        assert module[1].weight is module[0].weight
+    assert {name: tensor.data_ptr() for name, tensor in module.state_dict().items()} == before
+
+
+def test_a_missing_image_processor_is_named(tmp_path):
+    folder = make_stranger(tmp_path, RUN["idefics3"])
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json nor processor_config"):
+        LLM(folder)
 
 
 @pytest.mark.parametrize("name", REFUSED)
