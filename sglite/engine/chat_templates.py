@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sglite.engine.tokenizer import Tokenizer
 from sglite.interface.errors import RequestError
-from sglite.multimodal.chat_templates import registered_template
+from sglite.multimodal.chat_templates import fallback_template
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ChatTemplates:
         for template in found:
             if self.writes_images(template):
                 return template
-        registered = registered_template(type(self._processor), has_own=bool(found))
+        registered = fallback_template(type(self._processor), has_own=bool(found))
         if registered is None or (found and not has_media):
             return found[0] if found else None
         if not self._has_said:

@@ -180,6 +180,7 @@ def weights_on(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         lent.clear()
         for store, own in zip(stores, before, strict=True):
+            store.clear()
             store.update(own)
         if device.type == "cuda":
             torch.cuda.empty_cache()
