@@ -21,8 +21,7 @@ from sglite.multimodal.images import Fetcher, read_frames, read_image
 from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
 from sglite.multimodal.registry import register_processor
 
-#: What says how pictures become pixels: one of them has to be there.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 #: Stands for one picture in the text of a prompt, with every model; and for one video.
 IMAGE, VIDEO = "<image>", "<video>"
@@ -56,7 +55,7 @@ class HubProcessor:
         Raises:
             CheckpointError: what is there cannot be read.
         """
-        if not any((folder / name).exists() for name in PROCESSOR_FILES):
+        if not any((folder / name).exists() for name in _PROCESSOR_FILES):
             return cls(tokenizer, None)
         # Not the class of that name in `transformers` itself, which asks for torchvision.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -67,7 +66,7 @@ class HubProcessor:
             )
         except Exception as error:  # whatever its code raises on a broken or missing file
             raise CheckpointError(
-                f"the image processor in {folder} ({' or '.join(PROCESSOR_FILES)}) cannot be "
+                f"the image processor in {folder} ({' or '.join(_PROCESSOR_FILES)}) cannot be "
                 f"read: {error}"
             ) from error
         settings = _read_json(folder / "processor_config.json")
@@ -239,7 +238,7 @@ class BaseMultimodalProcessor:
         if (images or videos) and self.image_processor is None:
             raise InvalidRequestError(
                 f"{name} has images, but the checkpoint has no image processor "
-                f"({' or '.join(PROCESSOR_FILES)}): it can be used for text alone"
+                f"({' or '.join(_PROCESSOR_FILES)}): it can be used for text alone"
             )
         pictures = [
             read_image(f"{name}: images[{index}]", image, fetch)

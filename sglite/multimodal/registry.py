@@ -18,25 +18,21 @@ _BUILT_IN = (
     "sglite.multimodal.gemma3",
     "sglite.multimodal.llava",
     "sglite.multimodal.qwen_vl",
+    # The last one, which goes first: a model run by Hugging Face's class has no other of these.
     "sglite.multimodal.hugging_face",
 )
 
-# Those with `models`, the newest last. The library's own are kept apart: they are imported when a
-# processor is first asked for, which may be after a notebook has defined one for the same model.
-_classes: list[type] = []
-_built_in_classes: list[type] = []
+_classes: list[type] = []  # those with `models`, the newest last
 _by_name: dict[str, type] = {}  # those given to `sglite.register(name, processor=...)`
 
 
 def register_processor(processor: type, architecture: str | None = None) -> None:
     """Registers a processor for its `models`, or for the architecture of a name.
 
-    What was registered last goes first, so that a notebook's cell may run twice; before all of the
-    library's own, whenever these come.
+    What was registered last goes first, so that a notebook's cell may run twice.
     """
     if architecture is None:
-        known = _built_in_classes if processor.__module__ in _BUILT_IN else _classes
-        known.append(processor)
+        _classes.append(processor)
     else:
         _by_name[architecture] = processor
 
@@ -65,7 +61,7 @@ def find_processor(model_class: type, architecture: str) -> type | None:
         importlib.import_module(module)
     _import_package(os.environ.get(PACKAGE_VARIABLE, "").strip())
     for base in model_class.__mro__:
-        for processor in (*reversed(_classes), *reversed(_built_in_classes)):
+        for processor in _newest_first():
             if any(_is_of(base, architecture, model) for model in processor.models):
                 return processor
         if base.__name__ in _by_name:
@@ -81,6 +77,17 @@ def find_processor(model_class: type, architecture: str) -> type | None:
         f"registered for it: @register({architecture!r}, processor=...), or `models = "
         f"[{model_class.__name__}]` in a BaseMultimodalProcessor"
     )
+
+
+def _newest_first() -> list[type]:
+    """Those with `models`, the library's own last, whenever each was imported."""
+    newest_first = _classes[::-1]
+    newest_first.sort(key=lambda kind: -_place_of(kind.__module__))
+    return newest_first
+
+
+def _place_of(module: str) -> int:
+    return _BUILT_IN.index(module) if module in _BUILT_IN else len(_BUILT_IN)
 
 
 def _is_of(base: type, architecture: str, model: type | str) -> bool:
