@@ -3,7 +3,8 @@
 DIR is a copy of the hub's MMMU/MMMU (a folder per subject), or of one setting of MMMU/MMMU_Pro,
 such as "MMMU_Pro/standard (10 options)" or "MMMU_Pro/vision". Nothing is downloaded. With
 `--engine both` sglite and Hugging Face transformers answer the same questions, and are compared
-one by one.
+one by one: the share of equal answers, McNemar's test, and how many times as fast the first is.
+Where a prompt had another number of tokens with one than with the other, the run ends in an error.
 
 Each engine first answers some questions one at a time, for the time to the first token, and is
 loaded anew for all of them together, so that nothing is left in a cache.
@@ -30,7 +31,7 @@ from bench.machine import processor
 from bench.mmmu_engines import ENGINES
 from bench.mmmu_prompts import Prompt, make_prompt
 from bench.mmmu_questions import SPLITS, DataError, read_questions
-from bench.mmmu_report import Run, summarise, tables
+from bench.mmmu_report import DifferentPromptsError, Run, check_same_prompts, summarise, tables
 from bench.report import markdown_rows, print_rows
 from sglite.models.checkpoint import resolve_checkpoint
 
@@ -141,6 +142,11 @@ def main(arguments: list[str] | None = None) -> None:
         lines = [f"# {heading}", "", f"`{result['command']}`, {result['machine']}", ""]
         lines += [line for rows in tables(result) for line in markdown_rows(rows)]
         options.output.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+    if len(runs) == 2:
+        try:
+            check_same_prompts(questions, runs)
+        except DifferentPromptsError as error:  # last, as hours may lie in what was answered
+            raise SystemExit(f"NO COMPARISON: {error}") from None
 
 
 def _machine(device: str) -> str:

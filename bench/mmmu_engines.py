@@ -1,7 +1,8 @@
 """The two sides of `bench/mmmu.py`: sglite, and Hugging Face transformers with the same files.
 
 Both are greedy, without a repetition penalty, and get conversations of the same parts. Reading the
-pictures and making tokens of prompts counts on both sides.
+pictures and making tokens of prompts counts on both sides. Pixels are made by Hugging Face's image
+processors on Pillow on both, whatever else is installed, so that both models see the same ones.
 """
 
 import gc
@@ -18,10 +19,10 @@ from transformers.utils import is_torchvision_available
 import sglite
 from bench.mmmu_prompts import Prompt, as_messages
 from sglite.models.registry import ModelRegistry
-from sglite.multimodal.chat_templates import fallback_template
+from sglite.multimodal.chat_templates import registered_template
 from sglite.multimodal.registry import find_processor
 
-_AT_ONCE = 256  # prompts that sglite gets together: the pixels of all of them are in memory
+_AT_ONCE = 256  # prompts that sglite gets together: the files of all of them are opened
 
 
 class Reply(NamedTuple):
@@ -94,7 +95,8 @@ class HuggingFace:
         tokenizer = self._processor.tokenizer
         if tokenizer.pad_token is None:  # any token will do, since padding is masked
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        self._template = self._processor.chat_template or _registered_template(Path(model))
+        if not self._processor.chat_template:
+            self._processor.chat_template = _registered_template(Path(model))
         self._model = transformers.AutoModelForImageTextToText.from_pretrained(
             model, dtype=dtype, local_files_only=True
         )
@@ -124,10 +126,7 @@ class HuggingFace:
         conversations = [as_messages(prompt) for prompt in prompts]
         texts = [
             self._processor.apply_chat_template(
-                conversation,
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=True,
+                conversation, tokenize=False, add_generation_prompt=True
             )
             for conversation in conversations
         ]
@@ -157,18 +156,40 @@ class HuggingFace:
 
 
 def load_processor(folder: Path) -> transformers.ProcessorMixin:
-    """The checkpoint's processor; without torchvision, less its part for videos.
+    """The checkpoint's processor, its image processor on Pillow.
 
-    Hugging Face then offers image processors on Pillow, but refuses to make a processor that has
-    a part for videos: it is put together here from the parts that there are.
+    Without torchvision Hugging Face refuses to make a processor that has a part for videos: it is
+    put together here from the parts that there are.
     """
-    if is_torchvision_available():
-        return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    # Not those of `transformers` itself, which ask for torchvision.
+    # Not the class of that name in `transformers` itself, which asks for torchvision.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    image_processor = AutoImageProcessor.from_pretrained(
+        folder, local_files_only=True, backend="pil"
+    )
+    if is_torchvision_available():
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor.image_processor = image_processor
+    else:
+        processor = _without_video(folder, image_processor)
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    if getattr(processor, "patch_size", 0) is None:
+        # Older checkpoints of LLaVA leave it to the model to count a picture's tokens.
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        # CLIP's tower has a class token beside its patches, SigLIP's has none.
+        has_class_token = config.vision_config.model_type == "clip_vision_model"
+        processor.num_additional_image_tokens = int(has_class_token)
+    return processor
+
+
+def _without_video(folder: Path, image_processor: Any) -> transformers.ProcessorMixin:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     settings = _read(folder / "processor_config.json")
+    settings.pop("chat_template", None)
     named = settings.pop("processor_class", None)
     named = named or _read(folder / "preprocessor_config.json").get("processor_class")
     kind = getattr(
@@ -176,7 +197,7 @@ def load_processor(folder: Path) -> transformers.ProcessorMixin:
         named or PROCESSOR_MAPPING_NAMES[_read(folder / "config.json")["model_type"]],
     )
     parts = {
-        "image_processor": AutoImageProcessor.from_pretrained(folder, local_files_only=True),
+        "image_processor": image_processor,
         "tokenizer": transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
     }
     if "video_processor" in kind.get_attributes():
@@ -193,27 +214,16 @@ def load_processor(folder: Path) -> transformers.ProcessorMixin:
             return None
 
     processor = WithoutVideo(**parts)
-    processor.chat_template = _chat_template(folder, processor.tokenizer)
-    if getattr(processor, "patch_size", 0) is None:
-        # Older checkpoints of LLaVA leave it to the model to count a picture's tokens.
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        processor.patch_size = config.vision_config.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = int(config.vision_config.model_type != "siglip")
+    # As `from_pretrained` finds it among the files.
+    found, _ = kind.get_processor_dict(folder, local_files_only=True)
+    processor.chat_template = found.get("chat_template")
     return processor
-
-
-def _chat_template(folder: Path, tokenizer: Any) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    return _read(folder / "chat_template.json").get("chat_template") or tokenizer.chat_template
 
 
 def _registered_template(folder: Path) -> str:
     """What sglite uses where a checkpoint has no chat template, so that both get the same text."""
     architecture, model = ModelRegistry.resolve(_read(folder / "config.json")["architectures"])
-    template = fallback_template(find_processor(model, architecture) or object)
+    template = registered_template(find_processor(model, architecture) or object, has_own=False)
     if template is None:
         raise ValueError(f"{folder} has no chat template, and none is registered for its family")
     return template

@@ -1,6 +1,7 @@
 """From what engines answered to accuracies, a paired comparison, and tables."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import comb
 from statistics import median
@@ -10,6 +11,13 @@ from bench.mmmu_answers import is_right, parse
 from bench.mmmu_engines import Reply
 from bench.mmmu_questions import Question
 from bench.report import Rows
+
+#: Of questions that are named in a message or a table.
+_SHOWN = 5
+
+
+class DifferentPromptsError(Exception):
+    """Two engines were not asked the same."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[st
     differing = [a["id"] for a, b in pairs if a["answer"] != b["answer"]]
     return {
         "questions": len(pairs),
+        "agreement": (len(pairs) - len(differing)) / len(pairs),
         "same_text": sum(a["response"] == b["response"] for a, b in pairs),
         "same_answer": len(pairs) - len(differing),
         "differing": differing,
@@ -106,8 +115,41 @@ def summarise(questions: list[Question], runs: list[Run]) -> dict[str, Any]:
         },
     }
     if len(runs) == 2:
-        result["comparison"] = compare(*judged.values())
+        result["comparison"] = compare(*judged.values()) | _ratios(result["engines"].values())
     return result
+
+
+def _ratios(engines: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """How many times as fast the first engine is as the second; above 1 it is ahead."""
+    ours, theirs = (engine["speed"] for engine in engines)
+    return {
+        "first_token_speedup": theirs["first_token_ms"] / ours["first_token_ms"],
+        "throughput_speedup": ours["questions_per_second"] / theirs["questions_per_second"],
+    }
+
+
+def check_same_prompts(questions: list[Question], runs: list[Run]) -> None:
+    """Whether two engines were asked the same: prompts must have as many tokens with both.
+
+    Raises:
+        DifferentPromptsError: naming questions, and how many tokens they were to each engine.
+    """
+    first, second = runs
+    rows = zip(questions, first.replies, second.replies, strict=True)
+    found = [
+        f"{question.id}: {first.engine} {a.prompt_tokens}, {second.engine} {b.prompt_tokens}"
+        for question, a, b in rows
+        if a.prompt_tokens != b.prompt_tokens
+    ]
+    if found:
+        more = f"\nand {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise DifferentPromptsError(
+            f"{len(found)} of {len(questions)} prompts have other numbers of tokens with "
+            f"{first.engine} than with {second.engine}, so that the two were not asked the same "
+            f"(another chat template, or another size of pictures):\n"
+            + "\n".join(found[:_SHOWN])
+            + more
+        )
 
 
 def _speed(run: Run) -> dict[str, float]:
@@ -170,15 +212,22 @@ def _speed_table(engines: dict[str, Any]) -> Rows:
 
 def _comparison_table(names: list[str], comparison: dict[str, Any]) -> Rows:
     n = comparison["questions"]
+    first, second = names
+    share = f"{100 * comparison['agreement']:.1f} %"
     cells = [
-        ["same answer", f"{comparison['same_answer']} of {n}"],
+        ["same answer", f"{comparison['same_answer']} of {n}, {share}"],
         ["same text", f"{comparison['same_text']} of {n}"],
-        [f"only {names[0]} right", str(comparison["only_first_right"])],
-        [f"only {names[1]} right", str(comparison["only_second_right"])],
+        [f"only {first} right", str(comparison["only_first_right"])],
+        [f"only {second} right", str(comparison["only_second_right"])],
         ["McNemar's exact test, p", f"{comparison['p_value']:.3g}"],
+        [
+            f"time to first token, {second} / {first}",
+            f"{comparison['first_token_speedup']:.2f}",
+        ],
+        [f"questions/s, {first} / {second}", f"{comparison['throughput_speedup']:.2f}"],
     ]
     if comparison["differing"]:
-        shown = ", ".join(comparison["differing"][:5])
-        more = len(comparison["differing"]) - 5
+        shown = ", ".join(comparison["differing"][:_SHOWN])
+        more = len(comparison["differing"]) - _SHOWN
         cells.append(["differing", shown + (f" and {more} more" if more > 0 else "")])
-    return Rows("Question by question", ["", f"{names[0]} and {names[1]}"], cells)
+    return Rows("Question by question", ["", f"{first} and {second}"], cells)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, nullcontext
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from sglite.engine.assembly import make_engine
-from sglite.engine.calls import Calls, Work
+from sglite.engine.calls import Asked, Calls, Work
 from sglite.engine.conversations import render_conversations
 from sglite.engine.device import (
     EngineThread,
@@ -23,6 +24,7 @@ from sglite.engine.device import (
     resolve_num_threads,
 )
 from sglite.engine.driver import Driver
+from sglite.engine.engine import Engine
 from sglite.engine.gpu_memory import free_memory
 from sglite.engine.intake import Intake, Limits
 from sglite.engine.invariance import (
@@ -33,10 +35,12 @@ from sglite.engine.invariance import (
     compute,
 )
 from sglite.engine.kv_tokens import kv_tokens
+from sglite.engine.leaving import empty_frames, keeps_nothing
 from sglite.engine.progress import someone_is_watching
 from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.request import Request
 from sglite.engine.tokenizer import Tokenizer
+from sglite.engine.waiting import FORKED, PATIENCE
 from sglite.interface.config import EngineConfig, LLMOptions
 from sglite.interface.errors import ConfigError, EngineClosedError, InvalidRequestError
 from sglite.interface.outputs import RequestOutput, StreamChunk
@@ -88,6 +92,8 @@ class LLM:
         image_cache_bytes: what the embeddings of images may take that are kept for further prompts.
         image_fetcher: gives the bytes of the file behind a http(s) URL of an image; None: such
             images are refused.
+        image_processor: settings of the Hugging Face image processor that are to be others than
+            the checkpoint's: `{"max_pixels": 1003520}`, say, or `min_pixels`.
 
     Attributes:
         config: every setting, resolved; prints as a table.
@@ -126,9 +132,11 @@ class LLM:
         token: str | bool | None = None,
         image_cache_bytes: int = 256 << 20,
         image_fetcher: Callable[[str], bytes] | None = None,
+        image_processor: Mapping[str, Any] | None = None,
         **others: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "others")}
+        handled = sys.exception()
         if model is None:
             del given["model"]
         options = LLMOptions.from_keywords({**given, **others})
@@ -150,9 +158,12 @@ class LLM:
             with errors_name_files(checkpoint) if checkpoint else nullcontext():
                 self._start(options, checkpoint, device, num_threads)
         except BaseException as error:
+            thread = self.__dict__.get("_thread")
             # Whoever keeps the error, as notebooks do, keeps this frame, and with it `self`.
             self.__dict__.clear()
-            release_after(error)
+            release_after(error, device, handled)
+            if thread is not None:
+                thread.close()
             raise
 
     def _start(
@@ -172,7 +183,8 @@ class LLM:
                 f"batch_invariant=True: parts of {loaded.architecture} run as Hugging Face has "
                 f"them, with other bits in other batches: leave it out"
             )
-        thread = EngineThread(device, num_threads)
+        # At once, so that its stream is given back whatever fails from here on.
+        thread = self._thread = EngineThread(device, num_threads)
         with thread():
             fitting = kv_tokens(
                 loaded.model,
@@ -207,6 +219,8 @@ class LLM:
                 self.tokenizer,
                 options,
             )
+        elif options.image_processor:
+            raise ConfigError("image_processor is for checkpoints: a live module takes text only")
         self._intake = Intake(
             self._tokenizer,
             PromptReader(
@@ -233,11 +247,11 @@ class LLM:
         self._engine = self._make_engine(config)
         self._driver = Driver(self._engine, thread)
         self._calls = Calls(self._intake, self._driver)
-        self._thread = thread
         _log.info("loaded %r, with a cache of %d tokens", self, config.kv_cache_tokens)
 
     # -- generation -------------------------------------------------------------------------
 
+    @keeps_nothing
     def generate(
         self,
         prompts: Any,
@@ -256,7 +270,8 @@ class LLM:
             images: for one prompt an image or a list of them, for a list of prompts a list of such.
                 An image is a PIL image, a path, the bytes of a file, a `data:` URL, a numpy array
                 or a torch tensor.
-            videos: likewise, always in a list; a video is a list of frames.
+            videos: likewise, always in a list; a video is a list of frames, or a dict with `frames`
+                and `fps`, how many of them there are in a second.
             sampling_params: a `SamplingParams` or a dict of its fields, one for all prompts or a
                 list with one for each.
             progress: whether a bar is shown; None: for a batch, when someone is watching.
@@ -276,6 +291,7 @@ class LLM:
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         return calls.run(calls.prepare(*normalized, sampling_params, keywords), progress)
 
+    @keeps_nothing
     def chat(
         self,
         messages: Sequence,
@@ -292,7 +308,7 @@ class LLM:
             messages: a list of dicts with `role` and `content`, or a list of such lists. A content
                 is a string or a list of parts: `{"type": "text", "text": ...}`,
                 `{"type": "image", "image": ...}`, `{"type": "image_url", "image_url": ...}`,
-                `{"type": "video", "video": frames}`.
+                `{"type": "video", "video": frames, "fps": 2.0}`.
             sampling_params: as in `generate`.
             tools: functions or JSON schemas, given to the chat template.
             chat_template_kwargs: further arguments of the chat template, such as
@@ -303,10 +319,13 @@ class LLM:
         Returns, raises: as `generate`; also InvalidRequestError where the model's tokenizer has no
         chat template, or the template refuses the conversation.
         """
+        called_at = time.perf_counter()
         calls = self._open_calls()
         conversations = self._render(messages, tools, chat_template_kwargs)
-        return calls.run(calls.prepare(*conversations, sampling_params, keywords), progress)
+        work = calls.prepare(*conversations, sampling_params, keywords, called_at=called_at)
+        return calls.run(work, progress)
 
+    @keeps_nothing
     def stream(
         self,
         prompts: Any,
@@ -323,9 +342,11 @@ class LLM:
         prompt carries its `output`. Leaving the loop early frees the requests. The arguments are
         checked at once, not at the first piece.
         """
+        calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return self._stream(self._prepare_stream(normalized, sampling_params, keywords))
+        return self._stream(calls.prepare(*normalized, sampling_params, keywords, streams=True))
 
+    @keeps_nothing
     def stream_chat(
         self,
         messages: Sequence,
@@ -336,10 +357,16 @@ class LLM:
         **keywords: Any,
     ) -> Iterator[StreamChunk]:
         """`chat`, handing out the text in pieces as `stream` does."""
+        called_at = time.perf_counter()
+        calls = self._open_calls()
         conversations = self._render(messages, tools, chat_template_kwargs)
-        work = self._open_calls().prepare(*conversations, sampling_params, keywords, streams=True)
-        return self._stream(work)
+        return self._stream(
+            calls.prepare(
+                *conversations, sampling_params, keywords, streams=True, called_at=called_at
+            )
+        )
 
+    @keeps_nothing
     async def agenerate(
         self,
         prompts: Any,
@@ -352,12 +379,15 @@ class LLM:
         """`generate` for a task of a running event loop, which goes on meanwhile.
 
         Requests of all tasks and threads share batches. Cancelling the task ends its requests.
-        Arguments, results and errors are those of `generate`.
+        Pictures and long texts are read on a thread of the loop's own pool. Arguments, results and
+        errors are those of `generate`, but that there is no `progress`.
         """
         calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return await calls.run_in_loop(calls.prepare(*normalized, sampling_params, keywords))
+        asked = calls.ask(*normalized, sampling_params, keywords)
+        return await calls.run_in_loop(await calls.read_in_loop(asked))
 
+    @keeps_nothing
     def astream(
         self,
         prompts: Any,
@@ -367,14 +397,21 @@ class LLM:
         videos: Any = None,
         **keywords: Any,
     ) -> AsyncIterator[StreamChunk]:
-        """`stream` for `async for`, in a running event loop."""
+        """`stream` for `async for`, in a running event loop.
+
+        What is read on a thread, as in `agenerate`, is read and checked when the first piece is
+        asked for.
+        """
+        calls = self._open_calls()
         normalized = normalize_prompts(prompts, images=images, videos=videos)
-        return self._astream(self._prepare_stream(normalized, sampling_params, keywords))
+        asked = calls.ask(*normalized, sampling_params, keywords, streams=True)
+        return self._astream(asked if asked.takes_long else calls.read(asked))
 
     #: SGLang's name.
     async_generate = agenerate
 
     @property
+    @keeps_nothing
     def interrupted(self) -> RequestOutput | list[RequestOutput] | None:
         """What this thread's call that was interrupted last had generated until then.
 
@@ -385,6 +422,7 @@ class LLM:
         """
         return self._open_calls().interrupted
 
+    @keeps_nothing
     def resume(self, *, progress: bool | None = None) -> RequestOutput | list[RequestOutput]:
         """Carries on with the interrupted call, and returns what it would have returned.
 
@@ -398,17 +436,24 @@ class LLM:
         """
         return self._open_calls().resume(progress)
 
-    def _prepare_stream(self, normalized: tuple, sampling_params, keywords: dict) -> Work:
-        return self._open_calls().prepare(*normalized, sampling_params, keywords, streams=True)
-
     # These two keep the LLM alive until their stream ends.
+    @keeps_nothing
     def _stream(self, work: Work) -> Iterator[StreamChunk]:
         yield from self._open_calls().stream(work)
 
-    async def _astream(self, work: Work) -> AsyncIterator[StreamChunk]:
-        async with aclosing(self._open_calls().stream_in_loop(work)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+    async def _astream(self, work: Work | Asked) -> AsyncIterator[StreamChunk]:
+        try:
+            calls = self._open_calls()
+            if isinstance(work, Asked):
+                work = await calls.read_in_loop(work)
+            async with aclosing(calls.stream_in_loop(work)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except BaseException as error:
+            empty_frames(error)
+            del self, work
+            calls = None
+            raise
 
     def _open_calls(self) -> Calls:
         """What runs calls, unless the LLM is closed."""
@@ -416,10 +461,7 @@ class LLM:
         if calls is None or driver is None:
             raise EngineClosedError("this LLM is closed; make a new one")
         if driver.is_forked:
-            raise EngineClosedError(
-                "this LLM was made in another process, of which this one is a fork: its threads "
-                "are not here; make a new one"
-            )
+            raise EngineClosedError(FORKED)
         return calls
 
     def _render(self, messages, tools, arguments) -> tuple:
@@ -429,6 +471,7 @@ class LLM:
             self._tokenizer, intake.reader, self.config.model, messages, tools, arguments
         )
 
+    @keeps_nothing
     def check_invariance(
         self,
         prompts: Any = None,
@@ -485,6 +528,7 @@ class LLM:
         progress = someone_is_watching() if progress is None else progress
         return check_invariance(make_engine, self.config, token_ids, settings, progress=progress)
 
+    @keeps_nothing
     def record_logits(self, batches: Sequence[Sequence[Request]], **changes: Any) -> None:
         """Computes requests whose logits processor is a `Recorder`, on an engine of their own.
 
@@ -500,6 +544,7 @@ class LLM:
         self._open_calls()
         compute(self._make_engine, replace(self.config, **changes), batches)
 
+    @keeps_nothing
     def describe(self) -> ModelDescription:
         """What the model is made of: its layers, what of it runs as one op, how weights are stored.
 
@@ -509,6 +554,7 @@ class LLM:
         self._open_calls()
         return describe(loaded)
 
+    @keeps_nothing
     def weights_changed(self) -> None:
         """Says that the weights are not what they were, after an optimizer's step, say.
 
@@ -543,20 +589,27 @@ class LLM:
         `kv_tokens_total`, `kv_tokens_used` (by running requests and the prefix cache),
         `kv_tokens_cached` (reusable prefixes), `running`, `waiting` (requests), `prompt_tokens`,
         `cached_tokens` (of them, from the cache), `completion_tokens`, `preemptions`, `steps`,
-        `tokens_per_second` (completion tokens over the time spent in steps).
+        `tokens_per_second` (completion tokens over the time spent in steps), `images_encoded`
+        (images and videos that went through the model's encoder), `image_cache_bytes` (what their
+        embeddings take that are kept).
         """
         engine = self._engine  # before the check, as another thread may close at any moment
         self._open_calls()
         return engine.stats()
 
+    @keeps_nothing
     def close(self) -> None:
-        """Ends running requests and gives back weights and cache. May be called again."""
+        """Ends running requests and gives back weights and cache. May be called again.
+
+        Within a step (by a logits processor, say) they are given back once that has ended.
+        """
+        self._close()
+
+    def _close(self, patience: float | None = None) -> None:
         driver, engine = self._driver, self._engine
         # In a fork there is nothing to wait for.
         if driver is not None and engine is not None and not driver.is_forked:
-            driver.close()
-            engine.close()
-            self._thread.close()
+            driver.close(partial(_release, engine, self._thread), patience)
         self._driver = self._engine = self._make_engine = self._intake = None
         self._calls = self._loaded = None
 
@@ -566,7 +619,7 @@ class LLM:
     # The interpreter's own end may have emptied this module already.
     def __del__(self, is_finalizing=sys.is_finalizing):
         if getattr(self, "_driver", None) is not None and not is_finalizing():
-            self.close()
+            self._close(PATIENCE)
 
     def __enter__(self) -> "LLM":
         return self
@@ -577,6 +630,11 @@ class LLM:
     def __repr__(self) -> str:
         config = self.config
         return f"LLM({config.model!r}, {config.architecture}, {config.dtype}, {config.device})"
+
+
+def _release(engine: Engine, thread: EngineThread) -> None:
+    engine.close()
+    thread.close()
 
 
 def _load(options: LLMOptions, checkpoint: Checkpoint, device: torch.device) -> tuple:

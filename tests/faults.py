@@ -12,7 +12,7 @@ import sglite
 _PACKAGE = Path(sglite.__file__).parent
 _PLACES = tuple(str(_PACKAGE / folder) for folder in ("engine", "cache"))
 # What stands around the rest, so that nothing is left to catch what it raises.
-_OUTERMOST = ("_run", "_fail")
+_OUTERMOST = "_run"
 
 
 class Planted(BaseException):
@@ -49,7 +49,7 @@ class Fault:
             sys.settrace(None)
             return None
         is_ours = frame.f_code.co_filename.startswith(_PLACES)
-        return self._line if is_ours and frame.f_code.co_name not in _OUTERMOST else None
+        return self._line if is_ours and frame.f_code.co_name != _OUTERMOST else None
 
     def _line(self, frame: FrameType, event: str, argument: object):
         if event == "line":

@@ -15,8 +15,12 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 MIB = 1 << 20
 SECONDS = 5.0
@@ -28,7 +32,18 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"num_hidden_layers": 1},
     "phi3-long": {},
 }
-_SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+#: Those of `tests.vision_checkpoints`, which are shown a picture once they are loaded.
+VISION_BASES = ("qwen2-vl", "llava-next")
+_VISION_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+_SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *_VISION_FILES,
+)
 _VALUES = (
     *(None, True, False, 0, -1, 1, 2, 3, 7, 10**4, 10**9, 2**31, 2**63, 10**30, -(10**18)),
     *(0.5, 1e30, -1e-30, float("nan"), float("inf"), "", "x", "../../x", "/etc/passwd", "\ud800"),
@@ -114,11 +129,11 @@ def fuzz(seed: int, mutations: int, folder: Path) -> list[str]:
         mutations: how many.
         folder: for files; made by `make_bases`.
     """
-    from sglite import LLM, CheckpointError
+    from sglite import CheckpointError
 
-    bases = sorted(path for path in folder.iterdir() if path.name in BASES)
+    bases = sorted(path for path in folder.iterdir() if path.name in (*BASES, *VISION_BASES))
     for base in bases:
-        LLM(base, kv_cache_tokens=64).close()
+        load(base)
     problems = []
     target = Path(tempfile.mkdtemp(prefix="mutated-", dir=folder))
     for number in range(seed, seed + mutations):
@@ -135,17 +150,17 @@ def fuzz(seed: int, mutations: int, folder: Path) -> list[str]:
         header = chosen.suffix == ".safetensors"
         (target / chosen.name).write_bytes(mutate(chosen.read_bytes(), source, header=header))
         (folder / f"at-{os.getpid()}").write_text(f"{number}")
-        before, started = _peak_memory(reset=True), time.process_time()
+        before, started = peak_memory(reset=True), time.process_time()
         what = f"mutation {number} of {chosen.name} of {base.name}"
         try:
-            LLM(target, kv_cache_tokens=64).close()
+            load(target)
         except CheckpointError as error:
             if str(target) not in str(error):
                 problems.append(f"{what}: the message names no file: {error}")
         except BaseException as error:
             where = traceback.extract_tb(error.__traceback__)[-3:]
             problems.append(f"{what}: {type(error).__name__}: {str(error)[:300]} in {where}")
-        seconds, memory = time.process_time() - started, _peak_memory() - before
+        seconds, memory = time.process_time() - started, peak_memory() - before
         if seconds > SECONDS:
             problems.append(f"{what}: took {seconds:.1f} s of processor time")
         if memory > MEMORY:
@@ -155,7 +170,17 @@ def fuzz(seed: int, mutations: int, folder: Path) -> list[str]:
     return problems
 
 
-def _peak_memory(*, reset: bool = False) -> int:
+def load(folder: Path) -> None:
+    """Loads a checkpoint; one that sees looks at a picture, which may fail like any request."""
+    from sglite import LLM, SGLiteError
+
+    sees = any((folder / name).exists() for name in _VISION_FILES)
+    with LLM(folder, kv_cache_tokens=256 if sees else 64) as llm, suppress(SGLiteError):
+        if sees:
+            llm.generate("<image>", images=np.zeros((50, 70, 3), np.uint8), max_new_tokens=1)
+
+
+def peak_memory(*, reset: bool = False) -> int:
     """Bytes that the process has had resident at most since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
@@ -165,27 +190,42 @@ def _peak_memory(*, reset: bool = False) -> int:
     raise RuntimeError("no VmHWM")
 
 
-def make_bases(folder: Path) -> None:
+def make_bases(folder: Path, names: Sequence[str] = (*BASES, *VISION_BASES)) -> None:
     """Writes the checkpoints that are mutated."""
     import torch
 
     from tests.checkpoints import make_checkpoint
+    from tests.vision_checkpoints import make_vision_checkpoint
 
-    for name, options in BASES.items():
-        make_checkpoint(folder / name, name, dtype=torch.bfloat16, **options)
+    for name in names:
+        if name in BASES:
+            make_checkpoint(folder / name, name, dtype=torch.bfloat16, **BASES[name])
+            continue
+        made = make_vision_checkpoint(folder / name, name)
+        if name == "llava-next":  # as transformers 5 saves it
+            images = json.loads((made / "preprocessor_config.json").read_text())
+            (made / "preprocessor_config.json").unlink()
+            (made / "processor_config.json").write_text(json.dumps({"image_processor": images}))
+        (made / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
 
 
 def _child(seed: int, mutations: int, folder: Path, results: Any) -> None:
     results.put(fuzz(seed, mutations, folder))
 
 
-def run(seed: int, mutations: int, *, at_once: int = 500) -> list[str]:
+def run(
+    seed: int,
+    mutations: int,
+    *,
+    at_once: int = 500,
+    names: Sequence[str] = (*BASES, *VISION_BASES),
+) -> list[str]:
     """Fuzzes in child processes, one after the other; returns what went wrong."""
     problems = []
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_bases(folder)
+        make_bases(folder, names)
         for first in range(seed, seed + mutations, at_once):
             count = min(at_once, seed + mutations - first)
             results = context.SimpleQueue()
@@ -221,8 +261,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bases", nargs="+", default=(*BASES, *VISION_BASES))
     arguments = parser.parse_args()
-    problems = run(arguments.seed, arguments.mutations)
+    problems = run(arguments.seed, arguments.mutations, names=arguments.bases)
     print("\n".join(problems) or f"{arguments.mutations} mutations: nothing but CheckpointError")
     sys.exit(bool(problems))
 

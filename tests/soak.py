@@ -8,8 +8,6 @@ free or in the tree, memory has not grown, and whatever finished is bit for bit 
 import argparse
 import asyncio
 import gc
-import hashlib
-import json
 import os
 import random
 import signal
@@ -17,9 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -28,10 +24,11 @@ import torch
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sglite import LLM, GenerationError, RequestOutput, SamplingParams
-from tests.checkpoints import VOCAB_SIZE, make_checkpoint
+from sglite import LLM, GenerationError, InvalidRequestError, SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.soak_jobs import NUM_JOBS, Ledger, digest, draw_jobs, draw_sights
+from tests.vision_checkpoints import make_vision_checkpoint
 
-NUM_JOBS = 240
 KV_TOKENS = 1024
 THREADS = 3
 TASKS = 4
@@ -43,139 +40,84 @@ class PlantedError(RuntimeError):
     """An error that this test raises inside the engine."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """A request that is sent again and again, and always has to give the same."""
-
-    prompt: list[int]
-    params: SamplingParams
-
-
-@dataclass
-class Ledger:
-    """What became of everything, in a size that does not grow.
-
-    Attributes:
-        digests: by job, of what it gave when it finished first.
-        counts: of what happened.
-        problems: what should not have happened.
-    """
-
-    digests: dict[int, str] = field(default_factory=dict)
-    counts: Counter = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def take(self, indices: Sequence[int], outputs: Sequence[RequestOutput]) -> None:
-        """Books outputs; the same job must always have given the same."""
-        for index, output in zip(indices, outputs, strict=True):
-            with self.lock:
-                self.counts[output.finish_reason] += 1
-                if output.finish_reason not in ("stop", "length"):
-                    continue
-                found = digest(output)
-                if self.digests.setdefault(index, found) != found:
-                    self.problem(f"job {index} gave something else than before")
-
-    def problem(self, text: str) -> None:
-        """Books what should not have happened."""
-        if len(self.problems) < 50:
-            self.problems.append(text)
-
-
-def digest(output: RequestOutput) -> str:
-    """Of all that must be the same bits."""
-    logprobs = [
-        None
-        if completion.logprobs is None
-        else [
-            sorted((token, entry.logprob) for token, entry in x.items())
-            for x in completion.logprobs
-        ]
-        for completion in output.outputs
-    ]
-    tokens = [(completion.token_ids, completion.text) for completion in output.outputs]
-    text = json.dumps([tokens, logprobs], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def draw_jobs(source: random.Random) -> list[Job]:
-    """Prompts that share starts of all lengths, and parameters of all kinds."""
-    starts = [source.choices(range(2, VOCAB_SIZE), k=150) for _ in range(5)]
-    jobs = []
-    for _ in range(NUM_JOBS):
-        start = source.choice(starts)
-        own = source.choices(range(2, VOCAB_SIZE), k=source.randint(1, 60))
-        params = SamplingParams(
-            max_new_tokens=source.choice([1, 2, 10, 40, 80]),
-            temperature=source.choice([0.0, 0.7, 1.5]),
-            top_k=source.choice([-1, 1, 20]),
-            top_p=source.choice([1.0, 0.9]),
-            repetition_penalty=source.choice([1.0, 1.0, 1.2]),
-            logprobs=source.choice([None, None, 2]),
-            n=source.choice([1, 1, 1, 2]),
-            stop=source.choice([(), (), ("e",)]),
-            seed=source.randrange(1 << 40),
-            ignore_eos=source.random() < 0.5,
-        )
-        jobs.append(Job(start[: source.randint(0, len(start))] + own, params))
-    return jobs
-
-
 class Soak:
     """One run.
 
     Args:
-        checkpoint: a folder.
+        checkpoint: the folder of a language model.
+        seeing: that of one that takes pictures; it runs beside the other.
         seconds: how long.
         seed: of all choices.
     """
 
-    def __init__(self, checkpoint: Path, seconds: float, seed: int):
+    def __init__(self, checkpoint: Path, seeing: Path, seconds: float, seed: int):
         self.ledger = Ledger()
         self.memory: list[tuple[float, int]] = []
-        self._checkpoint = checkpoint
+        self._checkpoint, self._seeing = checkpoint, seeing
         self._seconds = seconds
         self._seed = seed
-        self._jobs = draw_jobs(random.Random(seed))
+        self._jobs = draw_jobs(random.Random(seed)) + draw_sights(random.Random(seed))
         self._end = 0.0
         self._interruptible = False
 
     def run(self) -> None:
         """Runs it, in the main thread, which gets the interrupts."""
-        with LLM(
-            self._checkpoint,
-            kv_cache_tokens=KV_TOKENS,
-            max_running_requests=12,
-            chunked_prefill_size=64,
-        ) as llm:
-            self._plant(llm)
+        with (
+            LLM(
+                self._checkpoint,
+                kv_cache_tokens=KV_TOKENS,
+                max_running_requests=12,
+                chunked_prefill_size=64,
+            ) as llm,
+            LLM(
+                self._seeing,
+                kv_cache_tokens=KV_TOKENS // 2,
+                max_running_requests=3,
+                chunked_prefill_size=32,
+                image_cache_bytes=8192,
+            ) as seeing,
+        ):
+            self._plant(llm, self._seed + 1)
+            self._plant(seeing, self._seed + 2)
             self._end = time.monotonic() + self._seconds
+            works = [(work, llm) for work in [self._call] * THREADS + [self._run_loop, self._watch]]
+            works.append((self._look, seeing))
             workers = [
-                threading.Thread(target=self._guarded, args=(work, llm, index))
-                for index, work in enumerate([self._call] * THREADS + [self._run_loop, self._watch])
+                threading.Thread(target=self._guarded, args=(*work, index))
+                for index, work in enumerate(works)
             ]
             for worker in workers:
                 worker.start()
             self._guarded(self._be_interrupted, llm, len(workers))
             for worker in workers:
                 worker.join()
-            stats = llm.stats()
-            if stats["running"] or stats["waiting"]:
-                self.ledger.problem(f"requests are left: {stats}")
-            if stats["kv_tokens_used"] < stats["kv_tokens_cached"]:
-                self.ledger.problem(f"pages are wrong: {stats}")
-            llm._engine.scheduler.cache.check_invariant()
-            self.ledger.counts["preemptions"] = stats["preemptions"]
-            self.ledger.counts["tokens from the cache"] = stats["cached_tokens"]
-            self.ledger.counts["tokens"] = stats["completion_tokens"]
+            self._check_books(llm)
+            self._check_books(seeing)
+
+    def _check_books(self, llm: LLM) -> None:
+        """Now that all requests have ended: each page is free or in the tree, and can be freed."""
+        stats, cache = llm.stats(), llm._engine.scheduler.cache
+        if stats["running"] or stats["waiting"]:
+            self.ledger.problem(f"requests are left: {stats}")
+        cache.check_invariant()
+        cache.clear()
+        left = llm.stats()["kv_tokens_used"]
+        if left:
+            self.ledger.problem(f"pages of {left} tokens are used by nobody")
+        self.ledger.counts["preemptions"] += stats["preemptions"]
+        self.ledger.counts["tokens from the cache"] += stats["cached_tokens"]
+        self.ledger.counts["tokens"] += stats["completion_tokens"]
 
     def compare_alone(self) -> None:
         """Runs every job that finished once more, alone, with no cache."""
-        with LLM(self._checkpoint, kv_cache_tokens=KV_TOKENS, prefix_cache=False) as llm:
+        options = {"kv_cache_tokens": KV_TOKENS, "prefix_cache": False}
+        with (
+            LLM(self._checkpoint, **options) as llm,
+            LLM(self._seeing, image_cache_bytes=0, **options) as seeing,
+        ):
             for index, found in sorted(self.ledger.digests.items()):
-                job = self._jobs[index]
-                if digest(llm.generate(job.prompt, job.params)) != found:
+                job, own = self._jobs[index], llm if index < NUM_JOBS else seeing
+                if digest(own.generate(job.prompt, job.params)) != found:
                     self.ledger.problem(f"job {index} gives something else alone")
         self.ledger.counts["jobs compared"] = len(self.ledger.digests)
 
@@ -185,9 +127,9 @@ class Soak:
         last = [rss for at, rss in self.memory if at > 0.85]
         return sum(last) / len(last) / (sum(warm) / len(warm)) - 1
 
-    def _plant(self, llm: LLM) -> None:
+    def _plant(self, llm: LLM, seed: int) -> None:
         """Has steps and allocations fail now and then."""
-        source = random.Random(self._seed + 1)
+        source = random.Random(seed)
         forward, cache = llm.model.forward, llm._engine.scheduler.cache
         allocate = cache.allocate
 
@@ -215,7 +157,9 @@ class Soak:
         return time.monotonic() < self._end
 
     def _draw(self, source: random.Random, size: int) -> tuple[list[int], list, list]:
-        indices = source.choices(range(len(self._jobs)), k=size)
+        return self._of(source.choices(range(NUM_JOBS), k=size))
+
+    def _of(self, indices: list[int]) -> tuple[list[int], list, list]:
         jobs = [self._jobs[index] for index in indices]
         return indices, [job.prompt for job in jobs], [job.params for job in jobs]
 
@@ -233,6 +177,28 @@ class Soak:
                     self.ledger.take(indices, llm.generate(prompts, params, progress=False))
             except GenerationError as error:
                 self._take_failed(indices, error)
+
+    def _look(self, llm: LLM, source: random.Random) -> None:
+        """A thread: requests with pictures, one of them broken now and then."""
+        sights = range(NUM_JOBS, len(self._jobs))
+        while self._goes_on:
+            indices, prompts, params = self._of(source.choices(sights, k=source.choice([1, 1, 3])))
+            kind = source.random()
+            try:
+                if kind < 0.1:
+                    broken = {"text": "<image>", "images": [b"no picture"]}
+                    llm.generate([*prompts, broken], progress=False)
+                    self.ledger.problem("a broken picture went unnoticed")
+                elif kind < 0.3:
+                    self._read_some(llm, source, indices, prompts, params)
+                else:
+                    self.ledger.take(indices, llm.generate(prompts, params, progress=False))
+                    self.ledger.counts["calls with pictures"] += 1
+            except InvalidRequestError:
+                self.ledger.counts["broken pictures"] += 1
+            except GenerationError as error:
+                self._take_failed(indices, error)
+            time.sleep(0.05)  # most of the time is the others'
 
     def _read_some(self, llm, source, indices, prompts, params) -> None:
         wanted, finished = source.choice([1, 5, 20, 10**9]), {}
@@ -363,7 +329,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         checkpoint = make_checkpoint(Path(name) / "model", "llama", dtype=torch.bfloat16)
-        soak = Soak(checkpoint, arguments.minutes * 60, arguments.seed)
+        seeing = make_vision_checkpoint(Path(name) / "seeing")
+        soak = Soak(checkpoint, seeing, arguments.minutes * 60, arguments.seed)
         signal.signal(signal.SIGINT, soak.on_signal)
         soak.run()
         soak.compare_alone()
@@ -375,7 +342,10 @@ def main() -> None:
     )
     if growth > arguments.most_growth:
         problems.append(f"memory has grown by {growth:.2%}")
-    for what in ("interrupts", "calls resumed", "tasks cancelled", "streams left early"):
+    for what in (
+        *("interrupts", "calls resumed", "tasks cancelled", "streams left early"),
+        *("calls with pictures", "broken pictures"),
+    ):
         if not soak.ledger.counts[what]:
             problems.append(f"{what}: there were none")
     print("\n".join(problems) or "all is as it was")

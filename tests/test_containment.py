@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from sglite import LLM, GenerationError, InvalidRequestError, RequestError, SamplingParams
+from sglite import LLM, GenerationError, InvalidRequestError, RequestError, SamplingParams, ops
 from tests.engine.test_driver import driver_threads, wait_until
 from tests.faults import Fault, Planted
 
@@ -80,6 +80,79 @@ def test_a_forward_that_raises_at_step_k(llm, expected, error, monkeypatch):
         assert failed
         assert all(output.error.__cause__ is error for output in failed)
         check_next_call(llm, expected)
+
+
+class UnprintableError(Exception):
+    """What somebody's own code may raise."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def test_an_error_that_cannot_be_printed_fails_those_concerned(llm, expected, monkeypatch):
+    def broken(*arguments):
+        raise UnprintableError
+
+    with pytest.raises(GenerationError, match="cannot be printed") as caught:
+        llm.generate(PROMPTS, [{"logits_processors": [broken]}, PARAMS[1], PARAMS[2]])
+    assert [output.error is None for output in caught.value.outputs] == [False, True, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model, "forward", broken)
+        with pytest.raises(GenerationError, match="cannot be printed"):
+            llm.generate(PROMPTS, PARAMS)
+    check_next_call(llm, expected)
+
+
+def test_a_check_of_a_kernel_that_fails_at_step_k(llm, expected, monkeypatch):
+    """Not Python's error but one that C++ has thrown."""
+    forward = llm.model.forward
+    for step in (1, 4):
+        calls = []
+
+        def failing(input_ids, positions, batch, calls=calls, step=step):
+            calls.append(1)
+            if len(calls) == step:
+                ops.rms_norm(torch.ones(2, 8), torch.ones(9), 1e-5)
+            return forward(input_ids, positions, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.model, "forward", failing)
+            with pytest.raises(GenerationError, match="rms_norm") as caught:
+                llm.generate(PROMPTS, PARAMS)
+        causes = [output.error.__cause__ for output in caught.value.outputs if output.error]
+        assert causes
+        assert all(isinstance(cause, ValueError) for cause in causes)
+        check_next_call(llm, expected)
+
+
+def test_log_probabilities_of_a_prompt_that_was_cut_off_stand_where_they_belong(llm, monkeypatch):
+    prompt = "Count from 3 to 12, and then from 3 to 12 again."
+    params = {"temperature": 0, "max_new_tokens": 1, "prompt_logprobs": 1}
+    whole = llm.generate(prompt, params).prompt_logprobs
+    start = 5
+    for first, options in ((1, {}), (start, {"prompt_logprobs_start": start})):
+        calls, forward = [], llm.model.forward
+
+        def failing(*arguments, calls=calls, forward=forward):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("planted")
+            return forward(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.model, "forward", failing)
+            with pytest.raises(GenerationError, match="planted") as caught:
+                llm.generate(prompt, {**params, **options})
+        (output,) = caught.value.outputs
+        found = output.prompt_logprobs
+        known = [position for position, entry in enumerate(found) if entry is not None]
+        assert known == list(range(first, first + len(known)))
+        assert 0 < len(known) < len(whole) - first
+        for position in known:
+            token = output.prompt_token_ids[position]
+            assert found[position][token] == whole[position][token]
+        scores = output["meta_info"]["input_token_logprobs"]
+        assert [entry[0] is not None for entry in scores] == [entry is not None for entry in found]
 
 
 def test_an_exception_at_any_line_of_the_engine(llm, expected):

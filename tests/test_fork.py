@@ -1,5 +1,6 @@
 """After a fork the child works undisturbed, and is told clearly what it cannot have."""
 
+import asyncio
 import multiprocessing
 import os
 import sys
@@ -29,12 +30,16 @@ def in_fork(work):
             traceback.print_exc()
         finally:
             os._exit(code)
+    assert exit_code(child) == 0
+
+
+def exit_code(child):
+    """Waits for a child process, up to a minute."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            assert os.waitstatus_to_exitcode(status) == 0
-            return
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     os.kill(child, 9)
     os.waitpid(child, 0)
@@ -108,6 +113,52 @@ def fork_in_every_state():
 
 def test_a_fork_in_every_state():
     assert run_in_child(fork_in_every_state, timeout=200) == "done\n"
+
+
+def use_streams_begun_before_the_fork():
+    """A child process of the tests: what was half read goes no further, and nothing hangs."""
+    llm = LLM("demo", kv_cache_tokens=2048)
+    streams = [llm.stream(QUESTION, **ENDLESS) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+
+    def read():
+        with pytest.raises(EngineClosedError, match="fork"):
+            for _ in streams[0]:
+                pass
+
+    def leave():
+        streams[1].close()
+        streams.clear()
+
+    def read_in_a_loop():
+        async def main():
+            with pytest.raises(EngineClosedError, match="fork"):
+                async for _ in awaited:
+                    pass
+
+        loop = asyncio.new_event_loop()
+        awaited = llm.astream(QUESTION, **ENDLESS)
+        loop.run_until_complete(anext(awaited))
+        in_fork(lambda: asyncio.new_event_loop().run_until_complete(main()))
+        loop.run_until_complete(awaited.aclose())
+        loop.close()
+
+    in_fork(read)
+    in_fork(leave)
+    read_in_a_loop()
+    use_streams_begun_before_the_fork.held = llm, streams
+    child = os.fork()
+    if child == 0:
+        return  # and on to the interpreter's end, with streams and LLM alive
+    assert exit_code(child) == 0
+    assert list(streams[2])[-1].finish_reason == "length"
+    llm.close()
+    print("done")
+
+
+def test_streams_begun_before_the_fork():
+    assert run_in_child(use_streams_begun_before_the_fork, timeout=100) == "done\n"
 
 
 class Prompts(torch.utils.data.Dataset):

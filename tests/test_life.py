@@ -13,6 +13,7 @@ import torch
 
 from sglite import LLM, CheckpointError, GenerationError, OutOfMemoryError
 from sglite.cache.kv_pool import KVPool
+from sglite.engine.device import EngineThread
 from sglite.engine.engine import Engine
 from tests.checkpoints import make_checkpoint
 from tests.children import ROOT
@@ -92,6 +93,120 @@ def test_del_while_another_thread_generates(no_collector):
     wait_until(lambda: [reference() for reference in watched] == [None] * 3)
 
 
+FAILING = "\n".join(
+    [
+        "def failing(*arguments):",
+        "    raise MemoryError('planted')",
+        "llm.model.forward = failing",
+        "{}",
+    ]
+)
+INTERRUPTED = "\n".join(
+    [
+        "def interrupted(call, *arguments):",
+        "    raise KeyboardInterrupt",
+        "llm._driver.wait = interrupted",
+        "{}",
+    ]
+)
+AWAITED = "\n".join(
+    [
+        "import asyncio",
+        "async def read():",
+        "    async for chunk in llm.astream('Hi'):",
+        "        pass",
+        "asyncio.run(read())",
+    ]
+)
+CANCELLED = "\n".join(
+    [
+        "import asyncio",
+        "async def main():",
+        "    await asyncio.wait_for(llm.agenerate('Hi', ignore_eos=True), 0.01)",
+        "asyncio.run(main())",
+    ]
+)
+
+
+# So long that it is read on a thread of the loop's pool, and refused there.
+LONG = "'Hi' * 20_000"
+CANCELLED_READING = "\n".join(
+    [
+        "import asyncio, time",
+        "read = llm._intake.reader.read",
+        "def slow(*arguments):",
+        "    time.sleep(0.2)",
+        "    return read(*arguments)",
+        "llm._intake.reader.read = slow",
+        "async def main():",
+        f"    await asyncio.wait_for(llm.agenerate({LONG}), 0.05)",
+        "asyncio.run(main())",
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        FAILING.format("llm.generate('Hi')"),
+        FAILING.format("llm.chat([{'role': 'user', 'content': 'Hi'}])"),
+        FAILING.format("list(llm.stream('Hi'))"),
+        FAILING.format("import asyncio\nasyncio.run(llm.agenerate('Hi'))"),
+        FAILING.format(AWAITED),
+        FAILING.format("llm.check_invariance([[5, 6, 7]], new_tokens=2)"),
+        INTERRUPTED.format("llm.generate('Hi')"),
+        INTERRUPTED.format("list(llm.stream('Hi'))"),
+        INTERRUPTED.format("llm.generate(['Hi'] * 3, progress=True)"),
+        CANCELLED,
+        CANCELLED_READING,
+        f"import asyncio\nasyncio.run(llm.agenerate({LONG}))",
+        AWAITED.replace("'Hi'", LONG),
+        "llm.generate('Hi', temperature=-1)",
+        "llm.generate({'text': 'Hi', 'images': [1]})",
+        "llm.stream([10**9])",
+        "llm.chat([{'role': 'nobody', 'content': [{'type': 'smell'}]}])",
+        "llm.resume()",
+    ],
+)
+def test_an_error_that_is_kept_keeps_no_engine(cell, no_collector):
+    """As a notebook keeps the last one, with the frames of its traceback."""
+    names = {"llm": LLM("demo", kv_cache_tokens=512)}
+    watched = watch(names["llm"])
+    with pytest.raises(BaseException) as kept:  # noqa: PT011
+        exec(cell, names)
+    wait_until(lambda: not driver_threads())
+    del names["llm"]
+    assert kept.value.__traceback__ is not None
+    assert [reference() for reference in watched] == [None] * 3
+
+
+def spy_on_requests(llm):
+    """Weak references to all requests that are made from now on."""
+    requests, make = [], llm._calls._intake.make_group
+
+    def make_group(*arguments, **keywords):
+        group = make(*arguments, **keywords)
+        requests.extend(weakref.ref(request) for request in group.requests)
+        return group
+
+    llm._calls._intake.make_group = make_group
+    return requests
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"n": 3}, {"logits_processors": [lambda ids, logits: logits]}, {"prompt_logprobs": 1}],
+)
+def test_requests_are_let_go_when_a_batch_has_ended(parameters, no_collector):
+    with LLM("demo", kv_cache_tokens=512) as llm:
+        requests = spy_on_requests(llm)
+        llm.generate([QUESTION, "Hi"], max_new_tokens=5, **parameters)
+        wait_until(lambda: not driver_threads())
+        assert len(requests) >= 2
+        assert [reference() for reference in requests] == [None] * len(requests)
+        assert "42" in llm.generate(QUESTION, temperature=0).text
+
+
 def break_the_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
 
@@ -120,6 +235,30 @@ def test_a_constructor_that_fails_leaves_nothing(spoil, options, error, tmp_path
     assert kept.value.__traceback__ is not None
     assert sum(isinstance(thing, kinds) for thing in gc.get_objects()) == before
     assert [t.name for t in threading.enumerate() if t.name.startswith("sglite")] == []
+
+
+def test_a_constructor_that_fails_gives_its_stream_back(monkeypatch):
+    closed = []
+    close = EngineThread.close
+
+    def watched_close(thread):
+        closed.append(thread)
+        close(thread)
+
+    monkeypatch.setattr(EngineThread, "close", watched_close)
+    with pytest.raises(OutOfMemoryError):
+        LLM("demo", kv_cache_tokens=10**13)
+    assert len(closed) == 1
+
+
+def test_a_constructor_that_fails_on_the_cpu_leaves_gpus_alone(monkeypatch):
+    def empty():
+        raise AssertionError("this is the program's own memory")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    with pytest.raises(OutOfMemoryError):
+        LLM("demo", kv_cache_tokens=10**13, device="cpu")
 
 
 def test_no_exit_hook_is_added():

@@ -7,10 +7,20 @@ import sys
 import warnings
 
 import pytest
+import torch
 
-from sglite import LLM, GenerationError
+from sglite import LLM, GenerationError, register
+from sglite.models.llama import LlamaForCausalLM
+from tests.checkpoints import make_checkpoint
 from tests.children import ROOT, run_in_child
-from tests.host_state import run_sglite, run_transformers_alone
+from tests.host_state import (
+    change_everything,
+    random_state,
+    run_sglite,
+    run_transformers_alone,
+    unexpected,
+)
+from tests.vision_checkpoints import make_vision_checkpoint
 
 QUESTION = "What is 17 + 25?"
 
@@ -23,17 +33,43 @@ def alone():
 def test_nothing_is_changed_beyond_what_transformers_changes(alone):
     stages, draws, left = json.loads(run_in_child(run_sglite))
     for stage, state in stages.items():
-        for name in state.keys() | alone[0].keys():
-            allowed = [other.get(name) for other in alone]
-            assert state.get(name) in allowed, f"{stage}: {name} is {state.get(name)}"
+        changed = {name: state.get(name) for name in unexpected(state, alone)}
+        assert changed == {}, stage
     assert [stage for stage in draws if draws[stage] != draws["before"]] == []
     assert left == []
 
 
-def test_it_is_seen_when_something_is_changed(alone):
-    """The comparison itself: it must know the settings, each by a name of its own."""
-    for name in ("dtype", "threads", "signals", "start method", "environment: PATH"):
-        assert name in alone[0]
+def test_it_is_seen_when_something_is_changed():
+    """The comparison itself: each setting is changed once, and is found under its name."""
+    seen, settings = json.loads(run_in_child(change_everything))
+    assert {name: name in found for name, found in seen.items() if name not in found} == {}
+    own = {name for name in settings if not name.startswith("environment: ")}
+    assert own <= seen.keys()
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next", "llava-onevision", "gemma3", "qwen2-vl"])
+def test_loading_draws_no_random_number(tmp_path, name):
+    folder = make_vision_checkpoint(tmp_path, name)
+    before = random_state()
+    LLM(folder, kv_cache_tokens=64).close()
+    assert random_state() == before
+
+
+def test_layers_of_somebodys_own_draw_their_first_values_from_elsewhere(
+    tmp_path, registry_as_before
+):
+    @register("OwnForCausalLM")
+    class OwnForCausalLM(LlamaForCausalLM):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            drawn.append(torch.nn.Linear(4, 4))
+
+    drawn = []
+    folder = make_checkpoint(tmp_path)
+    before = random_state()
+    LLM(folder, architecture="OwnForCausalLM", kv_cache_tokens=64).close()
+    assert drawn
+    assert random_state() == before
 
 
 def say_nothing():

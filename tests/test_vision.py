@@ -228,10 +228,11 @@ class TestCache:
     def test_the_same_picture_is_encoded_once_and_its_keys_are_shared(self, family):
         text = words(4, 20)
         with family.llm(page_size=4) as llm:
-            features = llm._engine.runner._images
             first = llm.generate(f"{text}<image>{words(5, 21)}", images=picture(90, 70, 1))
             again = llm.generate(f"{text}<image>{words(5, 22)}", images=picture(90, 70, 1))
-            assert features.num_encoded == 1
+            stats = llm.stats()
+            assert stats["images_encoded"] == 1
+            assert 0 < stats["image_cache_bytes"] < 1 << 20
             common = common_length(first.prompt_token_ids, again.prompt_token_ids)
             assert again.usage.cached_tokens == common > len(llm.tokenizer.encode(text)) + 8
 
@@ -241,21 +242,19 @@ class TestCache:
         other.putpixel((50, 40), tuple(255 - value for value in other.getpixel((50, 40))))
         prompt = f"{words(4, 20)}<image>{words(5, 21)}"
         with family.llm(page_size=4) as llm:
-            features = llm._engine.runner._images
             first = llm.generate(prompt, images=one)
             second = llm.generate(prompt, images=other)
             assert first.prompt_token_ids == second.prompt_token_ids
-            assert features.num_encoded == 2
+            assert llm.stats()["images_encoded"] == 2
             start = first.prompt_token_ids.index(features_token(family))
             assert second.usage.cached_tokens == start
 
     def test_a_picture_that_left_the_cache_is_encoded_again(self, family):
         with family.llm(image_cache_bytes=0, chunked_prefill_size=5, prefix_cache=False) as llm:
-            features = llm._engine.runner._images
             one = family.expected[1]
             for count in (1, 2):
                 assert_greedy([llm.generate(one.prompt, GREEDY)], [one])
-                assert features.num_encoded == count
+                assert llm.stats()["images_encoded"] == count
 
 
 def features_token(family):

@@ -1,8 +1,11 @@
 """Requests with images: every form of asking, and what is refused while the engine goes on."""
 
 import base64
+import gc
 import io
 import json
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -12,11 +15,14 @@ from PIL import Image
 from sglite import (
     LLM,
     CheckpointError,
+    GenerationError,
     InvalidRequestError,
     SamplingParams,
     UnsupportedModelError,
 )
 from tests.checkpoints import make_checkpoint
+from tests.engine.test_driver import driver_threads, wait_until
+from tests.faults import Planted
 from tests.vision_checkpoints import RECIPES, make_vision_checkpoint, picture, words
 
 OWN = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -77,12 +83,11 @@ class TestForms:
         assert "".join(chunk.text for chunk in chunks) == expected.text
 
     def test_several_completions_of_one_picture(self, llm):
-        features = llm._engine.runner._images
-        before = features.num_encoded
+        before = llm.stats()["images_encoded"]
         image = picture(50, 50, 9)
         output = llm.generate("<image>x", images=image, n=3, seed=1, max_new_tokens=4)
         assert len(output.outputs) == 3
-        assert features.num_encoded == before + 1
+        assert llm.stats()["images_encoded"] == before + 1
 
     def test_a_fetcher_of_the_callers_own(self, llm, expected):
         files = {"http://a/1.png": png(PICTURE), "http://a/2.png": png(OTHER)}
@@ -111,6 +116,38 @@ class TestChat:
         token_ids = llm.tokenizer.encode(rendered, add_special_tokens=False)
         wanted = llm.generate({"token_ids": token_ids, "images": [PICTURE]}, PARAMS)
         assert all(same(output, wanted) for output in outputs)
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "image_url", "image_url": "PATH"},
+            {"type": "image_url", "image_url": {"url": "PATH"}},
+            {"type": "image_url", "image_url": {"url": "file://PATH"}},
+            {"type": "image_url", "image_url": "FILE://localhostPATH"},
+            {"type": "image_url", "url": "PATH"},
+            {"type": "image_url", "path": "PATH"},
+            {"type": "image", "image": {"url": "PATH"}},
+            {"type": "image", "url": "PATH"},
+            {"type": "video", "video_url": ["PATH"]},
+            {"type": "video", "video_url": {"url": ["file:PATH"]}},
+        ],
+    )
+    @pytest.mark.parametrize("exists", [True, False])
+    def test_a_url_of_a_message_opens_no_file(self, llm, tmp_path, part, exists):
+        """It also says nothing of which files there are."""
+        path = tmp_path / "a.png"
+        if exists:
+            path.write_bytes(png(PICTURE))
+        part = json.loads(json.dumps(part).replace("PATH", str(path)))
+        with pytest.raises(InvalidRequestError, match="must begin with data:.*'image': path"):
+            self.ask(llm, part)
+
+    def test_a_file_of_the_callers_own(self, llm, tmp_path):
+        path = tmp_path / "a.png"
+        path.write_bytes(png(PICTURE))
+        wanted = self.ask(llm, {"type": "image", "image": PICTURE}, "what?")
+        for part in ({"type": "image", "image": path}, {"type": "image", "path": str(path)}):
+            assert same(self.ask(llm, part, "what?"), wanted)
 
     def test_what_somebody_wrote_is_no_placeholder(self, llm):
         output = self.ask(llm, {"type": "text", "text": "an <image> tag"})
@@ -208,6 +245,106 @@ class TestRefusals:
             pytest.raises(InvalidRequestError, match="takes images only"),
         ):
             llava.generate("<video>", videos=[[PICTURE]])
+
+
+class TestFailures:
+    """What fails with one picture fails that request, and no other of the same step."""
+
+    PROMPTS = ("a <image> b", "no picture", "c <image> d", "e <image><image>")
+    PICTURES = ([PICTURE], [], [OTHER], [OTHER, PICTURE])
+
+    @pytest.mark.parametrize(
+        "error",
+        [RuntimeError("planted"), torch.OutOfMemoryError("planted"), Planted("planted")],
+        ids=lambda error: type(error).__name__,
+    )
+    @pytest.mark.parametrize("chunk", [512, 9])
+    def test_one_that_cannot_be_encoded(self, tmp_path, monkeypatch, error, chunk):
+        folder = make_vision_checkpoint(tmp_path)
+        options = {"kv_cache_tokens": 4096, "image_cache_bytes": 0, "chunked_prefill_size": chunk}
+        with LLM(folder, **options) as llm:
+            prompts = [
+                {"text": text, "images": pictures}
+                for text, pictures in zip(self.PROMPTS, self.PICTURES, strict=True)
+            ]
+            expected = llm.generate(prompts, PARAMS)
+            encode, broken, seen = llm.model.get_image_feature, [], []
+
+            def failing(items):
+                seen.extend(item.digest for item in items)
+                if items[0].digest in broken:
+                    raise error
+                return encode(items)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(llm.model, "get_image_feature", failing)
+                llm.weights_changed()
+                llm.generate(prompts[0], PARAMS)
+                broken.append(seen[0])
+                seen.clear()
+                llm.weights_changed()
+                with pytest.raises(GenerationError, match="encoding the image.*planted") as caught:
+                    llm.generate(prompts, PARAMS)
+            outputs = caught.value.outputs
+            assert [output.error is None for output in outputs] == [False, True, True, False]
+            assert outputs[0].error.__cause__ is error
+            for index in (1, 2):
+                assert same(outputs[index], expected[index])
+            assert chunk == 9 or seen.count(broken[0]) == 1
+            wait_until(lambda: not driver_threads())
+            llm._engine.scheduler.cache.check_invariant()
+            again = llm.generate(prompts, PARAMS)
+            assert all(map(same, again, expected))
+
+    @pytest.mark.parametrize("error", [RuntimeError("planted"), Planted("planted")])
+    def test_a_processor_that_raises_reaches_its_caller_only(
+        self, llm, expected, monkeypatch, error
+    ):
+        processor, main = llm._calls._intake.reader.processor, threading.current_thread()
+        process = processor.process_images
+        prompt = {"text": "a <image> b <image> c", "images": [PICTURE, OTHER]}
+
+        def failing(*arguments):
+            if threading.current_thread() is main:
+                raise error
+            return process(*arguments)
+
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.extend(llm.generate(prompt, PARAMS) for _ in range(5))
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(processor, "process_images", failing)
+            thread.start()
+            for _ in range(5):
+                with pytest.raises((InvalidRequestError, Planted), match="planted"):
+                    llm.generate(prompt, PARAMS)
+            thread.join()
+        assert len(answers) == 5
+        assert all(same(answer, expected) for answer in answers)
+        assert same(llm.generate(prompt, PARAMS), expected)
+
+    def test_pixels_are_let_go_when_a_batch_has_ended(self, tmp_path, monkeypatch):
+        folder, items = make_vision_checkpoint(tmp_path), []
+        with LLM(folder, kv_cache_tokens=4096, image_cache_bytes=0) as llm:
+            encode = llm.model.get_image_feature
+
+            def watched(given):
+                items.extend(weakref.ref(item) for item in given)
+                found = encode(given)
+                items.append(weakref.ref(found))
+                return found
+
+            gc.collect()
+            gc.disable()
+            try:
+                with monkeypatch.context() as patch:
+                    patch.setattr(llm.model, "get_image_feature", watched)
+                    llm.generate({"text": "a <image>", "images": [PICTURE]}, PARAMS)
+                    wait_until(lambda: not driver_threads())
+                    assert [reference() for reference in items] == [None] * 2
+            finally:
+                gc.enable()
 
 
 class TestInvariance:
@@ -340,7 +477,7 @@ def test_weights_that_changed_give_other_embeddings(tmp_path):
         own.weights_changed()
         after = own.generate(prompt, PARAMS, logprobs=0)
         assert after.usage.cached_tokens == 0
-        assert own._engine.runner._images.num_encoded == 2
+        assert own.stats()["images_encoded"] == 2
         first = [next(iter(output.logprobs[0].values())).logprob for output in (before, after)]
         assert first[0] != first[1]
 

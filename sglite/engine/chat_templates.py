@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sglite.engine.tokenizer import Tokenizer
 from sglite.interface.errors import RequestError
-from sglite.multimodal.chat_templates import fallback_template
+from sglite.multimodal.chat_templates import registered_template
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +66,9 @@ class ChatTemplates:
         """The template of a conversation; None: there is none.
 
         That is the tokenizer's where the caller has set it. Else, of a model that takes images, the
-        first that writes them: the tokenizer's, the processor's, the one that is registered for
-        the family. Where none does, text alone has the first that there is.
+        first that writes them: the processor's, which Hugging Face's
+        `AutoProcessor.apply_chat_template` takes too, the tokenizer's, the one that is registered
+        for the family. Where none does, text alone has the first that there is.
 
         Args:
             model: how messages call the model.
@@ -77,12 +78,12 @@ class ChatTemplates:
         own = self._tokenizers_own
         if self._processor is None or own != self._loaded:
             return _named(own, tools)
-        found = [_named(own, tools), _named(self._processor.own_chat_template, tools)]
+        found = [_named(self._processor.own_chat_template, tools), _named(own, tools)]
         found = [template for template in found if template is not None]
         for template in found:
             if self.writes_images(template):
                 return template
-        registered = fallback_template(type(self._processor), has_own=bool(found))
+        registered = registered_template(type(self._processor), has_own=bool(found))
         if registered is None or (found and not has_media):
             return found[0] if found else None
         if not self._has_said:

@@ -12,6 +12,8 @@ from sglite.interface.prompts import Prompt
 # Kinds of content parts, by where the picture or the frames lie.
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "base64")
 _VIDEO_KEYS = ("video", "video_url", "frames")
+# Where a string is a URL, and never a file of this machine: such parts come from elsewhere.
+_URL_KEYS = ("image_url", "url", "video_url")
 _PARTS = {"text": ("text",), "image": _IMAGE_KEYS, "image_url": _IMAGE_KEYS, "video": _VIDEO_KEYS}
 
 
@@ -141,10 +143,28 @@ def _take_part(part: Any, images: list[Any], videos: list[Any]) -> Any:
         )
     (key,) = found
     value = part[key]
+    is_url = key in _URL_KEYS or (kind == "image_url" and key != "base64")
+    if isinstance(value, Mapping) and "url" in value:  # OpenAI's {"url": ..., "detail": ...}
+        value, is_url = value["url"], True
+    if is_url:
+        _check_urls(kind, value)
     if kind == "video":
+        if part.get("fps") is not None:
+            value = {"frames": value, "fps": part["fps"]}
         videos.append(value)
         return {"type": "video"}
-    if isinstance(value, Mapping) and "url" in value:  # OpenAI's {"url": ..., "detail": ...}
-        value = value["url"]
     images.append(f"data:;base64,{value}" if key == "base64" else value)
     return {"type": "image"}
+
+
+def _check_urls(kind: str, value: Any) -> None:
+    """Refuses files of this machine in parts that may be somebody else's, who would read them."""
+    for url in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(url, str) and not url[:8].lower().startswith(
+            ("data:", "http://", "https://")
+        ):
+            raise InvalidRequestError(
+                f"a content part of type {kind!r} has the URL {checks.shorten(url)}: it must "
+                f"begin with data:, http:// or https://, since no file is opened for a URL of a "
+                f"message; for a file of your own pass {{'type': 'image', 'image': path}}"
+            )

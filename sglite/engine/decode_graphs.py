@@ -114,6 +114,11 @@ class DecodeGraphs:
             logits = graph.result
         return self._drawn(items, states, logits[: len(items)])
 
+    def rest(self) -> None:
+        """Forgets the requests of the last step; graphs stay."""
+        if self._state is not None:
+            self._state.forget()
+
     def close(self) -> None:
         """Drops the graphs, and the model."""
         self._graphs.clear()

@@ -120,6 +120,10 @@ class DecodeState:
         self._starts = [start + 1 for start in starts]
         self._page_counts = page_counts
 
+    def forget(self) -> None:
+        """Holds on to no request: the next step's are new to all rows."""
+        self._requests, self._starts, self._page_counts = [], [], []
+
     def _add_pages(self, items: Sequence[ScheduledRequest]) -> None:
         rows, columns, pages = [], [], []
         for row, (item, count) in enumerate(zip(items, self._page_counts, strict=True)):

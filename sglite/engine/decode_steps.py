@@ -88,6 +88,11 @@ class DecodeSteps:
             rows=self._logprob_rows,
         )
 
+    def rest(self) -> None:
+        """Forgets the requests of the last step."""
+        self._requests, self._sampling = [], []
+        self._state.forget()
+
     def close(self) -> None:
         """Drops the model and the requests."""
         self._model = self._state = self._rows = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sglite import _C
-from sglite.engine.failures import let_go
+from sglite.engine.leaving import empty_all_frames
 from sglite.interface import checks
 from sglite.interface.errors import ConfigError
 
@@ -78,10 +78,18 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     return number // 10 == major and number % 10 <= minor
 
 
-def release_after(error: BaseException) -> None:
-    """Lets go of what an error's frames hold, such as weights, and gives a GPU's memory back."""
-    let_go(error)
-    if torch.cuda.is_initialized():
+def release_after(
+    error: BaseException, device: torch.device, handled: BaseException | None
+) -> None:
+    """Lets go of what an error's frames hold, such as weights, and gives a GPU's memory back.
+
+    Args:
+        error: what ended the making of an engine.
+        device: of the engine; on the CPU a GPU is the program's own affair.
+        handled: as in `empty_all_frames`.
+    """
+    empty_all_frames(error, handled)
+    if device.type == "cuda" and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 

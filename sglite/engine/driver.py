@@ -5,99 +5,19 @@ Callers never touch the engine; they hand requests over, set flags that are read
 and wait.
 """
 
-import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from queue import SimpleQueue
 
 from sglite.engine.engine import Engine
-from sglite.engine.request import Request
+from sglite.engine.failures import report
+from sglite.engine.waiting import Call
 from sglite.interface.errors import EngineClosedError, SGLiteError
 
 _log = logging.getLogger(__name__)
-
-
-class Call:
-    """The requests of one call of the library, and the thread that waits for them.
-
-    Attributes:
-        requests: in the order in which the caller asked.
-        is_submitted: whether a driver has it; set by the driver.
-    """
-
-    def __init__(self, requests: Sequence[Request], *, every_token: bool = False):
-        self.requests = list(requests)
-        self.is_submitted = False
-        self._every_token = every_token
-        # Not a Condition: an interrupt in the wrong place makes that raise something else.
-        self._wakes: SimpleQueue[None] = SimpleQueue()
-        self._news = 0
-        self._num_finished = 0
-        self._owner = threading.current_thread()
-        self._abort_requested = False
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all requests are finished."""
-        return all(request.is_finished for request in self.requests)
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether nobody can want the results: aborted, or its thread has ended."""
-        return self._abort_requested or not self._owner.is_alive()
-
-    def wait(self, seen: int = 0) -> int:
-        """Blocks until something has changed since `seen`; returns what to pass next time.
-
-        A finished request is a change; with `every_token`, so is a new token.
-        """
-        self._owner = threading.current_thread()
-        while self._news == seen and not self.is_finished:
-            self._wakes.get()
-        return self._news
-
-    def request_abort(self) -> None:
-        """Asks the driver to end the unfinished requests before its next step."""
-        self._abort_requested = True
-
-    def announce(self) -> None:
-        """Called by the driver after a step: wakes the caller if there is news for it."""
-        num_finished = sum(request.is_finished for request in self.requests)
-        if self._every_token or num_finished > self._num_finished:
-            self._wake()
-            self._num_finished = num_finished
-
-    def _wake(self) -> None:
-        self._news += 1
-        if self._wakes.empty():  # one is enough, however much there is to see
-            self._wakes.put(None)
-
-
-class TaskCall(Call):
-    """A call that a task of the running event loop waits for."""
-
-    def __init__(self, requests: Sequence[Request], *, every_token: bool = False):
-        super().__init__(requests, every_token=every_token)
-        self._loop = asyncio.get_running_loop()
-        self._event = asyncio.Event()
-
-    async def wait_in_loop(self, seen: int) -> int:
-        """`wait` for a task: the loop goes on meanwhile."""
-        while True:
-            self._event.clear()  # before the look, so that nothing new is slept through
-            if self._news != seen or self.is_finished:
-                return self._news
-            await self._event.wait()
-
-    def _wake(self) -> None:
-        super()._wake()
-        try:
-            self._loop.call_soon_threadsafe(self._event.set)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            self.request_abort()
 
 
 class Driver:
@@ -111,10 +31,12 @@ class Driver:
     def __init__(self, engine: Engine, thread_state: Callable[[], AbstractContextManager]):
         self._engine = engine
         self._thread_state = thread_state
-        self._lock = threading.Lock()
+        # Python's collector may run `close` in a thread that holds the lock already.
+        self._lock = threading.RLock()
         self._inbox: list[Call] = []
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._at_the_end: Callable[[], None] | None = None
         self._process = os.getpid()
 
     @property
@@ -122,57 +44,110 @@ class Driver:
         """Whether this is a copy in a forked process, where its thread does not live on."""
         return os.getpid() != self._process
 
+    @property
+    def _is_this_thread(self) -> bool:
+        thread = self._thread  # which another one may change at any moment
+        return thread is not None and thread.ident == threading.get_ident()
+
     def submit(self, call: Call) -> None:
         """Hands a call's requests to the engine, starting the thread if there is none."""
-        if threading.current_thread() is self._thread:
-            raise SGLiteError(
-                "this LLM was called from within its own step (a logits processor, say), where "
-                "it would wait for itself"
-            )
+        self._refuse_own_thread()
         with self._lock:
             if self._closed:
                 raise EngineClosedError("this LLM is closed; make a new one")
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="sglite-driver")
+            if self._thread is None or not self._thread.is_alive():
+                # Not a daemon, whatever this thread is: at the interpreter's end those are stopped
+                # wherever they are, in the middle of a kernel too.
+                thread = threading.Thread(target=self._run, name="sglite-driver", daemon=False)
                 thread.start()  # waits for the lock, and for the call
                 self._thread = thread
             self._inbox.append(call)
             call.is_submitted = True
 
-    def abort(self, call: Call) -> None:
-        """Ends the call's unfinished requests at the next step border, and waits until it is so."""
-        call.request_abort()
-        seen = 0
-        while call.is_submitted and not call.is_finished:
-            seen = call.wait(seen)
+    def wait(self, call: Call, seen: int = 0) -> int:
+        """`Call.wait`, but for a thread that would wait for itself."""
+        self._refuse_own_thread()
+        return call.wait(seen)
 
-    def close(self) -> None:
-        """Ends all requests and the thread; further calls are refused. May be called again."""
+    def _refuse_own_thread(self) -> None:
+        if self._is_this_thread:
+            raise SGLiteError(
+                "this LLM was called from within its own step (a logits processor, say), where "
+                "it would wait for itself"
+            )
+
+    def abort(self, call: Call, patience: float | None = None) -> None:
+        """Ends the call's unfinished requests at the next step border, and waits until it is so.
+
+        Within a step, and in a fork, it does not wait, as it would do so for ever.
+
+        Args:
+            call: need not have been submitted.
+            patience: seconds that it waits at most.
+        """
+        call.request_abort()
+        if self.is_forked or self._is_this_thread:
+            return
+        deadline = None if patience is None else time.monotonic() + patience
+        seen, left = 0, patience
+        while call.is_submitted and not call.is_finished:
+            if deadline is not None:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return
+            seen = call.wait(seen, left)
+
+    def close(
+        self, at_the_end: Callable[[], None] = lambda: None, patience: float | None = None
+    ) -> None:
+        """Ends all requests and the thread; further calls are refused. May be called again.
+
+        Args:
+            at_the_end: called once no step runs any more: by this thread or, where that does not
+                wait so long or is the driver's own, by the driver's.
+            patience: seconds that this waits at most.
+        """
         with self._lock:
             self._closed = True
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        if thread is not None and not self._is_this_thread:
+            thread.join(patience)
+        with self._lock:
+            if self._thread is not None and self._thread.is_alive():
+                self._at_the_end = at_the_end
+                return
+        at_the_end()
 
     def _run(self) -> None:
         calls: list[Call] = []
         try:
             with self._thread_state():
-                while True:
-                    with self._lock:
-                        calls += self._inbox
-                        arrived, self._inbox = self._inbox, []
-                        if not calls and not self._engine.has_work:
-                            self._thread = None
-                            return
-                    self._turn(calls, arrived)
+                self._serve(calls)
         except BaseException as error:  # what a turn cannot catch: the thread's state, say
+            try:
+                self._give_up(calls, error)
+            except BaseException as another:  # memory is short, say; nobody may be left waiting
+                self._give_up(calls, another)
+        at_the_end = None
+        with self._lock:
+            if self._thread is None or self._is_this_thread:
+                at_the_end, self._at_the_end = self._at_the_end, None
+        if at_the_end is not None:
+            at_the_end()
+
+    def _serve(self, calls: list[Call]) -> None:
+        """Takes turns until there is nothing to do; `calls` are those that are under way."""
+        while True:
             with self._lock:
-                if self._thread is threading.current_thread():
+                if not self._is_this_thread:
+                    return  # an interrupt fell into `submit`, which knows nothing of this thread
+                calls += self._inbox
+                arrived, self._inbox = self._inbox, []
+                if not calls and not self._engine.has_work:
+                    self._engine.rest()
                     self._thread = None
-                    calls += self._inbox
-                    self._inbox = []
-            self._fail(calls, error)
+                    return
+            self._turn(calls, arrived)
 
     def _turn(self, calls: list[Call], arrived: Sequence[Call]) -> None:
         """One step, with what its calls want done before, and what they are told afterwards."""
@@ -181,7 +156,9 @@ class Driver:
                 for request in call.requests:
                     self._engine.add(request)
             for call in calls:
-                if self._closed or call.is_abandoned:
+                reason = "this LLM was closed" if self._closed else call.why_abandoned
+                if reason:
+                    call.ended_as = call.ended_as or reason
                     for request in call.requests:
                         self._engine.abort(request)
             if self._engine.has_work:
@@ -192,12 +169,21 @@ class Driver:
                 call.announce()
         except BaseException as error:  # nobody may be left waiting, whatever happened
             self._fail(calls, error)
+            report(_log.error, "all running requests have failed", error=error)
         calls[:] = [call for call in calls if not call.is_finished]
+
+    def _give_up(self, calls: list[Call], error: BaseException) -> None:
+        """Ends the thread with an error, and with it all calls that it has or was to have."""
+        with self._lock:
+            if self._is_this_thread:
+                calls += self._inbox
+                self._inbox = []
+                self._fail(calls, error)
+                self._thread = None
+        report(_log.error, "the thread that runs the steps has failed", error=error)
 
     def _fail(self, calls: Sequence[Call], error: BaseException) -> None:
         """Ends all requests with an error, those too that have not reached the scheduler."""
         self._engine.fail_all(error, [request for call in calls for request in call.requests])
-        if calls:
-            _log.error("all running requests have failed", exc_info=error)
         for call in calls:
             call.announce()

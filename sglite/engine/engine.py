@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from sglite.engine.failures import failed
+from sglite.engine.failures import detach, report
 from sglite.engine.request import Request
 from sglite.engine.scheduler import Outcome, Scheduler, Step
 
@@ -32,6 +32,12 @@ class Runner(Protocol):
 
     def launch(self, step: Step) -> LaunchedStep:
         """Begins to compute a step; steps are computed in the order of the calls."""
+
+    def stats(self) -> dict[str, int]:
+        """Counts of its own; see `LLM.stats`."""
+
+    def rest(self) -> None:
+        """Lets go of the requests that it knows, as there are none left."""
 
     def close(self) -> None:
         """Drops what it holds."""
@@ -79,6 +85,7 @@ class Engine:
             "preemptions": counts.preemptions,
             "steps": counts.steps,
             "tokens_per_second": counts.tokens_per_second,
+            **self.runner.stats(),
         }
 
     def step(self) -> None:
@@ -121,10 +128,9 @@ class Engine:
             self.scheduler.commit(step, outcomes)
 
     def _fail(self, step: Step, error: BaseException) -> None:
-        failure = failed("the step", error)
-        # Afterwards, as a log may be kept: now it holds nothing but text.
-        _log.warning("a step of %d requests has failed", len(step.items), exc_info=error)
-        self.scheduler.fail(step, failure)
+        detach(error)  # a log may be kept: from now on it holds nothing but text
+        self.scheduler.fail(step, error)
+        report(_log.warning, "a step of %d requests has failed", len(step.items), error=error)
 
     def fail_all(self, error: BaseException, requests: Sequence[Request] = ()) -> None:
         """Ends every request with an error, when not even the step's bookkeeping went through.
@@ -136,7 +142,11 @@ class Engine:
             requests: further ones that may be unfinished, unknown to the scheduler.
         """
         self._in_flight = None
-        self.scheduler.reset(failed("the step", error), requests)
+        self.scheduler.reset(detach(error), requests)
+
+    def rest(self) -> None:
+        """To be called when there is no work: holds on to no request that has ended."""
+        self.runner.rest()
 
     def close(self) -> None:
         """Drops the tensors of the cache and the model."""

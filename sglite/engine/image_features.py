@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sglite.engine.batch import ImageRows
+from sglite.engine.failures import detach, failed
+from sglite.engine.request import Request
 from sglite.engine.scheduler import Step
-from sglite.interface.errors import UnsupportedModelError
+from sglite.interface.errors import RequestError, UnsupportedModelError
 from sglite.multimodal.inputs import MultimodalItem
 
 
@@ -72,8 +74,19 @@ class ImageFeatures:
         self._held: dict[Hashable, Tensor] = {}
         self.num_encoded = 0
 
-    def of_step(self, step: Step, query_start: NDArray[np.int32]) -> ImageRows | None:
+    @property
+    def num_cached_bytes(self) -> int:
+        """What the embeddings take that are kept for further prompts."""
+        return self._cache.num_bytes
+
+    def of_step(
+        self, step: Step, query_start: NDArray[np.int32]
+    ) -> tuple[ImageRows | None, dict[int, RequestError]]:
         """The rows of the step's tokens that stand for images; None where there are none.
+
+        An image that cannot be encoded is left out: those tokens keep their placeholder's own
+        embedding, and what comes of them is nobody's. Also given are the errors of its requests,
+        by their index in the step.
 
         Args:
             step: the requests.
@@ -81,32 +94,49 @@ class ImageFeatures:
         """
         rows, parts = [], []
         held: dict[Hashable, Tensor] = {}
-        for scheduled, offset in zip(step.items, query_start.tolist(), strict=False):
+        failed_images: dict[Hashable, BaseException] = {}
+        failures: dict[int, RequestError] = {}
+        for index, (scheduled, offset) in enumerate(
+            zip(step.items, query_start.tolist(), strict=False)
+        ):
             request, start, stop = scheduled.request, scheduled.start, scheduled.stop
             if request.multimodal is None:
                 continue
             for item in request.multimodal.overlapping(start, stop):
                 # Other weights give other embeddings.
                 key = request.namespace, item.digest
-                if key not in held:
-                    held[key] = self._features(key, item)
+                if key not in held and key not in failed_images:
+                    try:
+                        held[key] = self._features(key, request, item)
+                    except BaseException as error:  # the model's own code, or no memory for it
+                        failed_images[key] = detach(error)
+                if key in failed_images:
+                    failures[index] = failed(f"encoding the {item.modality}", failed_images[key])
+                    continue
                 features = held[key]
                 first, last = max(start, item.start), min(stop, item.stop)
                 rows.append(np.arange(first, last) - start + offset)
                 parts.append(features[first - item.start : last - item.start])
+            if stop >= request.multimodal.items[-1].stop:
+                # Wanted again only after a preemption that cost the request its prefix as well.
+                request.multimodal = request.multimodal.released()
         # An image that a chunk has cut is wanted in the next step again.
         self._held = held
         if not parts:
-            return None
+            return None, failures
         embeds = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return ImageRows(np.concatenate(rows), embeds)
+        return ImageRows(np.concatenate(rows), embeds), failures
 
-    def _features(self, key: Hashable, item: MultimodalItem) -> Tensor:
+    def rest(self) -> None:
+        """Keeps no more embeddings than the cache has room for, as no request wants any now."""
+        self._held = {}
+
+    def _features(self, key: Hashable, request: Request, item: MultimodalItem) -> Tensor:
         found = self._held.get(key)
         if found is None:
             found = self._cache.get(key)
         if found is None:
-            found = self._encode(item)
+            found = self._encode(_with_pixels(request, item))
             self._cache.put(key, found)
         return found
 
@@ -124,4 +154,14 @@ class ImageFeatures:
         """Drops the model and all embeddings."""
         self._model = None
         self._cache.clear()
-        self._held.clear()
+        self._held = {}
+
+
+def _with_pixels(request: Request, item: MultimodalItem) -> MultimodalItem:
+    """The item, its pixels made again where the request has given them up."""
+    if item.pixel_values is None:
+        # Those of all its images at once, since one may depend on how many there are.
+        if not request.multimodal.num_pixel_bytes:
+            request.multimodal = request.multimodal.restored()
+        (item,) = request.multimodal.overlapping(item.start, item.stop)
+    return item

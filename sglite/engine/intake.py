@@ -67,17 +67,31 @@ class Intake:
         self._num_namespaces += 1
         self._namespace = f"weights {self._num_namespaces}"
 
+    def seed_for(self, params: SamplingParams) -> int:
+        """The seed of a request: the one that the caller gave, or the next one drawn."""
+        return self._random.getrandbits(64) if params.seed is None else params.seed
+
     def make_group(
-        self, index: int, prompt: Prompt, params: SamplingParams, *, name: str, streams: bool
+        self,
+        index: int,
+        name: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        seed: int,
+        *,
+        streams: bool,
+        called_at: float,
     ) -> RequestGroup:
         """Makes the `n` requests of one prompt.
 
         Args:
             index: the prompt's position in the caller's list.
+            name: how messages call the prompt.
             prompt: what to generate from.
             params: as the caller gave them.
-            name: how messages call the prompt.
+            seed: from `seed_for`.
             streams: whether text is to be kept token by token.
+            called_at: when the call began, by `time.perf_counter`.
 
         Raises:
             InvalidRequestError: naming the prompt, what is wrong, and what is allowed.
@@ -97,7 +111,6 @@ class Intake:
                 f"prompt_logprobs_start={params.prompt_logprobs_start} is not allowed for {name}: "
                 f"it must be below the prompt's {len(token_ids)} tokens"
             )
-        seed = self._random.getrandbits(64) if params.seed is None else params.seed
         requests = [
             Request(
                 token_ids,
@@ -109,6 +122,7 @@ class Intake:
                 stop_checker=self._stop_checker(token_ids, params, streams),
                 multimodal=multimodal,
                 prompt_keys=keys,
+                called_at=called_at,
             )
             for sample_index in range(params.n)
         ]

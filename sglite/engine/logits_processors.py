@@ -1,11 +1,12 @@
 """Logits processors: the callables of a request that may change its row of logits."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from sglite.engine.failures import detach
+from sglite.engine.failures import detach, words_of
 from sglite.engine.sampling_state import SamplingState, step_error
 from sglite.interface.errors import RequestError
 
@@ -33,7 +34,7 @@ def _process(row: Tensor, state: SamplingState) -> RequestError | None:
         except BaseException as error:
             failure = step_error(
                 len(state.output_token_ids),
-                f"the logits processor {_name(processor)} raised {type(error).__name__}: {error}",
+                f"the logits processor {_name(processor)} raised {words_of(error)}",
             )
             failure.__cause__ = detach(error)
             return failure
@@ -56,4 +57,7 @@ def _process(row: Tensor, state: SamplingState) -> RequestError | None:
 
 
 def _name(processor: Callable) -> str:
-    return getattr(processor, "__qualname__", None) or type(processor).__qualname__
+    name = None
+    with contextlib.suppress(BaseException):  # of an object that answers for another one
+        name = getattr(processor, "__qualname__", None)
+    return name or type(processor).__qualname__

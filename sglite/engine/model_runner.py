@@ -79,7 +79,9 @@ class ModelRunner:
 
     def _launch_eagerly(self, step: Step) -> "LaunchedStep":
         layout = lay_out(step, self.pool.page_size)
-        images = self._images.of_step(step, layout.query_start) if self._images else None
+        images, failures = None, {}
+        if self._images is not None:
+            images, failures = self._images.of_step(step, layout.query_start)
         input_ids, positions, batch = to_forward(layout, self.pool.layers, self.pool.device, images)
         drawn_rows = self._sources(step)
         if max(drawn_rows) >= 0:
@@ -89,9 +91,9 @@ class ModelRunner:
             (source_tensor,) = upload([sources], self.pool.device)
             ops.gather_tokens(input_ids, self._drawn, source_tensor)
         logits = self.model(input_ids, positions, batch).next_token_logits
-        prompt_logprobs, failures = {}, {}
+        prompt_logprobs = {}
         for index, (item, row) in enumerate(zip(step.items, layout.rows, strict=True)):
-            if row.num_prompt_rows:
+            if row.num_prompt_rows and index not in failures:
                 try:
                     prompt_logprobs[index] = self.score_prompt(item.request, row, logits)
                 except BaseException as error:  # the tokenizer, on the texts of one request
@@ -148,6 +150,22 @@ class ModelRunner:
             request.token_ids[first : first + row.num_prompt_rows],
             request.params.prompt_logprobs,
         )
+
+    def stats(self) -> dict[str, int]:
+        """Counts of images; see `LLM.stats`."""
+        images = self._images
+        return {
+            "images_encoded": images.num_encoded if images else 0,
+            "image_cache_bytes": images.num_cached_bytes if images else 0,
+        }
+
+    def rest(self) -> None:
+        """Lets go of the requests that it knows, and of what it holds for them."""
+        if self._decode is not None:
+            self._decode.rest()
+        if self._images is not None:
+            self._images.rest()
+        self._drawing, self._drawn = {}, None
 
     def close(self) -> None:
         """Drops the model and the cache's tensors."""

@@ -43,6 +43,7 @@ class Request:
         output_token_ids: what has been generated, as a list.
         logprobs: one entry per output token, where asked for.
         prompt_logprobs: one entry per prompt position from `prompt_logprobs_start` on.
+        called_at: when the call began, before its prompts were read, by `time.perf_counter`.
     """
 
     # Side by side, as a step reads some of every request after its weights have emptied the caches.
@@ -50,7 +51,7 @@ class Request:
         "__weakref__",
         "arrival",
         "banned_sequences",
-        "created_at",
+        "called_at",
         "error",
         "finish_reason",
         "finished_at",
@@ -94,6 +95,7 @@ class Request:
         namespace: str = "",
         multimodal: MultimodalInputs | None = None,
         prompt_keys: Sequence[int] | None = None,
+        called_at: float | None = None,
     ):
         self.params = params
         self.seed = seed
@@ -139,7 +141,7 @@ class Request:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: BaseException | None = None
-        self.created_at = time.perf_counter()
+        self.called_at = time.perf_counter() if called_at is None else called_at
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
 
@@ -256,7 +258,7 @@ class Request:
         self.logprobs = list(other.logprobs)
         self.prompt_logprobs = list(other.prompt_logprobs)
         self.num_cached_tokens = other.num_cached_tokens
-        self.created_at = other.created_at
+        self.called_at = other.called_at
         self.first_token_at = other.first_token_at
 
     def finish(self, reason: str, error: BaseException | None = None) -> None:
@@ -266,6 +268,11 @@ class Request:
         except BaseException as failure:  # the tokenizer; the text stays as it was
             if error is None:
                 reason, error = "error", failed("the text", failure)
+        if self.multimodal is not None:
+            # Whoever keeps the outputs, or waits for others of the call, needs no pixels; only what
+            # was aborted may go on.
+            inputs = self.multimodal
+            self.multimodal = inputs.released() if reason == "abort" else inputs.emptied()
         self.finish_reason = reason
         self.error = error
         self.finished_at = time.perf_counter()

@@ -34,6 +34,18 @@ class RequestGroup:
         """Whether every completion has ended."""
         return all(request.is_finished for request in self.requests)
 
+    @property
+    def num_pixel_bytes(self) -> int:
+        """What the pixels of the prompt take, which the completions share."""
+        inputs = self.requests[0].multimodal
+        return inputs.num_pixel_bytes if inputs else 0
+
+    def release_pixels(self) -> None:
+        """Gives up the pixels until they are wanted, where they can be made again."""
+        for request in self.requests:
+            if request.multimodal is not None:
+                request.multimodal = request.multimodal.released()
+
     def output(self) -> RequestOutput:
         """Everything there is so far; complete once all requests are finished."""
         first = self.requests[0]
@@ -43,9 +55,9 @@ class RequestGroup:
             cached_tokens=first.num_cached_tokens or 0,
             completion_tokens=sum(len(request.output_token_ids) for request in self.requests),
             time_to_first_token=(
-                first.first_token_at - first.created_at if first.first_token_at else None
+                first.first_token_at - first.called_at if first.first_token_at else None
             ),
-            latency=max(ends) - first.created_at if None not in ends else None,
+            latency=max(ends) - first.called_at if None not in ends else None,
             finish_reason=first.finish_reason,
         )
         return RequestOutput(
@@ -61,8 +73,10 @@ class RequestGroup:
     def _prompt_logprobs(request: Request):
         if request.params.prompt_logprobs is None:
             return None
-        missing = request.num_prompt_tokens - len(request.prompt_logprobs)
-        return [None] * missing + request.prompt_logprobs
+        first = max(1, request.params.prompt_logprobs_start)
+        found = list(request.prompt_logprobs)  # of a request that runs there may be more at once
+        rest = request.num_prompt_tokens - first - len(found)
+        return [None] * first + found + [None] * rest
 
     def _completion(self, index: int) -> CompletionOutput:
         request = self.requests[index]

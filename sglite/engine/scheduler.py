@@ -340,7 +340,13 @@ class Scheduler:
         self.statistics.completion_tokens += num_tokens
 
     def fail(self, step: Step, error: BaseException) -> None:
-        """Ends every request of a step that could not be run; what it computed is dropped."""
+        """Ends every request of a step that could not be run; what it computed is dropped.
+
+        Args:
+            step: as `schedule` gave it.
+            error: what was raised. Each request has an error of its own, of which this is the
+                cause: whoever raises his changes its traceback.
+        """
         for item in step.items:
             item.request.num_unknown -= item.samples
         concerned = [item.request for item in step.items]
@@ -348,7 +354,7 @@ class Scheduler:
         self.release_copied(step)
         for request in concerned:
             if not request.is_finished:
-                self.remove(request, "error", error)
+                self.remove(request, "error", failed("the step", error))
 
     def release_copied(self, step: Step) -> None:
         """Gives back the shared pages of a launched step's copies.
@@ -375,7 +381,7 @@ class Scheduler:
         """Ends every request with an error and empties the cache, whatever state they are in.
 
         Args:
-            error: of the requests.
+            error: what was raised; see `fail`.
             requests: further ones to end, which stand in no queue.
         """
         unfinished = [*self.running, *self.waiting, *requests]
@@ -384,7 +390,7 @@ class Scheduler:
         for request in unfinished:
             if not request.is_finished:
                 request.num_pages, request.prefix_lock = 0, None
-                request.finish("error", error)
+                request.finish("error", failed("the step", error))
         self.cache.reset()
 
     def _preempt(self, request: Request) -> None:

@@ -50,8 +50,11 @@ class Tokenizer:
         return self.decode([token_id], skip_special_tokens=False)
 
     def apply_chat_template(self, messages, *, tools=None, **template_arguments) -> str:
-        """A conversation as text, special tokens included, as the checkpoint's template has it."""
-        return self._call(
+        """A conversation as text, special tokens included, as the checkpoint's template has it.
+
+        Others may use the tokenizer meanwhile: a template is a program, and may take its time.
+        """
+        return self._call_shared(
             self.hf.apply_chat_template,
             messages,
             tools=tools,
@@ -60,7 +63,12 @@ class Tokenizer:
         )
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """Calls the tokenizer, alone among the library's threads.
+        """Calls the tokenizer, alone among the library's threads; raises as `_call_shared`."""
+        with self._lock:
+            return self._call_shared(function, *arguments, **keywords)
+
+    def _call_shared(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Calls the tokenizer, and waits for who has it.
 
         The caller has the tokenizer as well, and may be changing its truncation right now, which
         excludes every other use ("Already borrowed"): that takes microseconds, and is waited for.
@@ -68,19 +76,18 @@ class Tokenizer:
         Raises:
             RequestError: the tokenizer panicked: Rust's panics are no `Exception`.
         """
-        with self._lock:
-            give_up = time.monotonic() + _LONGEST_BORROW
-            while True:
-                try:
-                    return function(*arguments, **keywords)
-                except RuntimeError as error:
-                    if "borrowed" not in str(error) or time.monotonic() > give_up:
-                        raise
-                    time.sleep(0.0005)
-                except BaseException as error:
-                    if isinstance(error, Exception | KeyboardInterrupt | SystemExit):
-                        raise
-                    raise RequestError(f"the tokenizer panicked: {error}") from error
+        give_up = time.monotonic() + _LONGEST_BORROW
+        while True:
+            try:
+                return function(*arguments, **keywords)
+            except RuntimeError as error:
+                if "borrowed" not in str(error) or time.monotonic() > give_up:
+                    raise
+                time.sleep(0.0005)
+            except BaseException as error:
+                if isinstance(error, Exception | KeyboardInterrupt | SystemExit):
+                    raise
+                raise RequestError(f"the tokenizer panicked: {error}") from error
 
 
 def _backend_of(hf_tokenizer):

@@ -81,6 +81,8 @@ class LLMOptions:
             prompts with the same images.
         image_fetcher: gives the bytes of the file behind a http(s) URL of an image; None: such
             images are refused.
+        image_processor: settings of the Hugging Face image processor that are to be others than
+            the checkpoint's, such as `{"max_pixels": 1003520}`.
 
     Raises:
         ConfigError: naming the argument, the value and what is allowed.
@@ -109,6 +111,7 @@ class LLMOptions:
     token: str | bool | None = field(default=None, repr=False)
     image_cache_bytes: int = 256 << 20
     image_fetcher: Callable[[str], bytes] | None = None
+    image_processor: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -170,6 +173,7 @@ class EngineConfig:
         revision: branch, tag or commit of a hub model.
         cache_dir: folder of downloaded hub files; None: Hugging Face's own.
         image_cache_bytes: what the embeddings of images may take that are kept.
+        image_processor: what of the image processor is not as in the checkpoint; None: nothing.
     """
 
     model: str
@@ -192,6 +196,7 @@ class EngineConfig:
     revision: str | None
     cache_dir: str | None
     image_cache_bytes: int
+    image_processor: Mapping[str, Any] | None = None
 
     @property
     def num_pages(self) -> int:
@@ -263,6 +268,7 @@ class EngineConfig:
             revision=options.revision,
             cache_dir=None if options.cache_dir is None else os.fspath(options.cache_dir),
             image_cache_bytes=options.image_cache_bytes,
+            image_processor=options.image_processor,
         )
 
     def __repr__(self) -> str:
@@ -394,6 +400,13 @@ def _function(name: str, value: Any) -> Callable[[str], bytes]:
     return value
 
 
+def _settings(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        allowed = "a dict of settings of the Hugging Face image processor, {'max_pixels': 1003520}"
+        checks.refuse(name, value, allowed, ConfigError)
+    return {key: setting for key, setting in value.items() if setting is not None}
+
+
 _integer = partial(checks.integer, minimum=1, error=ConfigError)
 _boolean = partial(checks.boolean, error=ConfigError)
 
@@ -423,4 +436,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "token": _token,
     "image_cache_bytes": partial(checks.integer, minimum=0, error=ConfigError),
     "image_fetcher": _function,
+    "image_processor": _settings,
 }

@@ -21,6 +21,10 @@ _PARALLEL = "a model runs on one device"
 _SERVER = "there is no server and no other process"
 _KERNELS = "the kernels are chosen by device and shape"
 _IMAGES = "images belong to the prompt, {'text': ..., 'images': [...]}, or to generate(images=...)"
+_PIXELS = (
+    "use image_processor={'max_pixels': ...}, which takes the keywords of the Hugging Face image "
+    "processor"
+)
 
 _SAMPLING = {
     # vLLM
@@ -39,6 +43,9 @@ _SAMPLING = {
     "structured_outputs": _STRUCTURED,
     "truncate_prompt_tokens": "cut the prompt's token ids yourself and pass those",
     "use_tqdm": "use progress",
+    # Ours, where it has no place.
+    "progress": "it is an argument of generate(), chat() and resume(); streams and async calls "
+    "show no bar",
     "priority": "requests are served in the order in which they come",
     # SGLang
     "custom_logit_processor": "use logits_processors",
@@ -157,8 +164,15 @@ _OPTIONS = {
     "is_embedding": "there are no embedding models",
     "task": "models generate text",
     "runner": "models generate text",
+    "allowed_local_media_path": (
+        "no URL of a message opens a file; pass files of your own as {'type': 'image', 'image': "
+        "path}"
+    ),
     "limit_mm_per_prompt": "the number of images is bounded by the context alone",
-    "mm_processor_kwargs": "register a processor of your own",
+    "mm_processor_kwargs": _PIXELS,
+    "mm_process_config": _PIXELS,
+    "max_pixels": _PIXELS,
+    "min_pixels": _PIXELS,
     "enable_lora": _LORA,
     "max_loras": _LORA,
     "max_lora_rank": _LORA,

@@ -57,7 +57,8 @@ class Usage:
         prompt_tokens: tokens of the prompt.
         cached_tokens: how many of them were read from the prefix cache.
         completion_tokens: generated tokens, summed over the completions.
-        time_to_first_token: seconds from the call to the first token; None if there was none.
+        time_to_first_token: seconds from the call, before anything of it is read, to the first
+            token; None if there was none.
         latency: seconds from the call to the last token; None while the request runs.
         finish_reason: why the first completion ended; None while it runs.
     """

@@ -29,13 +29,15 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: either `text` or `token_ids`, and images.
+    """One prompt: what a caller may pass has either `text` or `token_ids`; and images.
 
     Attributes:
         text: the text, to which the tokenizer adds its special tokens; None if ids were given.
-        token_ids: at least one token id, used as they are; None if text was given.
+            Beside `token_ids`, as a conversation's prompt has both, it is only what is reported.
+        token_ids: at least one token id, used as they are; None if text alone was given.
         images: the images in the order of their placeholders; empty for text alone.
-        videos: the videos in the order of their placeholders, each a list of frames.
+        videos: the videos in the order of their placeholders, each a list of frames, or a dict
+            with `frames` and `fps`.
     """
 
     text: str | None = None
@@ -63,7 +65,7 @@ def normalize_prompts(
         images: for a single prompt its image or a list of them; for a batch a list with an image,
             a list of images or None for each prompt. Prompts have them here or in their dict.
         videos: likewise; a video is a list of frames, so that those of a prompt are always a list
-            of videos.
+            of videos; or a dict with `frames` and `fps`, frames per second.
 
     Raises:
         InvalidRequestError: naming the prompt (by its position in a batch), what is wrong with
@@ -156,8 +158,9 @@ def _media(name: str, value: Any) -> tuple[Any, ...]:
         return ()
     if isinstance(value, list | tuple):
         return tuple(value)
-    if name == "videos":
-        checks.refuse(name, value, "a list of videos, each a list of frames")
+    if name == "videos" and not isinstance(value, Mapping):
+        allowed = "a list of videos, each a list of frames or a dict with 'frames' and 'fps'"
+        checks.refuse(name, value, allowed)
     return (value,)
 
 

@@ -134,17 +134,23 @@ def load_tokenizer(
         return tokenizer
     _check_tokenizer_files(folder)
     try:
-        if _is_generic_tokenizer(folder):
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        found = _read_tokenizer(folder, trust_remote_code)
+        found.encode("x")  # a setting of the wrong kind shows only when it is used
+        return found
     except BaseException as error:  # whatever its code raises on a broken file, and Rust's panics
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
+
+
+def _read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    if _is_generic_tokenizer(folder):
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trust_remote_code
+    )
 
 
 def _check_tokenizer_files(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Reading a checkpoint's configuration."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,18 @@ _TENSOR_SIZES = (
     "num_experts",
     "num_local_experts",
 )
+# Those of towers beside the language model, whose config may have a vocabulary that nothing uses.
+_TOWER_SIZES = (
+    *_TENSOR_SIZES[1:],
+    "embed_dim",
+    "out_hidden_size",
+    "num_heads",
+    "num_channels",
+    "in_channels",
+    "patch_size",
+)
+# Numbers of layers, and for some kinds of towers a list of them.
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "depth", "depths")
 # Null stands for "none" and not for a default in these.
 _NULLABLE = (
     "head_dim",
@@ -146,7 +158,7 @@ def check_counts(
     """Refuses sizes that the weight files cannot have, before anything is built by them.
 
     Args:
-        config: of the text part.
+        config: the whole one; its text part and every other one are looked at.
         entries: the tensors of the weight files.
         may_be_unused: whether the model's class is an unknown one, to which the defaults of its
             config class may mean nothing; then only absurd sizes are refused.
@@ -154,35 +166,81 @@ def check_counts(
     Raises:
         CheckpointError: naming the size.
     """
-    vocab_size = getattr(config, "vocab_size", None)
+    text = config.get_text_config()
+    vocab_size = getattr(text, "vocab_size", None)
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise CheckpointError(f"config.json: vocab_size={vocab_size!r} must be 1 or more")
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and not (isinstance(positions, int) and 1 <= positions < 1 << 62):
         raise CheckpointError(
             f"config.json: max_position_embeddings={positions!r} must be an integer of 1 or more"
         )
-    num_layers = getattr(config, "num_hidden_layers", None)
     # A layer has at least one tensor.
     most_layers = max(len(entries), _HARMLESS_LAYERS if may_be_unused else 0)
-    if isinstance(num_layers, int) and num_layers > most_layers:
-        raise CheckpointError(
-            f"config.json: num_hidden_layers={num_layers}, but the weight files hold "
-            f"{len(entries)} tensors in all"
-        )
     largest = max((size for entry in entries.values() for size in entry.shape), default=0)
     largest = max(largest, len(entries))  # where every expert has tensors of its own
     largest = max(largest, _HARMLESS_SIZE if may_be_unused else 0)
     has_experts = any("expert" in name for name in entries)
-    for name in _TENSOR_SIZES:
-        size = getattr(config, name, None)
-        if "experts" in name and not has_experts:
-            continue  # a config class's default, for a model that has none
-        if isinstance(size, int) and size > largest:
-            raise CheckpointError(
-                f"config.json: {name}={size}, but no tensor of the weight files has more than "
-                f"{largest} rows or columns"
+    for place, part in _parts_of(config):
+        for name in _LAYER_COUNTS:
+            count = _total(_value(part, name))
+            if count > most_layers:
+                raise CheckpointError(
+                    f"config.json: {place}{name}={count}, but the weight files hold "
+                    f"{len(entries)} tensors in all"
+                )
+        sizes = {
+            name: _value(part, name)
+            for name in (_TENSOR_SIZES if part is text else _TOWER_SIZES)
+            # Without experts their number is a config class's default.
+            if has_experts or "experts" not in name
+        }
+        sizes["(image_size / patch_size) ** 2"] = _num_patches(part)
+        for name, size in sizes.items():
+            if isinstance(size, int) and size > largest:
+                raise CheckpointError(
+                    f"config.json: {place}{name}={size}, but no tensor of the weight files has "
+                    f"more than {largest} rows or columns"
+                )
+
+
+def _parts_of(config: Any) -> Iterator[tuple[str, Any]]:
+    """A config and all that are within it, each with what stands before its names."""
+    waiting = [("", config)]
+    while waiting:
+        place, part = waiting.pop()
+        yield place, part
+        values = part if isinstance(part, Mapping) else vars(part)
+        for name, value in values.items():
+            is_part = isinstance(value, PreTrainedConfig) or (
+                isinstance(value, Mapping) and str(name).endswith("config")
             )
+            if is_part:
+                waiting.append((f"{place}{name}.", value))
+
+
+def _value(part: Any, name: str) -> Any:
+    return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+
+def _total(count: Any) -> int:
+    """A number, or the sum of a list of them; 0 for anything else."""
+    counts = count if isinstance(count, list | tuple) else [count]
+    return sum(one for one in counts if isinstance(one, int))
+
+
+def _num_patches(part: Any) -> int | None:
+    """Patches of a picture in the size that a tower is made for: it has a position for each."""
+    count = 1
+    for axis in (0, 1):
+        image, patch = (
+            size[axis] if isinstance(size, list | tuple) and len(size) == 2 else size
+            for size in (_value(part, "image_size"), _value(part, "patch_size"))
+        )
+        if not isinstance(image, int) or not isinstance(patch, int) or patch < 1:
+            return None
+        count *= image // patch
+    return count
 
 
 def resolve_dtype(

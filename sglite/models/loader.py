@@ -1,6 +1,7 @@
 """From a checkpoint to a model that is ready to run."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,13 +31,15 @@ from sglite.models.config import (
 from sglite.models.loaded_model import LoadedModel, check_room
 from sglite.models.quantization import AT_LOAD, quantize_at_load, resolve_quantization
 from sglite.models.registry import ModelRegistry
-from sglite.models.safetensors_file import SafetensorsFile
+from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
 from sglite.models.weights import load_weights
 
 #: As `architecture`: the Hugging Face class, also where a class is registered.
 BY_HUGGING_FACE = "transformers"
 
 _CPU = torch.device("cpu")
+# So many more than the files hold do no harm; then the comparison of names says what is wrong.
+_HARMLESS_PARAMETERS = 1 << 24
 
 
 def load_model(
@@ -114,9 +117,10 @@ def load_model(
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in checkpoint.weight_files]
         entries = {entry.name: entry for file in files for entry in file.entries.values()}
-        check_counts(config, entries)
+        check_counts(whole_config, entries)
         takes_whole = getattr(model_class, "takes_whole_config", False)
         model = _build(model_class, name, whole_config if takes_whole else config, checkpoint)
+        _check_parameters(model, entries)
         run_dtype = resolve_dtype(dtype, checkpoint, entries)
         if batch_invariant and device.type == "cuda" and run_dtype == torch.float32:
             raise ConfigError(
@@ -193,7 +197,11 @@ def _build(
     model_class: type[nn.Module], name: str, config: Any, checkpoint: Checkpoint
 ) -> nn.Module:
     try:
-        return model_class(config)
+        if model_class.__module__.startswith("sglite."):
+            return model_class(config)
+        # The first values of somebody's own layers are drawn, and not from the host's numbers.
+        with torch.random.fork_rng(devices=[]):
+            return model_class(config)
     except SGLiteError:
         raise
     except Exception as error:  # a value of the config that the class cannot work with
@@ -201,6 +209,20 @@ def _build(
             f"{name} cannot be built from {checkpoint.folder / 'config.json'}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _check_parameters(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuses parameters that the files cannot fill, before a byte of them is touched.
+
+    Those of `WeightModule`s take no memory yet, and are compared with the headers one by one.
+    """
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(math.prod(entry.shape) for entry in entries.values())
+    if needed > held + _HARMLESS_PARAMETERS:
+        raise CheckpointError(
+            f"config.json: it describes a model with {needed} parameters beside the matrices of "
+            f"its layers, but the weight files hold {held} numbers in all"
+        )
 
 
 def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:

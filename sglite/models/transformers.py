@@ -318,7 +318,7 @@ def load_unregistered(
     for path in checkpoint.weight_files:
         with SafetensorsFile(path) as file:
             entries |= file.entries
-    check_counts(config.get_text_config(), entries, may_be_unused=True)
+    check_counts(config, entries, may_be_unused=True)
     refuse_vision(name, model_class, config)
     build = TransformersModel
     if takes_images(model_class, config):

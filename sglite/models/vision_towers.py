@@ -66,7 +66,10 @@ class ClipVisionTower(nn.Module):
                     quant_config=quant_config,
                     prefix=add_prefix("embeddings.patch_embedding", prefix),
                 ),
-                "position_embedding": nn.Embedding(num_positions, width),
+                # Empty, as its own first values would be drawn from the process's random numbers.
+                "position_embedding": nn.Embedding(
+                    num_positions, width, _weight=torch.empty(num_positions, width)
+                ),
             }
         )
         if self.has_class_token:

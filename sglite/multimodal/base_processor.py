@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,11 +17,21 @@ from sglite.interface.errors import (
     SGLiteError,
     UnsupportedModelError,
 )
-from sglite.multimodal.images import Fetcher, read_frames, read_image
+from sglite.multimodal.image_settings import with_settings
+from sglite.multimodal.image_sizes import check_sizes
+from sglite.multimodal.images import Fetcher, read_image
 from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
 from sglite.multimodal.registry import register_processor
+from sglite.multimodal.sources import Fetched, Sources
+from sglite.multimodal.videos import Video, read_video
 
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+#: What says how pictures become pixels: one of them has to be there.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_FURTHER_FILES = (
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 #: Stands for one picture in the text of a prompt, with every model; and for one video.
 IMAGE, VIDEO = "<image>", "<video>"
@@ -33,11 +43,13 @@ class HubProcessor:
 
     Attributes:
         tokenizer: the Hugging Face tokenizer.
-        image_processor: Hugging Face's, the Pillow variant where there is no torchvision; None
-            where the folder has no file for one: then there can be text alone.
+        image_processor: Hugging Face's, always the variant on Pillow, so that pixels do not depend
+            on what else is installed; None where the folder has no file for one: then there can
+            be text alone.
         settings: the contents of `processor_config.json`; empty if there is none.
         video_settings: those of its video processor, or of the file that holds them.
-        chat_template: the processor's own, or several by name; None: the tokenizer has it.
+        chat_template: the one that Hugging Face's processor would use, or several by name; None:
+            it has none.
     """
 
     tokenizer: Any
@@ -48,36 +60,54 @@ class HubProcessor:
 
     @classmethod
     def load(
-        cls, folder: Path, tokenizer: Any, *, trust_remote_code: bool = False
+        cls,
+        folder: Path,
+        tokenizer: Any,
+        *,
+        trust_remote_code: bool = False,
+        image_settings: Mapping[str, Any] | None = None,
+        fixed_settings: frozenset[str] = frozenset(),
     ) -> "HubProcessor":
         """Reads the files of a checkpoint.
 
+        Args:
+            folder: the checkpoint's.
+            tokenizer: the Hugging Face tokenizer.
+            trust_remote_code: whether Python code of the checkpoint may run.
+            image_settings: what of the image processor the caller wants otherwise.
+            fixed_settings: what of it cannot be changed.
+
         Raises:
             CheckpointError: what is there cannot be read.
+            ConfigError: `image_settings` has an unknown name, or a value that is not allowed.
         """
-        if not any((folder / name).exists() for name in _PROCESSOR_FILES):
+        for name in (*PROCESSOR_FILES, *_FURTHER_FILES):
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is no regular file")  # read forever, maybe
+        if not any((folder / name).exists() for name in PROCESSOR_FILES):
             return cls(tokenizer, None)
         # Not the class of that name in `transformers` itself, which asks for torchvision.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         try:
             image_processor = AutoImageProcessor.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
+                folder, local_files_only=True, trust_remote_code=trust_remote_code, backend="pil"
             )
         except Exception as error:  # whatever its code raises on a broken or missing file
             raise CheckpointError(
-                f"the image processor in {folder} ({' or '.join(_PROCESSOR_FILES)}) cannot be "
+                f"the image processor in {folder} ({' or '.join(PROCESSOR_FILES)}) cannot be "
                 f"read: {error}"
             ) from error
+        check_sizes(image_processor, folder)
+        if image_settings:
+            image_processor = with_settings(image_processor, folder, image_settings, fixed_settings)
         settings = _read_json(folder / "processor_config.json")
         video_settings = (
             settings.get("video_processor")
             or _read_json(folder / "video_preprocessor_config.json")
             or _read_json(folder / "preprocessor_config.json")
         )
-        template = settings.get("chat_template") or _read_json(folder / "chat_template.json").get(
-            "chat_template"
-        )
+        template = _template_in(folder, settings)
         return cls(tokenizer, image_processor, settings, video_settings, template)
 
 
@@ -117,6 +147,8 @@ class BaseMultimodalProcessor:
     #: The same for videos; None: the model takes none.
     video_token: str | None = None
     video_placeholder: str | None = None
+    #: Settings of the image processor that `LLM(..., image_processor={...})` cannot change.
+    fixed_settings: ClassVar[frozenset[str]] = frozenset()
     #: Whether the tokens of an image see each other both ways.
     whole_spans: bool = False
 
@@ -148,12 +180,12 @@ class BaseMultimodalProcessor:
         """Pixels of all images of a prompt, where one depends on how many there are."""
         return [self.process_image(image) for image in images]
 
-    def process_videos(self, videos: Sequence[Sequence[Image.Image]]) -> list[ProcessedMedia]:
+    def process_videos(self, videos: Sequence[Video]) -> list[ProcessedMedia]:
         """Pixels of all videos of a prompt."""
         return [self.process_video(frames) for frames in videos]
 
-    def process_video(self, frames: Sequence[Image.Image]) -> ProcessedMedia:
-        """Pixels of a video's frames, at least one, all RGB and of one size."""
+    def process_video(self, frames: Video) -> ProcessedMedia:
+        """Pixels of a video's frames, a list of at least one, with the rate `frames.fps`."""
         raise UnsupportedModelError(f"{type(self).__name__} takes no videos")
 
     def positions(
@@ -219,7 +251,7 @@ class BaseMultimodalProcessor:
             token_ids: with one `image_token` for each image; or with as many as the image has rows
                 of embeddings, as Hugging Face's processors give it.
             images: in the order of their placeholders, as `read_image` takes them.
-            videos: likewise, as `read_frames` takes them.
+            videos: likewise, as `read_video` takes them.
             fetch: as for `read_image`.
 
         Returns:
@@ -227,25 +259,26 @@ class BaseMultimodalProcessor:
             there are no images.
 
         Raises:
-            InvalidRequestError: an image cannot be read, or there are more or fewer of them than
-                placeholders.
-            UnsupportedModelError: videos for a model that takes none.
+            InvalidRequestError: an image cannot be read, there are more or fewer of them than
+                placeholders, or there are videos for a model that takes none.
         """
         if videos and self.video_token is None:
             raise InvalidRequestError(
                 f"{name} has videos, but this model takes images only: pass frames as images"
             )
         if (images or videos) and self.image_processor is None:
+            kind = "images" if images else "videos"
             raise InvalidRequestError(
-                f"{name} has images, but the checkpoint has no image processor "
-                f"({' or '.join(_PROCESSOR_FILES)}): it can be used for text alone"
+                f"{name} has {kind}, but the checkpoint has no image processor "
+                f"({' or '.join(PROCESSOR_FILES)}): it can be used for text alone"
             )
+        fetch = Fetched(fetch) if fetch else None
         pictures = [
             read_image(f"{name}: images[{index}]", image, fetch)
             for index, image in enumerate(images)
         ]
         frames = [
-            read_frames(f"{name}: videos[{index}]", video, fetch)
+            read_video(f"{name}: videos[{index}]", video, fetch)
             for index, video in enumerate(videos)
         ]
         found = {
@@ -261,7 +294,16 @@ class BaseMultimodalProcessor:
         if not items:
             return token_ids, None
         positions, offset = self.positions(expanded, items)
-        return expanded, MultimodalInputs(items, positions, offset, self.whole_spans)
+        inputs = MultimodalInputs(items, positions, offset, self.whole_spans)
+        if not videos:
+            sources = Sources(images, pictures, fetch or {}, self._pixels)
+            # The smaller of the two is kept while the prompt waits, and until it ends.
+            if sources.num_bytes < inputs.num_pixel_bytes:
+                inputs = replace(inputs, remake=sources.pixels)
+        return expanded, inputs
+
+    def _pixels(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
+        return [medium.pixel_values for medium in self.process_images(pictures)]
 
     def _places(
         self,
@@ -344,12 +386,27 @@ def _expand(
     return expanded + list(token_ids[end:]), items
 
 
+def _template_in(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The chat template among a processor's files, in the order of Hugging Face's processors."""
+    template = settings.get("chat_template")
+    template = template or _read_json(folder / "chat_template.json").get("chat_template")
+    file = folder / "chat_template.jinja"
+    if template is None and file.exists():
+        try:
+            template = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return template
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """The contents of a JSON file; empty if there is none."""
     if not path.exists():
         return {}
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return contents if isinstance(contents, dict) else {}
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
+    return contents

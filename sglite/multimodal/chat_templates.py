@@ -27,7 +27,7 @@ def register_chat_template(processor: type, template: str, *, replaces: bool = T
     _TEMPLATES[processor] = _Registered(template, replaces)
 
 
-def fallback_template(processor: type, *, has_own: bool = False) -> str | None:
+def registered_template(processor: type, *, has_own: bool) -> str | None:
     """The template for a processor, or for what it derives from; None: there is none.
 
     Args:

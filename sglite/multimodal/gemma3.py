@@ -17,6 +17,16 @@ class Gemma3ImageProcessor(BaseMultimodalProcessor):
 
     models = ("Gemma3ForConditionalGeneration",)
     whole_spans = True
+    # Pictures are not cut up, and the number of their tokens is the model's.
+    fixed_settings = frozenset(
+        {
+            "do_pan_and_scan",
+            "pan_and_scan_max_num_crops",
+            "pan_and_scan_min_crop_size",
+            "pan_and_scan_min_ratio_to_activate",
+            "size",
+        }
+    )
 
     def __init__(
         self, hf_config: Any, server_args: Any, _processor: Any, *args: Any, **kwargs: Any

@@ -130,8 +130,8 @@ class HuggingFaceProcessor(BaseMultimodalProcessor):
 
     def _written_by_template(self) -> str | None:
         """What a chat template writes for a picture; None if that cannot be told."""
-        own = getattr(self.tokenizer, "chat_template", None)
-        found = (self._written_by(one) for one in (own, self._processor.chat_template) if one)
+        templates = (self._processor.chat_template, getattr(self.tokenizer, "chat_template", None))
+        found = (self._written_by(one) for one in templates if one)
         return next((written for written in found if written is not None), None)
 
     def _written_by(self, template: Any) -> str | None:

@@ -4,7 +4,6 @@ import base64
 import binascii
 import io
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,23 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from sglite.interface import checks
 from sglite.interface.errors import InvalidRequestError
 
-#: Pixels of a picture at most: Pillow's own limit, beyond which it takes a file for an attack.
+#: Pixels of a picture at most: Pillow's own limit, beyond which it takes a file for an attack. (It
+#: warns from half of it on, which is between it and the host.)
 MAX_PIXELS = 2 * 89_478_485
+
+#: What files may be, by Pillow's names: formats that it decodes within the process. It knows more,
+#: such as EPS, for which it starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# A file of this many pixels may be as small as it likes.
+_FREE_PIXELS = 1 << 24
+# Beyond, a byte stands for so many at most: deflate packs up to 1032 bytes of 8 pixels into one.
+_PIXELS_PER_BYTE = 1032 * 8
 
 #: Gives the bytes of the file behind a http(s) URL.
 Fetcher = Callable[[str], bytes]
@@ -146,17 +155,21 @@ def _from_path(name: str, path: Path) -> Image.Image:
 
 
 def _from_file(name: str, file: Any, what: str) -> Image.Image:
+    num_bytes = file.seek(0, io.SEEK_END)
+    file.seek(0)
     try:
-        with warnings.catch_warnings():
-            # Up to `MAX_PIXELS` a picture is read like any other.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
+        image = Image.open(file, formats=_formats())
         _check_size(name, *image.size)
+        _check_density(name, what, image, num_bytes)
         image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
+        # In place, as a large picture need not be held twice.
+        ImageOps.exif_transpose(image, in_place=True)
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Image.UnidentifiedImageError:
-        raise InvalidRequestError(f"{name}: {what} is no image that Pillow can read") from None
-    except Image.DecompressionBombError as error:
+        raise InvalidRequestError(
+            f"{name}: {what} is no image of a format that is read here: {', '.join(_formats())}"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidRequestError(f"{name}: {what} is too large an image: {error}") from error
     except InvalidRequestError:
         raise
@@ -166,14 +179,33 @@ def _from_file(name: str, file: Any, what: str) -> Image.Image:
         ) from error
 
 
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this version of Pillow has."""
+    Image.init()
+    return [kind for kind in FORMATS if kind in Image.OPEN]
+
+
+def _check_density(name: str, what: str, image: Image.Image, num_bytes: int) -> None:
+    """Refuses a small file that would become a large picture, before memory is taken for it."""
+    width, height = image.size
+    most = max(_FREE_PIXELS, num_bytes * _PIXELS_PER_BYTE)
+    if width * height > most:
+        raise InvalidRequestError(
+            f"{name}: {what} announces {width} x {height} pixels in {num_bytes} bytes, which no "
+            f"picture of anything has; at most {most:,} pixels are believed of it: scale it down"
+        )
+
+
 def _from_pillow(name: str, image: Image.Image) -> Image.Image:
     try:
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # a file that is read only now
         raise InvalidRequestError(
             f"{name} is a broken or truncated image: {type(error).__name__}: {error}"

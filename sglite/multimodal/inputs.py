@@ -1,7 +1,7 @@
 """What a processor gives for a prompt with images: pixels, and where in the prompt they go."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sglite.interface.errors import RequestError
+
 
 @dataclass(frozen=True, eq=False)
 class MultimodalItem:
@@ -17,7 +19,8 @@ class MultimodalItem:
 
     Attributes:
         modality: "image" or "video".
-        pixel_values: what the family's vision tower takes, with its shape and dtype.
+        pixel_values: what the family's vision tower takes, with its shape and dtype. None where
+            they have been given up; the model never sees such an item.
         start, stop: the span; the model gives a row of embeddings for each token in it.
         data: what else the model needs of it: "grid_thw" (time, height and width of the grid of
             patches), say. Tensors, and plain values.
@@ -26,7 +29,7 @@ class MultimodalItem:
     """
 
     modality: str
-    pixel_values: Tensor
+    pixel_values: Tensor | None
     start: int
     stop: int
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -53,12 +56,49 @@ class MultimodalInputs:
         position_offset: what to add to a position behind the prompt, where there are `positions`.
         whole_spans: whether the tokens of a span see each other both ways: then a span is computed
             in one step, and taken out of the cache whole or not at all.
+        remake: makes the pixels again, one tensor for each item; None where that cannot be done.
     """
 
     items: Sequence[MultimodalItem]
     positions: NDArray[np.int64] | None = None
     position_offset: int = 0
     whole_spans: bool = False
+    remake: Callable[[], Sequence[Tensor]] | None = None
+
+    @property
+    def num_pixel_bytes(self) -> int:
+        """What the pixels take that are there."""
+        pixels = (item.pixel_values for item in self.items)
+        return sum(tensor.nbytes for tensor in pixels if tensor is not None)
+
+    def without_pixels(self) -> "MultimodalInputs":
+        """The same without pixels."""
+        if all(item.pixel_values is None for item in self.items):
+            return self
+        return replace(self, items=[replace(item, pixel_values=None) for item in self.items])
+
+    def emptied(self) -> "MultimodalInputs":
+        """The same without pixels and what these could be made of."""
+        return replace(self.without_pixels(), remake=None)
+
+    def released(self) -> "MultimodalInputs":
+        """The same without pixels where these can be made again."""
+        return self if self.remake is None else self.without_pixels()
+
+    def restored(self) -> "MultimodalInputs":
+        """The same with pixels.
+
+        Raises:
+            RequestError: they have been given up, and come out differently now.
+        """
+        made = self.remake()
+        items = [
+            replace(item, pixel_values=pixels, digest=b"")
+            for item, pixels in zip(self.items, made, strict=True)
+        ]
+        if [item.digest for item in items] != [item.digest for item in self.items]:
+            raise RequestError("an image has other pixels when it is read again")
+        return replace(self, items=items)
 
     def overlapping(self, start: int, stop: int) -> list[MultimodalItem]:
         """The items that have tokens among the positions `start` to before `stop`."""

@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from sglite.interface.errors import UnsupportedModelError
+from sglite.interface.errors import (
+    CheckpointError,
+    ConfigError,
+    SGLiteError,
+    UnsupportedModelError,
+)
 from sglite.multimodal.registry import find_processor
 
 
@@ -27,11 +32,13 @@ def load_processor(
 
     Raises:
         UnsupportedModelError: the model takes images, and nothing is registered that makes them.
-        CheckpointError: the checkpoint's image processor is broken.
+        ConfigError: `options.image_processor` cannot be had.
+        CheckpointError: the checkpoint's image processor is broken, or its files do not fit.
     """
     model_class = type(model)
     kind = find_processor(model_class, architecture)
     if kind is None:
+        _refuse_settings(options, f"{architecture} takes text only")
         return None
     if not hasattr(model_class, "get_image_feature"):
         raise UnsupportedModelError(
@@ -41,7 +48,28 @@ def load_processor(
     # Imported here, since few need it: it imports Pillow.
     from sglite.multimodal.base_processor import HubProcessor
 
-    hub = HubProcessor.load(folder, tokenizer, trust_remote_code=options.trust_remote_code)
-    processor = kind(hf_config, options, hub)
-    processor.bind(model)
+    hub = HubProcessor.load(
+        folder,
+        tokenizer,
+        trust_remote_code=options.trust_remote_code,
+        image_settings=options.image_processor,
+        fixed_settings=getattr(kind, "fixed_settings", frozenset()),
+    )
+    if hub.image_processor is None:
+        _refuse_settings(options, f"{folder} has no image processor")
+    try:
+        processor = kind(hf_config, options, hub)
+        processor.bind(model)
+    except SGLiteError:
+        raise
+    except Exception as error:  # a value of the files that the class cannot work with
+        raise CheckpointError(
+            f"{kind.__name__} cannot be made from the files in {folder}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return processor
+
+
+def _refuse_settings(options: Any, reason: str) -> None:
+    if options.image_processor:
+        raise ConfigError(f"image_processor={options.image_processor}: {reason}")

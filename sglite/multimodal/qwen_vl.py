@@ -12,6 +12,7 @@ from torch import Tensor
 from sglite.multimodal.base_processor import BaseMultimodalProcessor, ProcessedMedia
 from sglite.multimodal.inputs import MultimodalItem
 from sglite.multimodal.rope_positions import Grid, mrope_positions
+from sglite.multimodal.videos import Video
 
 # Of a video's frames, where the checkpoint has no file for them.
 _VIDEO_SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
@@ -22,7 +23,8 @@ class QwenVLImageProcessor(BaseMultimodalProcessor):
 
     `data["grid_thw"]` is int64[3]: patches along time, height and width. One token stands for
     `merge_size ** 2` patches. A video is cut into pairs of frames (`temporal_patch_size`), the last
-    one repeated where one is missing; a picture is a pair of itself.
+    one repeated where one is missing; a picture is a pair of itself. Qwen2.5-VL's positions along
+    time follow the clock, and so depend on the rate of the frames.
     """
 
     models = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
@@ -42,7 +44,7 @@ class QwenVLImageProcessor(BaseMultimodalProcessor):
         (grid,) = found["image_grid_thw"]
         return self._media("image", found["pixel_values"], grid, {})
 
-    def process_video(self, frames: Sequence[Image.Image]) -> ProcessedMedia:
+    def process_video(self, frames: Video) -> ProcessedMedia:
         """Pixels of a video's frames."""
         settings = self._processor.video_settings
         size = dict(settings.get("size") or _VIDEO_SIZE)
@@ -53,21 +55,22 @@ class QwenVLImageProcessor(BaseMultimodalProcessor):
         grids = found["image_grid_thw"]
         pixels, num_points = self._pairs(found["pixel_values"], len(frames))
         grid = torch.stack([torch.tensor(num_points), grids[0, 1], grids[0, 2]])
-        return self._media("video", pixels, grid, self.video_data())
+        return self._media("video", pixels, grid, self.video_data(frames.fps))
 
-    def video_data(self) -> dict[str, Any]:
-        """What else the positions of a video depend on; part of its digest."""
+    def video_data(self, fps: float | None) -> dict[str, Any]:
+        """What else the positions of a video depend on; part of its digest.
+
+        Args:
+            fps: its frames per second; None: as many as the checkpoint samples videos at.
+        """
         vision = self.hf_config.vision_config
         rate = getattr(vision, "tokens_per_second", None)
         if rate is None:
             return {}
-        seconds = self.image_processor.temporal_patch_size / self._fps
-        return {"interval": float(rate) * seconds}
-
-    @property
-    def _fps(self) -> float:
-        """Frames per second of a list of frames: what the checkpoint samples videos at."""
-        return float(self._processor.video_settings.get("fps") or 2.0)
+        fps = fps or self._processor.video_settings.get("fps") or 2.0
+        seconds = self.image_processor.temporal_patch_size / fps
+        # In float32, where Hugging Face's positions are counted.
+        return {"interval": float(np.float32(rate) * np.float32(seconds))}
 
     def _pairs(self, pixels: Tensor, num_frames: int) -> tuple[Tensor, int]:
         """Patches of pairs of frames, from those in which each frame is a pair of itself."""

@@ -44,7 +44,8 @@ def mrope_positions(num_tokens: int, grids: Sequence[Grid]) -> tuple[NDArray[np.
         position += grid.start - token
         stop = grid.start + grid.time * grid.height * grid.width
         time, height, width = np.indices((grid.time, grid.height, grid.width)).reshape(3, -1)
-        time = (time * grid.interval).astype(np.int64)
+        # In float32, as a product may fall short of a whole number in one precision alone.
+        time = (time.astype(np.float32) * np.float32(grid.interval)).astype(np.int64)
         positions[:, grid.start : stop] = np.stack([time, height, width]) + position
         token = stop
         position += max(grid.height, grid.width)

@@ -14,10 +14,18 @@ from scipy.stats import binomtest
 
 from bench.mmmu import main
 from bench.mmmu_answers import is_right, open_answers, parse
-from bench.mmmu_engines import Reply
+from bench.mmmu_engines import HuggingFace, Reply, Sglite, load_processor
 from bench.mmmu_prompts import as_messages, make_prompt, prompt_text
 from bench.mmmu_questions import DataError, Question, read_questions
-from bench.mmmu_report import Run, mcnemar, summarise, tables
+from bench.mmmu_report import (
+    DifferentPromptsError,
+    Run,
+    check_same_prompts,
+    mcnemar,
+    summarise,
+    tables,
+)
+from tests.vision_checkpoints import RECIPES, make_vision_checkpoint, picture
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "train_demo_vl"
@@ -264,11 +272,70 @@ def test_subjects_unparsable_answers_and_differences_are_counted():
     assert (comparison["same_answer"], comparison["same_text"]) == (2, 1)
     assert (comparison["only_first_right"], comparison["only_second_right"]) == (1, 1)
     assert comparison["p_value"] == 1.0
+    assert comparison["agreement"] == 0.5
+    assert comparison["first_token_speedup"] == comparison["throughput_speedup"] == 1.0
     assert result["images"] == 3
     accuracy, speed, paired = tables(json.loads(json.dumps(result)))
     assert accuracy.cells[-1] == ["overall", "3", "2", "66.7", "1", "2", "66.7", "0"]
     assert [len(line) for line in speed.cells] == [3] * 6
-    assert paired.cells[0] == ["same answer", "2 of 4"]
+    assert paired.cells[0] == ["same answer", "2 of 4, 50.0 %"]
+    assert paired.cells[5] == ["time to first token, hf / ours", "1.00"]
+
+
+def test_speedups_are_above_one_where_the_first_engine_is_ahead():
+    questions = [Question("a", "Art", "mmmu", "", (), {}, ("7",))]
+    replies = [Reply("7", 10, 2)]
+    ours = Run("ours", "1.0", replies, 2.0, [0.1])
+    theirs = Run("hf", "1.0", replies, 6.0, [0.4])
+    comparison = summarise(questions, [ours, theirs])["comparison"]
+    assert comparison["first_token_speedup"] == pytest.approx(4)
+    assert comparison["throughput_speedup"] == pytest.approx(3)
+
+
+def test_prompts_of_other_lengths_are_no_comparison():
+    questions = [Question(f"q{n}", "Art", "mmmu", "", (), {}, ("7",)) for n in range(8)]
+    same = [Reply("7", 10, 2)] * 8
+    check_same_prompts(questions, [Run("a", "", same, 1, [1]), Run("b", "", same, 1, [1])])
+    other = [Reply("7", 10 + n % 2, 2) for n in range(8)]
+    with pytest.raises(DifferentPromptsError, match=r"4 of 8(.|\n)*q1: a 10, b 11\nq3: a 10, b 11"):
+        check_same_prompts(questions, [Run("a", "", same, 1, [1]), Run("b", "", other, 1, [1])])
+
+
+# -- both engines' prompts ------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}[{{ part.text }}]{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_an_older_llava_counts_the_tokens_of_its_tower(tmp_path, tower, strategy):
+    vision = RECIPES["llava" if tower == "clip" else "llava-onevision"].config["vision_config"]
+    make_vision_checkpoint(
+        tmp_path, "llava", vision_config=vision, vision_feature_select_strategy=strategy
+    )
+    processor = load_processor(tmp_path)
+    found = processor(text="<image>", images=picture(40, 30), return_tensors="pt")
+    count = 36 + (tower == "clip") - (strategy == "default")
+    assert found["input_ids"].tolist()[0].count(processor.image_token_id) == count
+
+
+def test_both_take_the_processors_chat_template_before_the_tokenizers(tmp_path):
+    make_vision_checkpoint(tmp_path, "llava")
+    other = TEMPLATE.replace("[", "and much more: [")
+    for file, template in (("chat_template.json", TEMPLATE), ("tokenizer_config.json", other)):
+        path = tmp_path / file
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, "chat_template": template}))
+    replies = []
+    for kind in (Sglite, HuggingFace):
+        engine = kind(str(tmp_path), "float32", "cpu", 2)
+        replies.append(list(engine.answer([[png(56)["bytes"], "what?"], ["who?"]], 4)))
+        engine.close()
+    assert replies[0] == replies[1]
 
 
 # -- a run on drawn questions, with the checkpoint that ships --------------------------------------
@@ -299,19 +366,36 @@ def measure(tmp_path, *arguments):
     return json.loads(output.read_text())
 
 
-def test_both_engines_agree_on_drawn_questions(drawn, tmp_path):
-    result = measure(tmp_path, "--data", drawn / "MMMU", "--engine", "both")
+def test_both_engines_agree_on_drawn_questions(drawn, tmp_path, capsys):
+    # Greedy answers of the same weights in float32: no near tie is decided by rounding.
+    words = ("--engine", "both", "--dtype", "float32")
+    result = measure(tmp_path, "--data", drawn / "MMMU", *words)
     assert result["questions"] == 24
     assert result["images"] > 24
     assert list(result["engines"]) == ["sglite", "hf"]
     for engine in result["engines"].values():
         assert sorted(engine["accuracy"]) == ["Colour", "Count", "Number", "Shape", "overall"]
         assert engine["accuracy"]["overall"]["right"] >= 21
-        assert engine["speed"]["first_token_ms"] > 0
         assert engine["speed"]["prompt_tokens"] > 24 * 40
-    assert result["comparison"]["same_answer"] >= 23
+    comparison = result["comparison"]
+    assert (comparison["same_answer"], comparison["differing"]) == (24, [])
+    assert comparison["first_token_speedup"] > 1
+    assert comparison["throughput_speedup"] > 1
+    printed = capsys.readouterr().out
+    for words in ("24 of 24, 100.0 %", "McNemar", "time to first token, hf / sglite"):
+        assert words in printed
     ours, theirs = (engine["speed"] for engine in result["engines"].values())
     assert ours["prompt_tokens"] == theirs["prompt_tokens"]
+
+
+def test_a_run_whose_prompts_differ_fails(drawn, tmp_path, monkeypatch):
+    def other(self, prompts, max_new_tokens):
+        return [Reply("A", 7, 1)] * len(prompts)
+
+    monkeypatch.setattr(HuggingFace, "answer", other)
+    with pytest.raises(SystemExit, match=r"NO COMPARISON: 2 of 2 (.|\n)*hf 7"):
+        measure(tmp_path, "--data", drawn / "MMMU", "--engine", "both", "--limit", "2")
+    assert (tmp_path / "result.json").exists()
 
 
 def test_ten_options_are_read_and_pictures_of_questions_are_shown(drawn, tmp_path):

@@ -93,6 +93,12 @@ class FakeRunner:
     def _content(tokens: list[int], position: int) -> int:
         return position * VOCAB_SIZE + tokens[position]
 
+    def stats(self) -> dict[str, int]:
+        return {}
+
+    def rest(self) -> None:
+        self._sampled = {}
+
     def close(self) -> None:
         pass
 

@@ -10,7 +10,8 @@ import weakref
 
 import pytest
 
-from sglite.engine.driver import Call, Driver
+from sglite.engine.driver import Driver
+from sglite.engine.waiting import Call
 from sglite.interface.errors import EngineClosedError, RequestError, SGLiteError
 from tests.engine.fake_runner import expected_output
 from tests.engine.test_scheduler import check_pages, make_engine, make_request
@@ -146,6 +147,159 @@ def test_a_call_whose_thread_has_died_is_aborted():
     assert calls[0].requests[0].finish_reason == "abort"
 
 
+def test_what_is_read_by_one_thread_after_the_other_outlives_them():
+    """A web server reads streams on threads of a pool, which come and go."""
+    engine = make_engine(num_pages=200)
+    slow_down(engine)
+    driver = make_driver(engine)
+    call = Call([make_request([1, 2], 60)], every_token=True)
+    driver.submit(call)
+    for _ in range(3):
+        thread = threading.Thread(target=driver.wait, args=(call,))
+        thread.start()
+        thread.join()
+        steps = engine.scheduler.statistics.steps
+        wait_until(lambda steps=steps: engine.scheduler.statistics.steps > steps + 3)
+    finish(call)
+    assert call.requests[0].output_token_ids == expected_output([1, 2], 60)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_interrupt_while_the_thread_starts_makes_no_second_one(monkeypatch, waits):
+    """The first thread may come to life before or after the one that follows it."""
+    engine = make_engine(num_pages=200)
+    slow_down(engine)
+    step, inside, at_once = engine.step, [], []
+
+    def watched_step():
+        inside.append(1)
+        at_once.append(len(inside))
+        step()
+        inside.pop()
+
+    engine.step = watched_step
+    may_begin, begun = threading.Event(), []
+
+    @contextlib.contextmanager
+    def state():
+        begun.append(1)
+        if len(begun) == 1 and waits:
+            may_begin.wait()
+        yield
+
+    driver = Driver(engine, state)
+    start = threading.Thread.start
+
+    def interrupted_start(thread):
+        monkeypatch.setattr(threading.Thread, "start", start)
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    with pytest.raises(KeyboardInterrupt):
+        driver.submit(Call([make_request([1])]))
+    wait_until(lambda: begun)
+    call = Call([make_request([1, 2], 50)])
+    driver.submit(call)
+    wait_until(lambda: len(call.requests[0].output_token_ids) > 5)
+    may_begin.set()
+    finish(call)
+    assert set(at_once) == {1}
+    assert call.requests[0].output_token_ids == expected_output([1, 2], 50)
+    wait_until(lambda: not driver_threads())
+    check_pages(engine)
+
+
+def within_a_step(engine, action):
+    """Has a step do something on its way, once."""
+    run = engine.runner.launch
+
+    def run_and_act(step):
+        engine.runner.launch = run
+        action()
+        return run(step)
+
+    engine.runner.launch = run_and_act
+
+
+def test_a_step_that_waits_for_its_own_call_is_refused():
+    engine = make_engine()
+    driver = make_driver(engine)
+    call, errors = Call([make_request([1, 2])]), []
+
+    def wait():
+        with pytest.raises(SGLiteError, match="from within its own step") as caught:
+            driver.wait(call)
+        errors.append(caught.value)
+
+    within_a_step(engine, wait)
+    driver.submit(call)
+    finish(call)
+    assert len(errors) == 1
+    assert call.requests[0].output_token_ids == expected_output([1, 2], 8)
+
+
+def test_a_step_may_abort_a_call_and_does_not_wait():
+    engine = make_engine()
+    driver = make_driver(engine)
+    call = Call([make_request([1, 2], 30)])
+    within_a_step(engine, lambda: driver.abort(call))
+    driver.submit(call)
+    finish(call)
+    assert call.requests[0].finish_reason == "abort"
+    assert call.ended_as == "it was aborted"
+
+
+def test_a_step_may_close_the_driver_which_ends_behind_it():
+    engine = make_engine()
+    driver = make_driver(engine)
+    call, order = Call([make_request([1, 2], 30)]), []
+    step = engine.step
+
+    def watched_step():
+        step()
+        order.append("step")
+
+    engine.step = watched_step
+    within_a_step(engine, lambda: driver.close(lambda: order.append("end")))
+    driver.submit(call)
+    finish(call)
+    wait_until(lambda: not driver_threads())
+    assert order == ["step", "end"]
+    assert call.ended_as == "this LLM was closed"
+    with pytest.raises(EngineClosedError):
+        driver.submit(call)
+
+
+def test_closing_without_patience_is_done_by_the_drivers_own_thread():
+    engine = make_engine(num_pages=200)
+    slow_down(engine, 0.2)
+    driver = make_driver(engine)
+    call, closed_by = Call([make_request([1, 2], 150)]), []
+    driver.submit(call)
+    wait_until(lambda: engine.scheduler.running)
+    (thread,) = driver_threads()
+    driver.close(lambda: closed_by.append(threading.current_thread()), patience=0.01)
+    assert not closed_by
+    finish(call)
+    thread.join()
+    assert closed_by == [thread]
+    driver.close(lambda: closed_by.append(threading.current_thread()))
+    assert closed_by == [thread, threading.current_thread()]
+
+
+def test_the_thread_is_no_daemon_whoever_starts_it():
+    engine = make_engine(num_pages=200)
+    slow_down(engine)
+    driver = make_driver(engine)
+    call = Call([make_request([1, 2], 150)], every_token=True)
+    starter = threading.Thread(target=driver.submit, args=(call,), daemon=True)
+    starter.start()
+    starter.join()
+    assert [thread.daemon for thread in driver_threads()] == [False]
+    driver.abort(call)
+
+
 def test_calling_from_within_a_step_is_refused():
     engine = make_engine()
     driver = make_driver(engine)
@@ -216,15 +370,26 @@ from tests.engine.test_driver import *
 engine = make_engine(num_pages=20000)
 slow_down(engine, 0.01)
 driver = make_driver(engine)
-call = Call([make_request([1, 2], 60000)])
-driver.submit(call)
+call = Call([make_request([1, 2], 60000)], every_token={every_token})
+def work():
+    driver.submit(call)
+    {then}
+if {daemon}:
+    threading.Thread(target=work, daemon=True).start()
+else:
+    work()
 wait_until(lambda: call.requests[0].output_token_ids)
 print("running", flush=True)
 """
 
 
-def test_the_interpreter_exits_at_once_with_a_call_left_running(request):
-    script = _ABANDON.format(root=str(request.config.rootpath))
+@pytest.mark.parametrize(
+    ("daemon", "then", "every_token"), [(False, "pass", True), (True, "finish(call)", False)]
+)
+def test_the_interpreter_exits_at_once_with_a_call_left_running(request, daemon, then, every_token):
+    script = _ABANDON.format(
+        root=str(request.config.rootpath), daemon=daemon, then=then, every_token=every_token
+    )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"running\n"
         # The call has ten minutes of steps before it.

@@ -1,10 +1,12 @@
 """Whatever raises, wherever: the requests concerned fail, and the books are right for the next."""
 
 import contextlib
+import logging
 
 import pytest
 
-from sglite.engine.driver import Call, Driver
+from sglite.engine.driver import Driver
+from sglite.engine.waiting import Call
 from sglite.interface.errors import RequestError
 from tests.engine.fake_runner import expected_output
 from tests.engine.test_driver import driver_threads, finish, make_driver, wait_until
@@ -83,6 +85,115 @@ def test_a_step_that_fails_ends_those_in_it_and_nobody_who_waits(runs_ahead, fai
         for request in failed:
             assert isinstance(request.error.__cause__, MemoryError | IndexError)
         check_right(run_all(make_driver(engine)))
+
+
+@pytest.mark.parametrize("name", ["fail_all", "rest"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_fault_while_another_is_dealt_with(name, times):
+    """As when memory is short: what catches the first one fails in its turn."""
+    engine = make_engine()
+    driver = make_driver(engine)
+    original = getattr(engine, name)
+    raised = []
+
+    def failing(*arguments):
+        if len(raised) < times:
+            raised.append(1)
+            raise Planted("the second")
+        return original(*arguments)
+
+    def fail_first(step):
+        del engine.runner.launch
+        engine.scheduler.fail = None  # so that the engine cannot deal with it
+        raise Planted("the first")
+
+    setattr(engine, name, failing)
+    engine.runner.launch = fail_first
+    calls = [Call([make_request(prompt, 10)]) for prompt in PROMPTS]
+    for call in calls:
+        driver.submit(call)
+    for call in calls:
+        finish(call)
+    wait_until(lambda: not driver_threads())
+    del engine.scheduler.fail
+    check_pages(engine)
+    check_right(run_all(driver))
+
+
+def test_a_call_that_cannot_be_told_is_told_again():
+    driver = make_driver(make_engine())
+    call = Call([make_request([1, 2])])
+    wake, raised = call._wake, []
+
+    def failing():
+        if not raised:
+            raised.append(1)
+            raise MemoryError("planted")
+        wake()
+
+    call._wake = failing
+    driver.submit(call)
+    finish(call)
+    wait_until(lambda: not driver_threads())
+
+
+class UnprintableError(Exception):
+    """What a model's own code may raise."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("raised", [UnprintableError(), Planted("planted")])
+@pytest.mark.parametrize("logger", ["engine", "driver"])
+def test_a_log_filter_that_raises_leaves_nobody_waiting(raised, logger):
+    class Broken(logging.Filter):
+        def filter(self, record):
+            records.append(record)
+            raise OSError("the host's own filter")
+
+    records = []
+    engine = make_engine()
+    launch = engine.runner.launch
+
+    def failing(step):
+        engine.runner.launch = launch
+        raise raised
+
+    engine.runner.launch = failing
+    if logger == "driver":  # the engine cannot deal with it
+        engine.scheduler.fail = None
+    driver, broken = make_driver(engine), Broken()
+    log = logging.getLogger(f"sglite.engine.{logger}")
+    log.addFilter(broken)
+    try:
+        call = Call([make_request([1, 2])])
+        driver.submit(call)
+        finish(call)
+    finally:
+        log.removeFilter(broken)
+    assert records
+    assert isinstance(call.requests[0].error, RequestError)
+    if logger == "driver":
+        del engine.scheduler.fail
+    check_right(run_all(driver))
+
+
+def test_each_request_has_an_error_of_its_own():
+    """Whoever raises it gives it a traceback, which is nobody else's affair."""
+    engine = make_engine()
+
+    def failing(step):
+        raise MemoryError("planted")
+
+    engine.runner.launch = failing
+    driver = make_driver(engine)
+    call = Call([make_request([1, 2]), make_request([3])])
+    driver.submit(call)
+    finish(call)
+    first, second = (request.error for request in call.requests)
+    assert first is not second
+    assert first.__cause__ is second.__cause__
 
 
 class BrokenText:

@@ -43,11 +43,57 @@ llm.close()
 llm = LLM("demo", kv_cache_tokens=8192)
 print(llm.generate("What is 17 + 25?", temperature=0).text)
 """
+WATCHED = """
+import gc, sys, weakref
+gc.collect()
+gc.disable()
+watched = [weakref.ref(part) for part in (llm._engine, llm.model, llm._engine.runner.pool)]
+def failing(*arguments):
+    raise MemoryError("planted")
+"""
+FAILED = """
+llm.model.forward = failing
+llm.generate(prompts, **params)
+"""
+DELETED = """
+del llm
+print(sys.last_value is not None, [reference() for reference in watched])
+llm = LLM("demo", kv_cache_tokens=8192)
+print(llm.generate("What is 17 + 25?", temperature=0).text)
+"""
 
 
 def test_interrupt_resume_and_await_in_a_kernel(tmp_path):
     flag = tmp_path / "is generating"
-    sources = [LOAD, INTERRUPTED.format(flag=str(flag)), RESUMED, AWAITED, RELOADED, RELOADED]
+    interrupted = INTERRUPTED.format(flag=str(flag))
+    errors, texts = run_cells([LOAD, interrupted, RESUMED, AWAITED, RELOADED, RELOADED], flag)
+    assert errors == {1: ["KeyboardInterrupt"]}
+    assert texts[0] == "4\n"
+    assert texts[2] == "True 0\nTrue\n"
+    assert "42" in texts[3]
+    assert "3 4 5 6 7 8 9 10 11 12" in texts[3]
+    assert texts[3].endswith("1\n")
+    assert "42" in texts[4]
+    assert "42" in texts[5]
+
+
+def test_del_frees_everything_after_an_interrupt_and_after_an_error(tmp_path):
+    """A kernel keeps the last error, with its traceback."""
+    flag = tmp_path / "is generating"
+    cells = [LOAD, WATCHED, INTERRUPTED.format(flag=str(flag)), DELETED]
+    cells += [WATCHED, FAILED, DELETED]
+    errors, texts = run_cells(cells, flag)
+    assert errors == {2: ["KeyboardInterrupt"], 5: ["GenerationError"]}
+    for text in (texts[3], texts[6]):
+        assert text.startswith("True [None, None, None]\n")
+        assert "42" in text
+
+
+def run_cells(sources, flag):
+    """Runs cells in a kernel, and presses its interrupt button once the file `flag` is there.
+
+    Gives the names of errors by the cell's number, and the texts that all cells printed.
+    """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
     client = NotebookClient(notebook, timeout=120, kernel_name="python3", allow_errors=True)
 
@@ -62,18 +108,11 @@ def test_interrupt_resume_and_await_in_a_kernel(tmp_path):
     errors = {
         i: [o.ename for o in c.outputs if o.output_type == "error"] for i, c in _cells(client)
     }
-    assert {i: names for i, names in errors.items() if names} == {1: ["KeyboardInterrupt"]}
     texts = [
         "".join(o.text for o in cell.outputs if o.get("name") == "stdout")
         for _, cell in _cells(client)
     ]
-    assert texts[0] == "4\n"
-    assert texts[2] == "True 0\nTrue\n"
-    assert "42" in texts[3]
-    assert "3 4 5 6 7 8 9 10 11 12" in texts[3]
-    assert texts[3].endswith("1\n")
-    assert "42" in texts[4]
-    assert "42" in texts[5]
+    return {i: names for i, names in errors.items() if names}, texts
 
 
 def _cells(client):

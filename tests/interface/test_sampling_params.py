@@ -239,6 +239,13 @@ class TestUnknownNames:
         assert f"Unknown sampling parameter {name!r}. Did you mean {nearest!r}?" in message
         assert "presence_penalty" in message
 
+    def test_a_bar_is_shown_elsewhere(self, make):
+        with pytest.raises(InvalidRequestError) as caught:
+            make("progress")
+        assert "Did you mean" not in str(caught.value)
+        assert "generate(), chat() and resume()" in str(caught.value)
+        assert "streams and async calls show no bar" in str(caught.value)
+
     @pytest.mark.parametrize("name", ["self", "others", "value", "count", "keywords"])
     def test_a_name_from_our_own_code_is_unknown_too(self, make, name):
         with pytest.raises(InvalidRequestError, match=f"Unknown sampling parameter '{name}'"):

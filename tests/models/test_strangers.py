@@ -7,7 +7,10 @@ import shutil
 import socket
 import struct
 import sys
+import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -166,6 +169,16 @@ def test_a_file_that_never_ends_is_no_file(folder, name):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_a_setting_that_a_tokenizer_cannot_use_is_found_when_it_is_loaded(folder, tokenizer_class):
+    edit_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": tokenizer_class, "model_max_length": "long"},
+    )
+    with pytest.raises(CheckpointError, match=f"tokenizer in {folder} cannot be read"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -183,20 +196,20 @@ def test_counts_of_the_config_are_checked_before_anything_is_built(
     folder, field, value, architecture
 ):
     edit_json(folder / "config.json", {field: value})
-    before = fuzz_loader._peak_memory(reset=True)
+    before = fuzz_loader.peak_memory(reset=True)
     with pytest.raises(CheckpointError, match=str(folder)):
         load(folder, architecture=architecture)
-    assert fuzz_loader._peak_memory() - before < 200 << 20
+    assert fuzz_loader.peak_memory() - before < 200 << 20
 
 
 @pytest.mark.parametrize("length", [2**30, 2**40, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_takes_no_memory(folder, length):
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
-    before = fuzz_loader._peak_memory(reset=True)
+    before = fuzz_loader.peak_memory(reset=True)
     with pytest.raises(CheckpointError, match="cut short"):
         load(folder)
-    assert fuzz_loader._peak_memory() - before < 100 << 20
+    assert fuzz_loader.peak_memory() - before < 100 << 20
 
 
 @pytest.mark.parametrize("architecture", [None, "transformers"])
@@ -236,16 +249,42 @@ def test_a_chat_template_is_a_text_and_no_program(folder, template):
         assert llm.generate("Hi", temperature=0, max_new_tokens=2).finish_reason == "length"
 
 
-def open_what_strangers_name():
-    """A child process: which files Python opens while a checkpoint is read that names others."""
-    import tempfile
+def test_a_template_that_takes_its_time_keeps_nobody_else_waiting(folder):
+    at_work, go_on = threading.Event(), threading.Event()
 
+    def render(*arguments, **keywords):
+        at_work.set()
+        go_on.wait(60)
+        return "a b c"
+
+    with LLM(folder, kv_cache_tokens=256) as llm, ThreadPoolExecutor(2) as pool:
+        llm.tokenizer.chat_template = "{{ messages }}"
+        llm.tokenizer.apply_chat_template = render
+        reply = pool.submit(llm.chat, [{"role": "user", "content": "Hi"}], max_new_tokens=2)
+        try:
+            assert at_work.wait(30)
+            other = pool.submit(llm.generate, "a b", max_new_tokens=2)
+            assert other.result(timeout=30).prompt == "a b"
+            assert not reply.done()
+        finally:
+            go_on.set()
+        assert reply.result(timeout=30).prompt == "a b c"
+
+
+def read_only_of_the_folder(make, use, files):
+    """Prints which files Python opens outside a checkpoint's folder while it is used.
+
+    Args:
+        make: writes a checkpoint to a folder.
+        use: loads it, with an architecture.
+        files: which of its JSON files are to name others.
+    """
     with tempfile.TemporaryDirectory() as name:
         secret = Path(name) / "secret"
         secret.mkdir()
         for file in ("config.json", "tokenizer.json", "model.safetensors", "vocab.json"):
             (secret / file).write_text("{}")
-        folder = make_checkpoint(Path(name) / "model", dtype=torch.bfloat16)
+        folder = make(Path(name) / "model")
         named = {
             "_name_or_path": str(secret),
             "name_or_path": str(secret),
@@ -255,9 +294,12 @@ def open_what_strangers_name():
             "chat_template_file": str(secret / "config.json"),
             "special_tokens_map_file": str(secret / "config.json"),
             "base_model_name_or_path": str(secret),
+            "image_processor_file": str(secret / "config.json"),
+            "audio_tokenizer": {"audio_tokenizer_name_or_path": str(secret)},
         }
-        for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
-            edit_json(folder / file, named)
+        for file in files:
+            if (folder / file).exists():
+                edit_json(folder / file, named)
         opened = []
 
         def hook(event, arguments):
@@ -266,7 +308,7 @@ def open_what_strangers_name():
 
         sys.addaudithook(hook)
         for architecture in (None, "transformers"):
-            load(folder, architecture=architecture)
+            use(folder, architecture=architecture)
         # Packages are looked for in the working folder too, by names relative to it.
         paths = [os.path.abspath(path) for path in opened]
         assert any(path.startswith(str(folder)) for path in paths)
@@ -281,6 +323,12 @@ def open_what_strangers_name():
         )
         others = [p for p in paths if not p.startswith((*places, "/proc", "/sys", "/dev"))]
         print(sorted(set(others)))
+
+
+def open_what_strangers_name():
+    """A child process: which files Python opens while a checkpoint is read that names others."""
+    files = ("config.json", "tokenizer_config.json", "generation_config.json")
+    read_only_of_the_folder(lambda to: make_checkpoint(to, dtype=torch.bfloat16), load, files)
 
 
 def test_only_files_of_the_folder_are_opened():
@@ -300,7 +348,7 @@ def test_the_fuzzer_sees_what_is_wrong(monkeypatch, tmp_path):
             raise CheckpointError("something is wrong somewhere")
         raise CheckpointError(f"{folder} is broken")
 
-    fuzz_loader.make_bases(tmp_path)
+    fuzz_loader.make_bases(tmp_path, ["llama"])
     monkeypatch.setattr("sglite.LLM", broken)
     problems = fuzz_loader.fuzz(0, 5, tmp_path)
     assert len(problems) == 2

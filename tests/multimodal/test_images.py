@@ -2,16 +2,23 @@
 
 import base64
 import io
+import struct
+import subprocess
+import threading
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from sglite.interface.errors import InvalidRequestError
-from sglite.multimodal.images import MAX_PIXELS, read_frames, read_image
+from sglite.multimodal.images import FORMATS, MAX_PIXELS, read_frames, read_image
+from tests.fuzz_loader import peak_memory
 from tests.vision_checkpoints import picture
 
 PICTURE = picture(31, 17, 5)
@@ -177,3 +184,103 @@ def test_frames_are_of_one_size():
         read_frames("x", [PICTURE, b"?"])
     with pytest.raises(InvalidRequestError, match="not decoded here"):
         read_frames("x", "film.mp4")
+
+
+def test_formats_for_which_pillow_starts_programs_are_not_read(monkeypatch):
+    started = []
+
+    def start(*arguments, **keywords):
+        started.append(arguments)
+        raise OSError("no program")
+
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")
+    monkeypatch.setattr(subprocess, "Popen", start)
+    eps = encoded(PICTURE, "EPS")
+    with pytest.raises(OSError, match="no program"):
+        Image.open(io.BytesIO(eps)).load()
+    assert len(started) == 1
+    with pytest.raises(InvalidRequestError, match="no image of a format.*: PNG, JPEG, WEBP"):
+        read_image("x", eps)
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_of_the_list_is_read(kind):
+    data = encoded(PICTURE, kind)
+    expected = Image.open(io.BytesIO(data)).convert("RGB")
+    assert np.array_equal(pixels(read_image("x", data)), pixels(expected))
+
+
+@pytest.mark.parametrize("kind", ["ICO", "TGA", "PCX", "PDF", "SGI"])
+def test_no_other_format_is_read(kind):
+    with pytest.raises(InvalidRequestError, match="no image of a format"):
+        read_image("x", encoded(PICTURE, kind))
+
+
+def header_alone(width, height):
+    """A PNG that ends behind its header."""
+    fields = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + fields
+    return start + struct.pack(">I", zlib.crc32(fields)) + struct.pack(">I", 9999) + b"IDAT"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own
+@pytest.mark.parametrize("source", ["bytes", "path", "data url"])
+def test_a_small_file_that_announces_a_large_picture_takes_no_memory(source, tmp_path):
+    data = header_alone(13_000, 13_000)
+    (tmp_path / "a.png").write_bytes(data)
+    given = {
+        "bytes": data,
+        "path": tmp_path / "a.png",
+        "data url": "data:image/png;base64," + base64.b64encode(data).decode(),
+    }
+    before = peak_memory(reset=True)
+    with pytest.raises(InvalidRequestError, match="13000 x 13000 pixels in 41 bytes"):
+        read_image("x", given[source])
+    assert peak_memory() - before < 20 << 20
+
+
+def test_a_solid_picture_of_usual_size_may_be_small():
+    for kind in ("PNG", "WEBP"):
+        data = encoded(Image.new("RGB", (4000, 4000), "white"), kind, lossless=True)
+        assert read_image("x", data).size == (4000, 4000)
+    # And one bit a pixel is as dense as a PNG can be, at any size.
+    data = encoded(Image.new("1", (8000, 8000)))
+    assert read_image("x", data).size == (8000, 8000)
+
+
+def test_a_picture_is_held_once():
+    data = encoded(Image.new("RGB", (4000, 4000), "white"), compress_level=1)
+    before = peak_memory(reset=True)
+    read_image("x", data)
+    assert peak_memory() - before < 1.3 * 4 * 4000 * 4000  # Pillow has four bytes a pixel
+
+
+def test_what_a_caller_has_opened_is_left_as_it_is():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = Image.open(io.BytesIO(encoded(PICTURE, exif=exif)))
+    assert read_image("x", opened).size == PICTURE.size[::-1]
+    assert opened.size == PICTURE.size
+    assert opened.getexif()[0x0112] == 6
+
+
+def test_threads_that_read_at_once_leave_the_warning_filters_alone(monkeypatch):
+    """Saved and restored filters would be those of whoever overlaps."""
+    before = list(warnings.filters)
+    barrier = threading.Barrier(2)
+    opened = Image.open
+
+    def together(*arguments, **keywords):
+        barrier.wait(10)
+        return opened(*arguments, **keywords)
+
+    def catch(*arguments, **keywords):
+        raise AssertionError("this changes the whole process")
+
+    monkeypatch.setattr(Image, "open", together)
+    monkeypatch.setattr(warnings, "catch_warnings", catch)
+    data = encoded(PICTURE)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: read_image("x", data), range(4)))
+    assert warnings.filters == before

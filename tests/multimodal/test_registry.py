@@ -10,8 +10,10 @@ from sglite import UnsupportedModelError, register
 from sglite.models.llama import LlamaForCausalLM
 from sglite.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from sglite.models.registry import ModelRegistry
+from sglite.models.transformers import TransformersVisionModel
 from sglite.multimodal import registry
 from sglite.multimodal.base_processor import BaseMultimodalProcessor
+from sglite.multimodal.hugging_face import HuggingFaceProcessor
 from sglite.multimodal.qwen_vl import QwenVLImageProcessor
 from sglite.multimodal.registry import find_processor
 
@@ -132,3 +134,19 @@ def test_what_is_missing_or_broken_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SGLITE_EXTERNAL_MM_PROCESSOR_PACKAGE", "no_such_package")
     with pytest.raises(UnsupportedModelError, match="PACKAGE=no_such_package.*ModuleNotFound"):
         find_processor(nn.Linear, "Blind")
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_a_model_run_by_hugging_faces_class_has_its_processor(is_reversed):
+    """Whatever was imported first."""
+    if is_reversed:
+        registry._classes.reverse()
+    name = "Qwen2VLForConditionalGeneration"
+    assert find_processor(TransformersVisionModel, name) is HuggingFaceProcessor
+    assert find_processor(Qwen2VLForConditionalGeneration, name) is QwenVLImageProcessor
+
+    class Own(BaseMultimodalProcessor):
+        models = (name,)
+
+    registry._classes.insert(0, registry._classes.pop())
+    assert find_processor(TransformersVisionModel, name) is Own

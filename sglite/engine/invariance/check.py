@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sglite.engine.device import EngineThread
-from sglite.engine.driver import Call, Driver
+from sglite.engine.driver import Driver
 from sglite.engine.engine import Engine
 from sglite.engine.invariance.plans import TAIL, Plan, Planner, Settings, Span, alone
 from sglite.engine.invariance.recording import Comparison, Recorder, RecordingRunner, Reference
 from sglite.engine.invariance.report import Condition, InvarianceReport
 from sglite.engine.progress import ProgressBar
 from sglite.engine.request import Request
+from sglite.engine.waiting import Call
 from sglite.interface.config import EngineConfig
 from sglite.interface.sampling_params import SamplingParams
 
@@ -162,7 +163,7 @@ def _wait_for(driver: Driver, call: Call) -> None:
         driver.submit(call)
         seen = 0
         while not call.is_finished:
-            seen = call.wait(seen)
+            seen = driver.wait(call, seen)
     except BaseException:
         driver.abort(call)
         raise
