@@ -26,7 +26,7 @@ from sglite.models.transformers_attention import (
 )
 from sglite.models.transformers_calls import record_calls
 from sglite.models.transformers_probe import Recorder, run_recorded
-from sglite.multimodal.base_processor import PROCESSOR_FILES, HubProcessor
+from sglite.multimodal.base_processor import HubProcessor
 from sglite.multimodal.hugging_face import rope_index
 from sglite.multimodal.inputs import MultimodalItem
 
@@ -133,7 +133,7 @@ def read_image_processor(name: str, folder: Path) -> Any:
     if found is None:
         raise CheckpointError(
             f"{name} takes images, but {folder} has no image processor: neither "
-            f"{' nor '.join(PROCESSOR_FILES)} is there"
+            f"preprocessor_config.json nor processor_config.json is there"
         )
     return found
 
@@ -180,6 +180,7 @@ def weights_on(module: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         lent.clear()
         for store, own in zip(stores, before, strict=True):
+            store.clear()
             store.update(own)
         if device.type == "cuda":
             torch.cuda.empty_cache()
