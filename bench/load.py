@@ -34,7 +34,7 @@ _BUFFER = 1 << 20
 #: What is timed inside `LLM(...)`: the module in which a function is looked up, its name, a label.
 _PARTS = (
     ("sglite.llm", "resolve_checkpoint", "folder and config.json"),
-    ("sglite.llm", "load_tokenizer", "tokenizer"),
+    ("sglite.models.from_checkpoint", "load_tokenizer", "tokenizer"),
     ("sglite.models.loader", "read_config", "config"),
     ("sglite.models.loader", "SafetensorsFile", "headers"),
     ("sglite.models.loader", "_build", "modules"),

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -50,20 +49,14 @@ from sglite.interface.sampling_params import SamplingParams
 from sglite.models.checkpoint import (
     Checkpoint,
     errors_name_files,
-    load_tokenizer,
     resolve_checkpoint,
-    tokenizer_bytes,
 )
 from sglite.models.description import ModelDescription, describe
+from sglite.models.from_checkpoint import take_checkpoint
 from sglite.models.live import device_of, take_module
-from sglite.models.loader import load_model
 from sglite.multimodal.loading import load_processor
 
 _log = logging.getLogger(__name__)
-
-# Bytes of a tokenizer's files that are worth a thread. What a thread allocates often stays with
-# the process in an arena of malloc's own.
-_LARGE_TOKENIZER = 1 << 20
 
 
 class LLM:
@@ -183,7 +176,8 @@ class LLM:
         if checkpoint is None:
             loaded, self.tokenizer = take_module(options)
         else:
-            loaded, self.tokenizer = _load(options, checkpoint, device)
+            room = free_memory(device) if device.type == "cuda" else None
+            loaded, self.tokenizer = take_checkpoint(options, checkpoint, device, room)
         if options.batch_invariant and not loaded.can_be_batch_invariant:
             raise ConfigError(
                 f"batch_invariant=True: parts of {loaded.architecture} run as Hugging Face has "
@@ -647,38 +641,3 @@ class LLM:
 def _release(engine: Engine, thread: EngineThread) -> None:
     engine.close()
     thread.close()
-
-
-def _load(options: LLMOptions, checkpoint: Checkpoint, device: torch.device) -> tuple:
-    """A checkpoint's model and tokenizer; one that takes long is read while weights are packed."""
-    read_tokenizer = partial(
-        load_tokenizer,
-        checkpoint,
-        options.tokenizer,
-        trust_remote_code=options.trust_remote_code,
-        cache_dir=options.cache_dir,
-        token=options.token,
-    )
-    tokenizers: list[Future] = []
-    with ThreadPoolExecutor(1, "sglite-tokenizer") as pool:
-
-        def begin_tokenizer() -> None:
-            if options.tokenizer is not None or tokenizer_bytes(checkpoint) > _LARGE_TOKENIZER:
-                tokenizers.append(pool.submit(read_tokenizer))
-            else:
-                tokenizers.append(Future())
-                tokenizers[0].set_result(read_tokenizer())
-
-        loaded = load_model(
-            checkpoint,
-            architecture=options.architecture,
-            dtype=options.dtype,
-            device=device,
-            room=free_memory(device) if device.type == "cuda" else None,
-            quantization=options.quantization,
-            context_length=options.context_length,
-            batch_invariant=bool(options.batch_invariant),
-            trust_remote_code=options.trust_remote_code,
-            before_reading=begin_tokenizer,
-        )
-    return loaded, tokenizers[0].result()

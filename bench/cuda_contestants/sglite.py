@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 import torch
 
-import sglite.llm
 from bench.cuda_contestants.serve import serve
 from bench.cuda_trace import describe_steps, recorded_trace
 from bench.cuda_workloads import Decode, Prefill
 from sglite import LLM, SamplingParams, __version__
+from sglite.models import from_checkpoint
 
 _NOT_COUNTED = 4  # tokens at the start, until every request decodes
 
@@ -120,7 +120,7 @@ class Sglite:
     @contextmanager
     def _weights_loaded_at(self) -> Iterator[list[float]]:
         """Notes when the weights are on the GPU, which happens within `LLM(...)`."""
-        load_model, stamps = sglite.llm.load_model, []
+        load_model, stamps = from_checkpoint.load_model, []
 
         def noting(*arguments, **keywords):
             loaded = load_model(*arguments, **keywords)
@@ -129,7 +129,7 @@ class Sglite:
             stamps.append(time.perf_counter())
             return loaded
 
-        with patch.object(sglite.llm, "load_model", noting):
+        with patch.object(from_checkpoint, "load_model", noting):
             yield stamps
 
 
