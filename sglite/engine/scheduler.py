@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sglite.cache.prefix_cache import CachedPrefix, PrefixCache
 from sglite.engine.failures import failed
@@ -238,12 +239,19 @@ class Scheduler:
         if self.running and own_pages + promised > self.cache.num_available:
             self._give_back(prefix)
             return False
+        own = None
+        if prefix.partial_page is not None:
+            own = self.cache.allocate(1)
+            if own is None:  # only with everything else in use; those tokens are computed again
+                self._give_back(prefix)
+                most = self._whole_pages(request, prefix.num_tokens)
+                prefix = self.cache.acquire(request.known_keys, request.namespace, most)
         request.prefix_lock = prefix.lock
         request.num_pages = 0
         request.hold(prefix.pages)
         request.num_computed = len(prefix.pages) * self.cache.page_size
-        if prefix.partial_page is not None:
-            self._copy_on_write(step, request, prefix)
+        if own is not None:
+            self._copy_on_write(step, request, prefix, own)
         request.num_launched = request.num_computed
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed
@@ -263,17 +271,23 @@ class Scheduler:
         span = request.whole_span_around(found)
         return found if span is None else span[0]
 
+    def _whole_pages(self, request: Request, num_tokens: int) -> int:
+        """How many of its first tokens fill whole pages, and end in no span that is to be whole."""
+        page_size = self.cache.page_size
+        most = num_tokens // page_size * page_size
+        while span := request.whole_span_around(most):
+            most = span[0] // page_size * page_size
+        return most
+
     def _give_back(self, prefix: CachedPrefix) -> None:
         self.cache.release(prefix.pages, prefix.lock)
         if prefix.partial_page is not None:
             self.cache.release([prefix.partial_page])
 
-    def _copy_on_write(self, step: Step, request: Request, prefix: CachedPrefix) -> None:
+    def _copy_on_write(
+        self, step: Step, request: Request, prefix: CachedPrefix, own: NDArray[np.int32]
+    ) -> None:
         """Takes over the part of a shared page that matches, in a page of the request's own."""
-        own = self.cache.allocate(1)
-        if own is None:  # only with everything else in use; those tokens are then computed again
-            self.cache.release([prefix.partial_page])
-            return
         request.hold(own)
         step.page_copies.append(
             PageCopy(request, prefix.partial_page, int(own[0]), prefix.partial_tokens)

@@ -115,12 +115,12 @@ class SafetensorsFile:
         if not count:
             return torch.empty(entry.shape, dtype=dtype)
         if not self.is_mapped(entry):
-            octets = torch.frombuffer(
-                self._map, dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start
-            )
-            copy = octets.clone().view(dtype).view(entry.shape)
+            # Pages of its own, which go with the tensor: malloc would keep many of them.
+            copy = mmap.mmap(-1, entry.stop - entry.start)
+            with memoryview(self._map) as contents:
+                copy[:] = contents[entry.start : entry.stop]
             self.release(entry)
-            return copy
+            return torch.frombuffer(copy, dtype=dtype, count=count).view(entry.shape)
         flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start)
         return flat.view(entry.shape)
 

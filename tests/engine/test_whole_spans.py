@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglite.engine.batch import lay_out
@@ -60,6 +60,8 @@ part = st.one_of(st.integers(1, 9), st.lists(st.integers(0, 3), min_size=1, max_
     chunk=st.integers(1, 12),
     enabled=st.booleans(),
 )
+# No page is left for a copy of the partial one, and the whole ones end in an image.
+@example(prompts=[[1, 1, 6, 9, 1]], page_size=16, spare_pages=0, chunk=1, enabled=True)
 def test_no_step_cuts_an_image(prompts, page_size, spare_pages, chunk, enabled):
     requests = [make_request(parts) for parts in prompts for _ in range(2)]
     largest = max(request.max_tokens for request in requests)
