@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from sglite import LLM, _C
+from sglite import _C, LLM
 from tests.checkpoints import make_checkpoint
 
 NUM_LAYERS = 30
