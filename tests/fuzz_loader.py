@@ -7,6 +7,7 @@ is seen and told with the mutation that caused it.
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -125,7 +126,7 @@ def _mutate_value(contents: Any, source: random.Random) -> None:
             (value + 1, value - 1, value * 2, -value, value * 10**6, value << 40)
         )
     else:
-        holder[key] = source.choice(_VALUES)
+        holder[key] = copy.deepcopy(source.choice(_VALUES))  # lists may be changed later on
 
 
 def fuzz(seed: int, mutations: int, folder: Path) -> list[str]:
