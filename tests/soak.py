@@ -26,7 +26,7 @@ if not __package__:  # run as a file
 
 from sglite import LLM, GenerationError, InvalidRequestError, SamplingParams
 from tests.checkpoints import make_checkpoint
-from tests.soak_jobs import NUM_JOBS, Ledger, digest, draw_jobs, draw_sights
+from tests.soak_jobs import NUM_JOBS, Ledger, as_text, difference, draw_jobs, draw_sights
 from tests.vision_checkpoints import make_vision_checkpoint
 
 KV_TOKENS = 1024
@@ -115,11 +115,12 @@ class Soak:
             LLM(self._checkpoint, **options) as llm,
             LLM(self._seeing, image_cache_bytes=0, **options) as seeing,
         ):
-            for index, found in sorted(self.ledger.digests.items()):
+            for index, found in sorted(self.ledger.found.items()):
                 job, own = self._jobs[index], llm if index < NUM_JOBS else seeing
-                if digest(own.generate(job.prompt, job.params)) != found:
-                    self.ledger.problem(f"job {index} gives something else alone")
-        self.ledger.counts["jobs compared"] = len(self.ledger.digests)
+                alone = as_text(own.generate(job.prompt, job.params))
+                if alone != found:
+                    self.ledger.problem(f"job {index}, alone: {difference(found, alone)}")
+        self.ledger.counts["jobs compared"] = len(self.ledger.found)
 
     def growth(self) -> float:
         """How much more memory is resident at the end than after the warm-up, as a share."""
@@ -174,7 +175,9 @@ class Soak:
                 elif kind < 0.35:
                     self._break_one(llm, source, indices, prompts, params)
                 else:
-                    self.ledger.take(indices, llm.generate(prompts, params, progress=False))
+                    self.ledger.take(
+                        "generated", indices, llm.generate(prompts, params, progress=False)
+                    )
             except GenerationError as error:
                 self._take_failed(indices, error)
 
@@ -192,7 +195,9 @@ class Soak:
                 elif kind < 0.3:
                     self._read_some(llm, source, indices, prompts, params)
                 else:
-                    self.ledger.take(indices, llm.generate(prompts, params, progress=False))
+                    self.ledger.take(
+                        "generated", indices, llm.generate(prompts, params, progress=False)
+                    )
                     self.ledger.counts["calls with pictures"] += 1
             except InvalidRequestError:
                 self.ledger.counts["broken pictures"] += 1
@@ -210,7 +215,9 @@ class Soak:
                 self.ledger.counts["streams left early"] += 1
                 break
         stream.close()
-        self.ledger.take([indices[index] for index in finished], list(finished.values()))
+        self.ledger.take(
+            "streamed", [indices[index] for index in finished], list(finished.values())
+        )
 
     def _break_one(self, llm, source, indices, prompts, params) -> None:
         last = source.randint(0, 5)
@@ -239,7 +246,9 @@ class Soak:
                 cause = cause.__cause__
             if cause is None or "planted" not in f"{cause!r}".lower():
                 self.ledger.problem(f"an error that nobody planted: {output.error!r}")
-        self.ledger.take([index for index, _ in good], [output for _, output in good])
+        self.ledger.take(
+            "beside a failure", [index for index, _ in good], [output for _, output in good]
+        )
 
     def _run_loop(self, llm: LLM, source: random.Random) -> None:
         """A thread with an event loop: tasks that await, stream, and are cancelled."""
@@ -259,7 +268,7 @@ class Soak:
                                 outputs[chunk.index] = chunk.output
                     else:
                         outputs = await llm.agenerate(prompts, params)
-                    self.ledger.take(indices, outputs)
+                    self.ledger.take("awaited", indices, outputs)
                 except TimeoutError:
                     self.ledger.counts["tasks cancelled"] += 1
                 except GenerationError as error:
@@ -294,7 +303,7 @@ class Soak:
                 if outputs is None and self._was_interrupted(llm, prompts):
                     outputs = llm.resume(progress=False)
                     self.ledger.counts["calls resumed"] += 1
-                self.ledger.take(indices if outputs else [], outputs or [])
+                self.ledger.take("maybe resumed", indices if outputs else [], outputs or [])
             except GenerationError as error:
                 self._take_failed(indices, error)
 

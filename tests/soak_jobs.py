@@ -1,6 +1,5 @@
 """The requests of a soak, and the ledger of what became of them."""
 
-import hashlib
 import json
 import random
 import threading
@@ -31,26 +30,33 @@ class Ledger:
     """What became of everything, in a size that does not grow.
 
     Attributes:
-        digests: by job, of what it gave when it finished first.
+        found: by job, what it gave when it finished first, as a text.
         counts: of what happened.
         problems: what should not have happened.
     """
 
-    digests: dict[int, str] = field(default_factory=dict)
+    found: dict[int, str] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, indices: Sequence[int], outputs: Sequence[RequestOutput]) -> None:
-        """Books outputs; the same job must always have given the same."""
+    def take(self, how: str, indices: Sequence[int], outputs: Sequence[RequestOutput]) -> None:
+        """Books outputs; the same job must always have given the same.
+
+        Args:
+            how: they came, for the message where it did not.
+            indices: of the jobs.
+            outputs: one for each.
+        """
         for index, output in zip(indices, outputs, strict=True):
             with self.lock:
                 self.counts[output.finish_reason] += 1
                 if output.finish_reason not in ("stop", "length"):
                     continue
-                found = digest(output)
-                if self.digests.setdefault(index, found) != found:
-                    self.problem(f"job {index} gave something else than before")
+                found = as_text(output)
+                first = self.found.setdefault(index, found)
+                if first != found:
+                    self.problem(f"job {index}, {how}: {difference(first, found)}")
 
     def problem(self, text: str) -> None:
         """Books what should not have happened."""
@@ -58,8 +64,16 @@ class Ledger:
             self.problems.append(text)
 
 
-def digest(output: RequestOutput) -> str:
-    """Of all that must be the same bits."""
+def difference(first: str, second: str) -> str:
+    """Where two texts of `as_text` part, and what stands there."""
+    pairs = enumerate(zip(first, second, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    around = slice(max(0, place - 60), place + 60)
+    return f"at {place} of {len(first)} {first[around]!r} became {second[around]!r}"
+
+
+def as_text(output: RequestOutput) -> str:
+    """All that must be the same bits."""
     logprobs = [
         None
         if completion.logprobs is None
@@ -70,8 +84,7 @@ def digest(output: RequestOutput) -> str:
         for completion in output.outputs
     ]
     tokens = [(completion.token_ids, completion.text) for completion in output.outputs]
-    text = json.dumps([tokens, logprobs], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json.dumps([tokens, logprobs], sort_keys=True)
 
 
 def draw_jobs(source: random.Random) -> list[Job]:

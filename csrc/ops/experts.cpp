@@ -1,7 +1,6 @@
 #include "ops/experts.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "cpu/kernels.h"
@@ -211,7 +210,7 @@ void ExpertMix::run(const Tensor& scratch) {
     const Memory memory = memory_in(scratch.ptr<char>());
     sort_rows(memory);
     const auto body = [&] {
-        std::memset(memory.total, 0, static_cast<size_t>(x_.numel()) * sizeof(float));
+        std::fill_n(memory.total, x_.numel(), 0.0f);
         for (size_t i = 0; i < used_.size(); ++i) run_expert(memory, i);
         cpu::kernels().round_values({
             .out = out_.data,
