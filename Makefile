@@ -67,8 +67,10 @@ build/asan/.built: $(VENV)/.installed $(shell find csrc -type f) setup.py
 	    --build-temp build/asan-objects --build-lib build/asan
 	touch $@
 
+# Without the tests of speed.
 test-asan: build/asan/.built
-	$(ASAN) $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --timeout 3000 tests/ops tests/cache
+	$(ASAN) $(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile --timeout 3000 tests/ops tests/cache \
+	    -k "not under_a_millisecond"
 
 # Everything at once on a small cache: threads, tasks, aborts, interrupts, planted failures.
 SOAK_MINUTES ?= 30
