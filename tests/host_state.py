@@ -158,7 +158,7 @@ def run_sglite():
     look("after calls")
     _interrupt(llm)
     look("after an interrupt")
-    _fail(llm, sglite.GenerationError)
+    fail_a_step(llm, sglite.GenerationError)
     look("after a failure")
     asyncio.run(_generate_in_loop(llm))
     look("after a loop")
@@ -202,7 +202,8 @@ def _interrupt(llm) -> None:
         raise AssertionError("there was no interrupt")
 
 
-def _fail(llm, error: type[Exception]) -> None:
+def fail_a_step(llm, error: type[Exception]) -> None:
+    """Has one call fail with `GenerationError`, which is given; the next will work."""
     forward = llm.model.forward
     llm.model.forward = None
     try:

@@ -15,6 +15,7 @@ from tests.checkpoints import make_checkpoint
 from tests.children import ROOT, run_in_child
 from tests.host_state import (
     change_everything,
+    fail_a_step,
     random_state,
     run_sglite,
     run_transformers_alone,
@@ -78,12 +79,7 @@ def say_nothing():
     for _ in range(2):
         with LLM("demo", kv_cache_tokens=1024) as llm:
             llm.generate([QUESTION] * 2, temperature=0)
-            forward = llm.model.forward
-            llm.model.forward = None
-            try:
-                llm.generate(QUESTION)
-            except GenerationError:
-                llm.model.forward = forward
+            fail_a_step(llm, GenerationError)
             list(llm.stream(QUESTION, temperature=0))
     left_open = LLM("demo", kv_cache_tokens=1024)
     left_open.generate(QUESTION, temperature=0)

@@ -7,7 +7,8 @@ All of them derive from `SGLiteError`. Those that a caller makes by passing some
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "RequestError",
     "SGLiteError",
     "UnsupportedModelError",
+    "foreign_errors_as",
     "suggest",
 ]
 
@@ -65,6 +67,22 @@ class EngineClosedError(SGLiteError):
 
 class OutOfMemoryError(SGLiteError, MemoryError):
     """Weights or KV cache do not fit: the message says what is needed, and what to change."""
+
+
+@contextmanager
+def foreign_errors_as(kind: type[SGLiteError], what: str) -> Iterator[None]:
+    """Has whatever a model's or a library's own code raises become an error of ours.
+
+    Args:
+        kind: of error.
+        what: begins the message; the kind and the text of what was raised follow.
+    """
+    try:
+        yield
+    except SGLiteError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {type(error).__name__}: {error}") from error
 
 
 class GenerationError(SGLiteError):

@@ -13,8 +13,8 @@ from sglite.interface import checks
 from sglite.interface.errors import (
     CheckpointError,
     ConfigError,
-    SGLiteError,
     UnsupportedModelError,
+    foreign_errors_as,
 )
 from sglite.interface.generation_defaults import GenerationDefaults
 from sglite.layers.attention import RadixAttention
@@ -196,19 +196,13 @@ def kv_layers_of(model: nn.Module) -> tuple[LayerSpec, ...]:
 def _build(
     model_class: type[nn.Module], name: str, config: Any, checkpoint: Checkpoint
 ) -> nn.Module:
-    try:
+    what = f"{name} cannot be built from {checkpoint.folder / 'config.json'}"
+    with foreign_errors_as(CheckpointError, what):
         if model_class.__module__.startswith("sglite."):
             return model_class(config)
         # The first values of somebody's own layers are drawn, and not from the host's numbers.
         with torch.random.fork_rng(devices=[]):
             return model_class(config)
-    except SGLiteError:
-        raise
-    except Exception as error:  # a value of the config that the class cannot work with
-        raise CheckpointError(
-            f"{name} cannot be built from {checkpoint.folder / 'config.json'}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _check_parameters(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:

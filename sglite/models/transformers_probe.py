@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sglite.interface.errors import SGLiteError, UnsupportedModelError
+from sglite.interface.errors import UnsupportedModelError, foreign_errors_as
 from sglite.models.transformers_attention import (
     IMPLEMENTATION,
     PROBED_IMPLEMENTATION,
@@ -299,18 +299,12 @@ def run_recorded(
     }
     for module in model.modules():
         module.__dict__[RECORDER] = recorder
+    what = f"{type(model).__name__} fails on a few tokens with attention replaced"
     try:
         # Its rows' bits do not depend on their places, so that no expert is chosen otherwise.
         linears = InvariantLinears() if device.type == "cpu" else nullcontext()
-        with torch.inference_mode(), linears:
+        with foreign_errors_as(UnsupportedModelError, what), torch.inference_mode(), linears:
             output = model(**arguments)
-    except SGLiteError:
-        raise
-    except Exception as error:  # of whatever kind the class's own code raises
-        raise UnsupportedModelError(
-            f"{type(model).__name__} fails on a few tokens with attention replaced: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     finally:
         for module in model.modules():
             del module.__dict__[RECORDER]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sglite.interface.errors import CheckpointError, SGLiteError, UnsupportedModelError
+from sglite.interface.errors import CheckpointError, UnsupportedModelError, foreign_errors_as
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.models.transformers_attention import (
     IMPLEMENTATION,
@@ -190,16 +190,10 @@ def _learn(inner: nn.Module, image_processor: Any) -> VisionFacts:
     name = type(inner).__name__
     # One tile shows as much as many, which some make of the smallest picture.
     whole = {key: False for key in _TILING if getattr(image_processor, key, None)}
-    try:
+    with foreign_errors_as(UnsupportedModelError, f"{name} fails on a picture"):
         data = dict(image_processor(images=[_picture()], return_tensors="pt", **whole))
         with record_calls(inner) as calls:
             features = features_of(inner, data)
-    except SGLiteError:
-        raise
-    except Exception as error:  # of whatever kind the class's own code raises
-        raise UnsupportedModelError(
-            f"{name} fails on a picture: {type(error).__name__}: {error}"
-        ) from error
     found = VisionFacts(
         inner.config.image_token_id, _rope_of(inner), data, features, frozenset(calls)
     )

@@ -112,16 +112,17 @@ class HuggingFaceProcessor(BaseMultimodalProcessor):
         media: Sequence[ProcessedMedia],
     ) -> list[tuple[int, int, ProcessedMedia]]:
         """As the base's; also where the prompt has all that the processor writes for a picture."""
+        token_ids = list(token_ids)
         spans, begin = [], 0
         for one in media:
             written = one.data["token_ids"].tolist()
             ahead = written.index(self.image_token_id)
             try:
-                start = list(token_ids).index(self.image_token_id, begin) - ahead
+                start = token_ids.index(self.image_token_id, begin) - ahead
             except ValueError:
                 break
             begin = start + len(written)
-            if start < 0 or list(token_ids[start:begin]) != written:
+            if start < 0 or token_ids[start:begin] != written:
                 break
             spans.append((start, begin, one))
         if media and len(spans) == len(media) and self.image_token_id not in token_ids[begin:]:

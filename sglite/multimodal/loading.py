@@ -6,8 +6,8 @@ from typing import Any
 from sglite.interface.errors import (
     CheckpointError,
     ConfigError,
-    SGLiteError,
     UnsupportedModelError,
+    foreign_errors_as,
 )
 from sglite.multimodal.registry import find_processor
 
@@ -57,16 +57,10 @@ def load_processor(
     )
     if hub.image_processor is None:
         _refuse_settings(options, f"{folder} has no image processor")
-    try:
+    what = f"{kind.__name__} cannot be made from the files in {folder}"
+    with foreign_errors_as(CheckpointError, what):
         processor = kind(hf_config, options, hub)
         processor.bind(model)
-    except SGLiteError:
-        raise
-    except Exception as error:  # a value of the files that the class cannot work with
-        raise CheckpointError(
-            f"{kind.__name__} cannot be made from the files in {folder}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     return processor
 
 
