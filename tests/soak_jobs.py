@@ -51,7 +51,7 @@ class Ledger:
         for index, output in zip(indices, outputs, strict=True):
             with self.lock:
                 self.counts[output.finish_reason] += 1
-                if output.finish_reason not in ("stop", "length"):
+                if any(one.finish_reason not in ("stop", "length") for one in output.outputs):
                     continue
                 found = as_text(output)
                 first = self.found.setdefault(index, found)

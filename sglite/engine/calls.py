@@ -88,7 +88,8 @@ class Work:
         outputs = [group.output() for group in self.groups]
         if any(output.error for output in outputs):
             raise GenerationError(outputs)
-        if any(output.finish_reason == "abort" for output in outputs):
+        completions = (completion for output in outputs for completion in output.outputs)
+        if any(completion.finish_reason == "abort" for completion in completions):
             raise EngineClosedError(f"{call.ended_as} while the call was running")
         return outputs[0] if self.is_single else outputs
 
