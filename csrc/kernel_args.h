@@ -20,6 +20,17 @@ struct RmsNormArgs {
     DType dtype;
 };
 
+struct LayerNormArgs {
+    void* out;           // [rows, width]
+    const void* x;       // [rows, width]
+    const void* weight;  // [width]
+    const void* bias;    // [width] or null
+    int64_t rows, width;
+    int64_t out_stride, x_stride;
+    float epsilon;
+    DType dtype;
+};
+
 // Rows of a weight [N, K] going into packed panels or coming out of them.
 struct PackRowsArgs {
     void* packed;      // the panels of the whole weight

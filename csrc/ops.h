@@ -15,6 +15,11 @@ namespace sglite::ops {
 void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, double epsilon,
               double weight_offset, const std::optional<Tensor>& residual);
 
+// out = (x - mean(x)) / deviation(x) * weight + bias, row by row, on the CPU. Shapes: x, out
+// [rows, width]; weight, bias [width].
+void layer_norm(const Tensor& out, const Tensor& x, const Tensor& weight,
+                const std::optional<Tensor>& bias, double epsilon);
+
 // Rows [start, start + count) of a weight [n, k] into its packed storage, and out of it.
 void pack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, const Tensor& rows);
 void unpack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, const Tensor& rows);

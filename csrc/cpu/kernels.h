@@ -52,6 +52,7 @@ constexpr int64_t sampling_workspace_bytes(int64_t vocab) {
 struct Kernels {
     const char* path;  // "amx", "avx512", "avx2" or "portable"
     void (*rms_norm)(const RmsNormArgs&);
+    void (*layer_norm)(const LayerNormArgs&);
     void (*pack_rows)(const PackRowsArgs&);
     void (*unpack_rows)(const PackRowsArgs&);
     int64_t (*linear_workspace)(int64_t m, int64_t k, DType dtype);

@@ -1,6 +1,7 @@
-// RMSNorm (Zhang and Sennrich, 2019): out[i] = x[i] / sqrt(mean(x^2) + epsilon) * weight[i], with
-// the residual addition in front of it when asked for. Rounds where Hugging Face does: the sum with
-// the residual, and the normalised value before it meets the weight, both to the tensors' own type.
+// LayerNorm (Ba et al., 2016), in float32 and rounded once, and RMSNorm (Zhang and Sennrich, 2019):
+// out[i] = x[i] / sqrt(mean(x^2) + epsilon) * weight[i], with the residual addition in front of it
+// when asked for. Rounds where Hugging Face does: the sum with the residual, and the normalised
+// value before it meets the weight, both to the tensors' own type.
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -75,6 +76,70 @@ static void norm_rows(const RmsNormArgs& args) {
                      static_cast<const T*>(args.weight), args.width,
                      1.0f / std::sqrt(mean + args.epsilon), args.weight_offset);
         }
+    });
+}
+
+// Calls body(i, count) for all vectors of a row, the last of which may be partly filled.
+template <typename Body>
+static inline void for_each_vector(int64_t width, const Body& body) {
+    for (int64_t i = 0; i < width; i += Vec::kSize) {
+        body(i, static_cast<int>(width - i < Vec::kSize ? width - i : Vec::kSize));
+    }
+}
+
+template <typename T>
+static float mean_of(const T* x, int64_t width) {
+    Vec total = splat(0.0f);
+    for_each_vector(width, [&](int64_t i, int count) {
+        total = total + (count < Vec::kSize ? load_partial(x + i, count) : load(x + i));
+    });
+    return reduce_sum(total) / static_cast<float>(width);
+}
+
+template <typename T>
+static float variance_of(const T* x, int64_t width, float mean) {
+    Vec squares = splat(0.0f);
+    for_each_vector(width, [&](int64_t i, int count) {
+        // Places that hold nothing are no distance away.
+        const Vec value = count < Vec::kSize ? load_partial(x + i, count, mean) : load(x + i);
+        const Vec distance = value - splat(mean);
+        squares = fma(distance, distance, squares);
+    });
+    return reduce_sum(squares) / static_cast<float>(width);
+}
+
+template <typename T>
+static void layer_norm_row(T* out, const T* x, const T* weight, const T* bias, int64_t width,
+                           float epsilon) {
+    const float mean = mean_of(x, width);
+    const float scale = 1.0f / std::sqrt(variance_of(x, width, mean) + epsilon);
+    for_each_vector(width, [&](int64_t i, int count) {
+        const bool is_whole = count == Vec::kSize;
+        const auto take = [&](const T* from) {
+            return is_whole ? load(from + i) : load_partial(from + i, count);
+        };
+        const Vec normed = (take(x) - splat(mean)) * splat(scale);
+        const Vec result = fma(normed, take(weight), bias ? take(bias) : splat(0.0f));
+        if (is_whole) {
+            store(out + i, result);
+        } else {
+            store_partial(out + i, result, count);
+        }
+    });
+}
+
+void layer_norm(const LayerNormArgs& args) {
+    visit_float_type(args.dtype, [&](auto type) {
+        using T = decltype(type);
+        const int64_t grain = 1 + 32768 / (args.width + 1);
+        parallel_for(args.rows, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
+                layer_norm_row(static_cast<T*>(args.out) + row * args.out_stride,
+                               static_cast<const T*>(args.x) + row * args.x_stride,
+                               static_cast<const T*>(args.weight), static_cast<const T*>(args.bias),
+                               args.width, args.epsilon);
+            }
+        });
     });
 }
 

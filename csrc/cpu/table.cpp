@@ -5,6 +5,7 @@
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
 void rms_norm(const RmsNormArgs& args);
+void layer_norm(const LayerNormArgs& args);
 void pack_rows(const PackRowsArgs& args);
 void unpack_rows(const PackRowsArgs& args);
 int64_t linear_workspace(int64_t m, int64_t k, DType dtype);
@@ -30,6 +31,7 @@ extern const Kernels table;
 const Kernels table = {
     .path = SGLITE_CPU_PATH_NAME,
     .rms_norm = rms_norm,
+    .layer_norm = layer_norm,
     .pack_rows = pack_rows,
     .unpack_rows = unpack_rows,
     .linear_workspace = linear_workspace,

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <exception>
 
+#include "cpu/crowding.h"
+
 namespace sglite::cpu {
 
 namespace {
@@ -84,24 +86,40 @@ class HeldTeam {
 };
 
 thread_local HeldTeam* held_team = nullptr;
+thread_local Crowding crowding;
+
+// Calls `first` in this thread, and meanwhile other(rank) in up to `threads` - 1 others.
+template <typename First, typename Other>
+void run_region(int threads, const First& first, const Other& other) {
+    Attendance attendance(crowding);
+#pragma omp parallel num_threads(threads)
+    if (const int rank = omp_get_thread_num()) {
+        attendance.come();
+        other(rank);
+    } else {
+        first(omp_get_num_threads());
+        attendance.finish(omp_get_num_threads() - 1);
+    }
+    attendance.leave();
+}
 
 }  // namespace
 
 void run_job(int threads, Job job, const void* context) {
+    if (threads > 1 && held_team) return held_team->start(threads, job, context);
+    threads = crowding.allowed(threads);
     if (threads <= 1) return job(context, 0);
-    if (held_team) return held_team->start(threads, job, context);
-#pragma omp parallel num_threads(threads)
-    job(context, omp_get_thread_num());
+    run_region(threads, [&](int) { job(context, 0); }, [&](int rank) { job(context, rank); });
 }
 
 void hold_team(int threads, void (*body)(const void* context), const void* context) {
-    if (threads <= 1 || held_team) return body(context);
+    threads = held_team ? 1 : crowding.allowed(threads);
+    if (threads <= 1) return body(context);
     HeldTeam team;
     std::exception_ptr error;
-#pragma omp parallel num_threads(threads)
-    if (omp_get_thread_num() == 0) {
-        team.open(omp_get_num_threads());
-        held_team = team.size() > 1 ? &team : nullptr;
+    const auto lead = [&](int size) {
+        team.open(size);
+        held_team = size > 1 ? &team : nullptr;
         try {
             body(context);
         } catch (...) {
@@ -109,9 +127,8 @@ void hold_team(int threads, void (*body)(const void* context), const void* conte
         }
         held_team = nullptr;
         team.end();
-    } else {
-        team.serve(omp_get_thread_num());
-    }
+    };
+    run_region(threads, lead, [&](int rank) { team.serve(rank); });
     if (error) std::rethrow_exception(error);
 }
 

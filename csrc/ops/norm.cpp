@@ -38,4 +38,27 @@ void rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, double e
     cpu::kernels().rms_norm(args);
 }
 
+void layer_norm(const Tensor& out, const Tensor& x, const Tensor& weight,
+                const std::optional<Tensor>& bias, double epsilon) {
+    constexpr const char* kOp = "layer_norm";
+    Check(kOp, "x", x).ndim(2).dtype_in(kFloatTypes).dense_rows();
+    cpu::require_cpu(kOp, x);
+    const int64_t rows = x.size(0), width = x.size(1);
+    Check(kOp, "weight", weight).dtype(x.dtype).shape({width}).dense().same_device(x);
+    if (bias) Check(kOp, "bias", *bias).dtype(x.dtype).shape({width}).dense().same_device(x);
+    Check(kOp, "out", out).dtype(x.dtype).shape({rows, width}).dense_rows().same_device(x);
+    cpu::kernels().layer_norm({
+        .out = out.data,
+        .x = x.data,
+        .weight = weight.data,
+        .bias = bias ? bias->data : nullptr,
+        .rows = rows,
+        .width = width,
+        .out_stride = out.stride(0),
+        .x_stride = x.stride(0),
+        .epsilon = static_cast<float>(epsilon),
+        .dtype = x.dtype,
+    });
+}
+
 }  // namespace sglite::ops

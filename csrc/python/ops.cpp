@@ -22,6 +22,14 @@ static void bind_norm(py::module_& m) {
         },
         py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("epsilon"),
         py::arg("weight_offset"), py::arg("residual"));
+    m.def(
+        "layer_norm",
+        [](const Tensor& out, const Tensor& x, const Tensor& weight,
+           const std::optional<Tensor>& bias, double epsilon) {
+            ReleaseGilIfLong release(static_cast<double>(x.numel()) * 6);
+            ops::layer_norm(out, x, weight, bias, epsilon);
+        },
+        py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("epsilon"));
 }
 
 static void bind_linear(py::module_& m) {

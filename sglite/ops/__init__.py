@@ -31,7 +31,7 @@ from sglite.ops.experts import mix_experts, route, rows_of_experts, used_experts
 from sglite.ops.fused_linear import gated, gated_linear, norm_gated_linear, norm_linear
 from sglite.ops.kv_cache import copy_kv_slots, write_kv
 from sglite.ops.linear import PackedWeight, linear, pack_weight
-from sglite.ops.norm import rms_norm
+from sglite.ops.norm import layer_norm, rms_norm
 from sglite.ops.quantized_weight import (
     QuantizedLayout,
     QuantizedRows,
@@ -72,6 +72,7 @@ __all__ = [
     "gated_linear",
     "gather_tokens",
     "gelu_and_mul",
+    "layer_norm",
     "linear",
     "log_probs",
     "mix_experts",

@@ -1,7 +1,8 @@
-"""RMSNorm."""
+"""RMSNorm and LayerNorm."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sglite import _C
 
@@ -46,4 +47,31 @@ def rms_norm(
         weight_offset,
         None if residual is None else residual.view(-1, width),
     )
+    return out
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, *, out: Tensor | None = None
+) -> Tensor:
+    """`out[i] = (x[i] - mean(x)) / sqrt(variance(x) + epsilon) * weight[i] + bias[i]` for each row.
+
+    Arithmetic is float32 and the result is rounded once. (Ba et al., 2016.) On a GPU it is torch's.
+
+    Args:
+        x: [..., width], float32, bfloat16 or float16; elements of a row side by side.
+        weight: [width], the dtype of `x`.
+        bias: [width], the dtype of `x`; None: there is none.
+        epsilon: added to the variance, the mean square of the distances from the mean.
+        out: where to write; may be `x` itself. Allocated when absent.
+
+    Returns:
+        `out`, shaped like `x`.
+    """
+    width = x.shape[-1]
+    if x.is_cuda:
+        normed = functional.layer_norm(x, (width,), weight, bias, epsilon)
+        return normed if out is None else out.copy_(normed)
+    if out is None:
+        out = torch.empty_like(x)
+    _C.layer_norm(out.view(-1, width), x.view(-1, width), weight, bias, epsilon)
     return out

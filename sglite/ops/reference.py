@@ -35,6 +35,15 @@ def rms_norm(
     return (normed.to(x.dtype).float() * (weight.float() + weight_offset)).to(x.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """See `sglite.ops.layer_norm`."""
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + epsilon)
+    scaled = normed * weight.float()
+    return (scaled if bias is None else scaled + bias.float()).to(x.dtype)
+
+
 def linear(
     x: Tensor,
     weight: PackedWeight | QuantizedWeight | Tensor | Sequence[Tensor],

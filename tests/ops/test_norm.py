@@ -1,9 +1,10 @@
-"""RMSNorm against plain torch and Hugging Face."""
+"""RMSNorm and LayerNorm against plain torch and Hugging Face."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sglite import ops
@@ -79,3 +80,47 @@ def test_names_the_argument_and_the_shape():
         ops.rms_norm(x, torch.ones(16, dtype=torch.bfloat16), 1e-5)
     with pytest.raises(ValueError, match=r"rms_norm: x: expected float32 or bfloat16 or float16"):
         ops.rms_norm(x.int(), torch.ones(16, dtype=torch.int32), 1e-5)
+
+
+class TestLayerNorm:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @settings(max_examples=25, deadline=None)
+    @given(
+        rows=st.integers(0, 70),
+        width=st.integers(1, 300),
+        padding=st.integers(0, 3),
+        with_bias=st.booleans(),
+        offset=st.sampled_from([0.0, 30.0]),
+        seed=st.integers(0, 2**31),
+    )
+    def test_matches_reference(self, dtype, rows, width, padding, with_bias, offset, seed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        # Far from zero, where a variance of sums of squares would have no digits left.
+        x = (draw(rows, width + padding) + offset)[:, :width]
+        weight, bias = draw(width), draw(width) if with_bias else None
+        wide = None if bias is None else bias.double()
+        exact = functional.layer_norm(x.double(), (width,), weight.double(), wide, 1e-5).float()
+        low = functional.layer_norm(x, (width,), weight, bias, 1e-5)
+        actual = torch.empty(rows, width, dtype=dtype)
+        assert ops.layer_norm(x, weight, bias, 1e-5, out=actual) is actual
+        if rows:
+            assert_close(actual, low, exact)
+            assert_close(reference.layer_norm(x, weight, bias, 1e-5), low, exact)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_path_is_torchs_and_needs_no_neighbours(self, cpu_path, num_threads, dtype):
+        torch.manual_seed(0)
+        x, weight, bias = torch.randn(3, 67, 577).to(dtype), *torch.randn(2, 577).to(dtype)
+        exact = functional.layer_norm(x.float(), (577,), weight.float(), bias.float())
+        together = ops.layer_norm(x, weight, bias, 1e-5)
+        assert_close(together, functional.layer_norm(x, (577,), weight, bias), exact)
+        for row in (0, 66):
+            assert torch.equal(ops.layer_norm(x[1, row], weight, bias, 1e-5), together[1, row])
+
+    def test_names_the_argument(self):
+        with pytest.raises(ValueError, match=r"layer_norm: bias: expected shape \[16\]"):
+            ops.layer_norm(torch.randn(3, 16), torch.ones(16), torch.ones(8), 1e-5)
