@@ -88,6 +88,8 @@ class DecodeState:
         self._kv_lens, self._kv_end = views["kv_lens"], views["kv_end"]
         self._input_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
+        # The same memory, where the host can write to it.
+        self._host_page_table = self._page_table.numpy() if device.type == "cpu" else None
         self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(max_rows, dtype=torch.int64, device=device)
         # Requests, incarnations and next positions of the rows, after the step last launched.
@@ -125,15 +127,21 @@ class DecodeState:
 
     def _add_pages(self, requests: Sequence[Request]) -> None:
         """Writes into the page table what these requests, those of the rows, have got since."""
-        rows, columns, pages = [], [], []
-        for row, (request, count) in enumerate(zip(requests, self._page_counts, strict=True)):
-            if request.num_pages > count:
-                columns += range(count, request.num_pages)
-                rows += [row] * (request.num_pages - count)
-                pages += request.pages[count : request.num_pages].tolist()
-        if self._page_table.is_cpu:
-            self._page_table.numpy()[rows, columns] = pages  # takes numpy a tenth of torch's time
+        grown = [
+            (row, count, request)
+            for row, (request, count) in enumerate(zip(requests, self._page_counts, strict=True))
+            if request.num_pages > count
+        ]
+        if self._host_page_table is not None:
+            for row, count, request in grown:
+                added = slice(count, request.num_pages)
+                self._host_page_table[row, added] = request.pages[added]
             return
+        rows, columns, pages = [], [], []
+        for row, count, request in grown:
+            columns += range(count, request.num_pages)
+            rows += [row] * (request.num_pages - count)
+            pages += request.pages[count : request.num_pages].tolist()
         where, what = upload(
             [np.array([rows, columns], np.int64), np.array(pages, np.int32)], self._pool.device
         )

@@ -81,10 +81,11 @@ class DecodeSteps:
             self._num_rows = len(items)
             self._rows = state.rows(len(items), self._pool.layers)
         rows = self._rows
-        logits = state.step(self._model, rows, self._sampler.workspace)
+        # Before the step, whose weights push the requests out of the processor's caches.
         indices = [
             item.stop - length for item, length in zip(items, self._prompt_lengths, strict=True)
         ]
+        logits = state.step(self._model, rows, self._sampler.workspace)
         return self._sampler.follow(
             logits,
             self._sampling,
