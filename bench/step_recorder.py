@@ -21,7 +21,7 @@ from sglite.layers.weight import WeightModule
 
 # Functions of the extension that do none of the work of a step, but are asked for sizes.
 _ASKED = ("linear_workspace", "sampling_workspace_bytes", "attention_is_planned", "linear_takes")
-_ASKED += ("linear_quantized_workspace",)
+_ASKED += ("linear_quantized_workspace", "is_unchanged")
 _OPS = (
     *("embedding_packed", "embedding_plain", "rms_norm", "linear_packed", "linear_plain"),
     *("embedding_quantized", "linear_quantized"),

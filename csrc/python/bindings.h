@@ -10,6 +10,7 @@ void bind_cache(pybind11::module_& m);
 void bind_decoder_layers(pybind11::module_& m);
 void bind_experts(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);
+void bind_snapshot(pybind11::module_& m);
 void bind_weight_writer(pybind11::module_& m);
 
 }  // namespace sglite

@@ -141,10 +141,11 @@ class PrefixCache:
         Raises:
             ValueError: count below 0.
         """
-        if count > self.num_available:
-            return None
-        if count > self.num_free:
-            self._tree.evict(count - self.num_free)
+        missing = count - self._pool.num_free
+        if missing > 0:
+            if missing > self._pool.num_evictable:
+                return None
+            self._tree.evict(missing)
         return self._pool.allocate(count)
 
     def store(

@@ -32,6 +32,8 @@ _UPLOADED = {
 }
 # How rows without a request sample: the most probable token.
 _GREEDY = [1.0 if name in ("top_p", "repetition_penalty") else 0.0 for name in REALS]
+# Requests, incarnations and positions of rows that stand for none.
+_NOTHING = (), (), ()
 
 
 class DecodeRows(NamedTuple):
@@ -86,11 +88,12 @@ class DecodeState:
         self._kv_lens, self._kv_end = views["kv_lens"], views["kv_end"]
         self._input_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=device)
+        # The same memory, where the host can write to it.
+        self._host_page_table = self._page_table.numpy() if device.type == "cpu" else None
         self._query_start = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(max_rows, dtype=torch.int64, device=device)
-        # What the rows stand for, once the step last launched is done.
-        self._requests: list[tuple[Request, int]] = []
-        self._starts: list[int] = []
+        # Requests, incarnations and next positions of the rows, after the step last launched.
+        self._stands_for: tuple[tuple, tuple, tuple] = _NOTHING
         self._page_counts: list[int] = []
 
     def set(
@@ -109,33 +112,40 @@ class DecodeState:
             sources: for each request the row of `drawn` that holds the token to feed; -1 where the
                 request knows it.
         """
-        requests = [(item.request, item.incarnation) for item in items]
-        starts = [item.start for item in items]
-        page_counts = [item.request.num_pages for item in items]
-        if requests != self._requests or starts != self._starts:
+        requests, starts, stops, _, incarnations = zip(*items, strict=True)
+        page_counts = [request.num_pages for request in requests]
+        if self._stands_for != (requests, incarnations, starts):
             self._upload(items, states, drawn, sources)
         elif page_counts != self._page_counts:
-            self._add_pages(items)
-        self._requests = requests
-        self._starts = [start + 1 for start in starts]
+            self._add_pages(requests)
+        self._stands_for = requests, incarnations, stops
         self._page_counts = page_counts
 
     def forget(self) -> None:
         """Holds on to no request: the next step's are new to all rows."""
-        self._requests, self._starts, self._page_counts = [], [], []
+        self._stands_for, self._page_counts = _NOTHING, []
 
-    def _add_pages(self, items: Sequence[ScheduledRequest]) -> None:
+    def _add_pages(self, requests: Sequence[Request]) -> None:
+        """Writes into the page table what these requests, those of the rows, have got since."""
+        grown = [
+            (row, count, request)
+            for row, (request, count) in enumerate(zip(requests, self._page_counts, strict=True))
+            if request.num_pages > count
+        ]
+        if self._host_page_table is not None:
+            for row, count, request in grown:
+                added = slice(count, request.num_pages)
+                self._host_page_table[row, added] = request.pages[added]
+            return
         rows, columns, pages = [], [], []
-        for row, (item, count) in enumerate(zip(items, self._page_counts, strict=True)):
-            for column in range(count, item.request.num_pages):
-                rows.append(row)
-                columns.append(column)
-                pages.append(item.request.pages[column])
-        if rows:
-            where, what = upload(
-                [np.array([rows, columns], np.int64), np.array(pages, np.int32)], self._pool.device
-            )
-            self._page_table[where[0], where[1]] = what
+        for row, count, request in grown:
+            columns += range(count, request.num_pages)
+            rows += [row] * (request.num_pages - count)
+            pages += request.pages[count : request.num_pages].tolist()
+        where, what = upload(
+            [np.array([rows, columns], np.int64), np.array(pages, np.int32)], self._pool.device
+        )
+        self._page_table[where[0], where[1]] = what
 
     def _upload(
         self,

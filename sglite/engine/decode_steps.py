@@ -48,8 +48,10 @@ class DecodeSteps:
             has_mrope=getattr(model, "has_mrope", False),
         )
         self._rows: DecodeRows | None = None
+        self._num_rows = 0
         # The requests asked about last, how they sample, and whether all do without the host.
         self._requests: list[Request] = []
+        self._prompt_lengths: list[int] = []
         self._sampling: list[SamplingState] = []
         self._logprob_rows: list[int] = []
         self._are_plain = True
@@ -62,6 +64,7 @@ class DecodeSteps:
         requests = [item.request for item in step.items]
         if requests != self._requests:
             self._requests = requests
+            self._prompt_lengths = [request.num_prompt_tokens for request in requests]
             self._sampling = self._sampler.states(requests, self._vocab_size)
             self._logprob_rows = rows_with_logprobs(self._sampling)
             self._are_plain = not (
@@ -74,11 +77,15 @@ class DecodeSteps:
         """Runs a step that `takes` has agreed to; arguments as of `DecodeGraphs.launch`."""
         items, state = step.items, self._state
         state.set(items, self._sampling, drawn, sources)
+        if self._num_rows != len(items):
+            self._num_rows = len(items)
+            self._rows = state.rows(len(items), self._pool.layers)
         rows = self._rows
-        if rows is None or len(rows.token_ids) != len(items):
-            rows = self._rows = state.rows(len(items), self._pool.layers)
+        # Before the step, whose weights push the requests out of the processor's caches.
+        indices = [
+            item.stop - length for item, length in zip(items, self._prompt_lengths, strict=True)
+        ]
         logits = state.step(self._model, rows, self._sampler.workspace)
-        indices = [item.output_index for item in items]
         return self._sampler.follow(
             logits,
             self._sampling,

@@ -1,25 +1,17 @@
 """Tokens on their way from the device that has drawn them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 
 from sglite import ops
 from sglite.engine.failures import failed
 from sglite.engine.sampling_state import SamplingState, step_error
+from sglite.engine.scheduler import Outcome
 from sglite.engine.transfer import Download
 from sglite.interface.errors import RequestError
 from sglite.interface.outputs import TokenLogprobs
 from sglite.ops.sampling import NOT_A_NUMBER, NOTHING_LEFT, SAMPLED
-
-
-class Sampled(NamedTuple):
-    """What sampling gave one request."""
-
-    token_id: int | None  # None if there is an error
-    logprobs: TokenLogprobs | None  # None if not asked for
-    error: RequestError | None
 
 
 class DrawnTokens:
@@ -56,18 +48,20 @@ class DrawnTokens:
         # On the CPU both are there: lists of them are made faster than copies.
         self._known = None if token_ids.is_cuda else (token_ids.tolist(), status.tolist())
         tensors = [] if self._known else [token_ids, status]
-        self._download = Download([*tensors, *(logprobs or ())])
+        if logprobs is not None:
+            tensors += logprobs
+        self._download = Download(tensors) if tensors else None
 
-    def collect(self) -> list[Sampled]:
-        """Waits for the device; gives one result for each request, in order."""
-        logprobs = self._download.wait()
+    def collect(self) -> list[Outcome]:
+        """Waits for the device; gives one outcome for each request, in order."""
+        logprobs = self._download.wait() if self._download else ()
         if self._known:
             token_ids, codes = self._known
         else:
             token_ids, codes = (tensor.tolist() for tensor in logprobs[:2])
             logprobs = logprobs[2:]
         if not (logprobs or self._failures or any(codes)):
-            return [Sampled(token_id, None, None) for token_id in token_ids]
+            return list(map(Outcome, token_ids))
         described, failures = self._describe_all(token_ids, logprobs)
         failures |= self._failures
         results = []
@@ -76,9 +70,9 @@ class DrawnTokens:
             if error is None and code != SAMPLED:
                 error = _no_token(code, self._states[row], self._output_indices[row])
             if error is not None:
-                results.append(Sampled(None, None, error))
+                results.append(Outcome(error=error))
             else:
-                results.append(Sampled(token_id, described.get(row), None))
+                results.append(Outcome(token_id, described.get(row)))
         return results
 
     def _describe_all(

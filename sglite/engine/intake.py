@@ -58,7 +58,7 @@ class Intake:
         self.reader = reader
         self.limits = limits
         self._defaults = defaults
-        self._end_token_ids = tuple(end_token_ids)
+        self._end_token_ids = frozenset(end_token_ids)
         self._num_namespaces, self._namespace = 0, ""
         self._random = random.SystemRandom() if seed is None else random.Random(seed)
 

@@ -210,17 +210,15 @@ class LaunchedStep:
         """Waits for the step; gives one outcome for each of its requests, in order."""
         drawn = self.drawn.collect() if self.drawn else []
         if len(drawn) == len(self._items) and not (self._prompt_logprobs or self._failures):
-            return [Outcome(token, logprobs, (), error) for token, logprobs, error in drawn]
-        tokens = iter(drawn)
+            return drawn
+        sampled = iter(drawn)
         outcomes = []
         for index, item in enumerate(self._items):
-            token = next(tokens) if item.samples else None
+            outcome = next(sampled) if item.samples else Outcome()
             outcomes.append(
-                Outcome(
-                    token_id=token.token_id if token else None,
-                    logprobs=token.logprobs if token else None,
-                    error=self._failures.get(index) or (token.error if token else None),
-                    prompt_logprobs=self._prompt_logprobs.get(index, []),
+                outcome._replace(
+                    error=self._failures.get(index, outcome.error),
+                    prompt_logprobs=self._prompt_logprobs.get(index, ()),
                 )
             )
         return outcomes

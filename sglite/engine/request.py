@@ -20,6 +20,10 @@ class RequestState(enum.Enum):
     FINISHED = "finished"
 
 
+# A member of an enum is searched for each time: in a step's loops that costs more than the rest.
+WAITING, RUNNING, FINISHED = RequestState
+
+
 class Request:
     """One completion of one prompt; `n` completions are `n` requests that share their prefix.
 
@@ -118,7 +122,7 @@ class Request:
         self.logprobs: list = []
         self.prompt_logprobs: list = []
 
-        self.state = RequestState.WAITING
+        self.state = WAITING
         self.arrival = -1  # the scheduler's order, set when the request is added
         self.num_launched = 0
         self.num_computed = 0
@@ -171,11 +175,6 @@ class Request:
         return self.num_expected_tokens - self.num_launched
 
     @property
-    def has_all_launched(self) -> bool:
-        """Whether launched steps will give the last token that was asked for."""
-        return self.num_tokens + self.num_unknown >= self.max_tokens
-
-    @property
     def max_cached_tokens(self) -> int:
         """How much of the known tokens may come out of the cache.
 
@@ -218,17 +217,20 @@ class Request:
     @property
     def is_finished(self) -> bool:
         """Whether nothing more will come."""
-        return self.state is RequestState.FINISHED
+        return self.state is FINISHED
 
     def append(self, token_id: int) -> None:
         """Takes one sampled token, and sets `finish_reason` when it is the last."""
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        self.token_ids[self.num_tokens] = self.keys[self.num_tokens] = token_id
+        self.token_ids[self.num_tokens] = token_id
+        if self.keys is not self.token_ids:
+            self.keys[self.num_tokens] = token_id
         self.num_tokens += 1
         self.output_token_ids.append(token_id)
-        self.stop_reason = self.stop_checker.add(token_id)
-        if self.stop_checker.stopped:
+        checker = self.stop_checker
+        self.stop_reason = checker.add(token_id)
+        if checker.stopped:
             self.finish_reason = "stop"
         elif self.num_tokens >= self.max_tokens:
             self.finish_reason = "length"
@@ -277,4 +279,4 @@ class Request:
         self.error = error
         self.finished_at = time.perf_counter()
         # Last, since the thread that waits reads everything else once it sees this.
-        self.state = RequestState.FINISHED
+        self.state = FINISHED

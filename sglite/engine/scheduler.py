@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sglite.cache.prefix_cache import CachedPrefix, PrefixCache
 from sglite.engine.failures import failed
-from sglite.engine.request import Request, RequestState
+from sglite.engine.request import FINISHED, RUNNING, WAITING, Request
 from sglite.engine.statistics import Statistics
 from sglite.interface.errors import OutOfMemoryError
 
@@ -132,10 +132,10 @@ class Scheduler:
         step = Step()
         budget = self.chunked_prefill_size
         preemptions_before = self.statistics.preemptions
+        reserve = self._reserve_or_preempt
         for request in tuple(self.running):
-            # An older one may have preempted it meanwhile.
-            if request.state is RequestState.RUNNING and not request.has_all_launched:
-                budget -= self._extend(step, request, budget, self._reserve_or_preempt)
+            if request.state is RUNNING:  # an older one may have preempted it meanwhile
+                budget -= self._extend(step, request, budget, reserve)
         # Right after a preemption there is no room, and admitting would take it from the running.
         if self.statistics.preemptions == preemptions_before or not step.items:
             self._admit(step, budget)
@@ -146,19 +146,24 @@ class Scheduler:
 
         `reserve(request, num_positions)` finds the pages and says whether it could.
         """
-        start, expected = request.num_launched, request.num_expected_tokens
+        start, expected = request.num_launched, request.num_tokens + request.num_unknown
+        if expected >= request.max_tokens:  # steps under way give the last token asked for
+            return 0
         is_decode = expected - start == 1
-        count = 1 if is_decode else min(expected - start, budget, self._max_chunk(request))
-        stop = self._at_span_border(request, start, start + count, budget)
-        count = stop - start
+        stop = expected if is_decode else self._chunk_end(request, start, expected, budget)
         has_room = stop <= request.num_pages * self.cache.page_size
-        if count <= 0 or not (has_room or reserve(request, stop)):
+        if stop <= start or not (has_room or reserve(request, stop)):
             return 0
         samples = stop == expected
         step.items.append(ScheduledRequest(request, start, stop, samples, request.incarnation))
         request.num_launched = stop
         request.num_unknown += samples
-        return 0 if is_decode else count
+        return 0 if is_decode else stop - start
+
+    def _chunk_end(self, request: Request, start: int, expected: int, budget: int) -> int:
+        """Where the next chunk of a request ends of which more than a token is to be computed."""
+        count = min(expected - start, budget, self._max_chunk(request))
+        return self._at_span_border(request, start, start + count, budget)
 
     def _at_span_border(self, request: Request, start: int, stop: int, budget: int) -> int:
         """Where a chunk ends that was to end at `stop`, which may lie inside a whole span.
@@ -257,7 +262,7 @@ class Scheduler:
             request.num_cached_tokens = request.num_computed
             self.statistics.prompt_tokens += request.num_prompt_tokens
             self.statistics.cached_tokens += request.num_computed
-        request.state = RequestState.RUNNING
+        request.state = RUNNING
         self.waiting.remove(request)
         bisect.insort(self.running, request, key=lambda other: other.arrival)
         return True
@@ -328,7 +333,7 @@ class Scheduler:
             request, start, stop, samples, incarnation = item
             token_id, logprobs, prompt_logprobs, error = outcome
             request.num_unknown -= samples
-            if request.state is RequestState.FINISHED:
+            if request.state is FINISHED:
                 continue
             is_whole = incarnation == request.incarnation
             if is_whole:
@@ -381,12 +386,12 @@ class Scheduler:
 
     def remove(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         """Finishes a running or waiting request and gives its pages back, to the tree if sound."""
-        if request.state is RequestState.RUNNING:
+        if request.state is RUNNING:
             if error is None:
                 self._store(request)
             self._release(request)
             self.running.remove(request)
-        elif request.state is RequestState.WAITING:
+        elif request.state is WAITING:
             self.waiting.remove(request)
         self._num_needing_commit -= request.needs_commit
         request.finish(reason, error)
@@ -412,7 +417,7 @@ class Scheduler:
         self._release(request)
         request.num_computed = request.num_launched = 0
         request.incarnation += 1
-        request.state = RequestState.WAITING
+        request.state = WAITING
         self.running.remove(request)
         bisect.insort(self.waiting, request, key=lambda other: other.arrival)
         self.statistics.preemptions += 1

@@ -50,7 +50,8 @@ class StopChecker:
     ):
         self._stop_ids = frozenset(params.stop_token_ids)
         end_ids = frozenset(() if params.ignore_eos else end_token_ids)
-        self.ending_token_ids = end_ids | self._stop_ids
+        # Where it can be, one set of all requests, which then stays in the processor's caches.
+        self.ending_token_ids = end_ids | self._stop_ids if self._stop_ids else end_ids
         self._stop_strings: Sequence[str] = params.stop
         self._keep = params.include_stop_str_in_output
         self._detokenizer = detokenizer

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 
-from sglite.engine.request import Request
+from sglite.engine.request import FINISHED, Request
 from sglite.interface.errors import EngineClosedError
 
 FORKED = (
@@ -96,7 +96,7 @@ class Call:
 
     def announce(self) -> None:
         """Called by the driver after a step: wakes the caller if there is news for it."""
-        num_finished = sum(request.is_finished for request in self.requests)
+        num_finished = [request.state for request in self.requests].count(FINISHED)
         if self._every_token or num_finished > self._num_finished:
             self._wake()
             self._num_finished = num_finished

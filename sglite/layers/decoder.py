@@ -11,7 +11,7 @@ from sglite.layers.embedding import Embedding
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.mlp import GatedMLP
 from sglite.layers.porting import refuse_pipeline_and_embedding
-from sglite.layers.whole_layers import find_whole, run_whole
+from sglite.layers.whole_layers import find_whole, find_whole_run, run_whole
 
 
 class DecoderLayer(nn.Module):
@@ -59,7 +59,7 @@ class DecoderLayer(nn.Module):
 
 
 def run_layers(
-    layers: Iterable[nn.Module],
+    layers: nn.ModuleList,
     positions: Tensor,
     hidden_states: Tensor,
     forward_batch: ForwardBatch,
@@ -68,6 +68,9 @@ def run_layers(
 
     Whole layers that follow each other are run in one call, with the same bits.
     """
+    run = find_whole_run(layers, hidden_states, DecoderLayer.forward)
+    if run is not None:
+        return run.run(positions, hidden_states, forward_batch)
     together = []
     for layer in layers:
         is_plain_layer = runs_only(layer, DecoderLayer.forward)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class ForwardBatch:
     # are the same for every token; None: they are the positions themselves
     image_rows: Tensor | None = None  # [N] int64, ascending, the tokens that stand for images
     image_embeds: Tensor | None = None  # [N, hidden_size], what they have instead of embeddings
+    layer_calls: dict[int, Any] = field(default_factory=dict, repr=False)  # what whole layers
+    # (`sglite.layers.whole_layers`) keep from one pass over this batch to the next
     _plans: dict[tuple, ops.AttentionPlan | None] = field(default_factory=dict, repr=False)
     _scratch: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _layer_batches: dict[int, ops.LayerBatch] = field(default_factory=dict, repr=False)

@@ -1,29 +1,28 @@
 """Decoder layers as one op: on the CPU, while all of their parts are plain.
 
-What the op takes of a layer is gathered once and kept, together with where it was found. In every
-call what lies there now is compared with it, which is much less work: parts, weights and numbers
-may be replaced, and hooks added, at any time.
+What the op takes of a layer is gathered once and kept, with a snapshot of what it was gathered of.
+While that holds, a step takes no look at a layer by itself.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import chain, repeat
-from operator import contains, getitem, is_
+from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from sglite import ops
 from sglite.layers.attention import RadixAttention, SelfAttention
-from sglite.layers.composite import are_plain
+from sglite.layers.composite import are_plain, runs_only
 from sglite.layers.forward_batch import ForwardBatch
 from sglite.layers.linear import GateUpLinear, Linear, QKVLinear
 from sglite.layers.mlp import GatedMLP, op_name
 from sglite.layers.norm import RMSNorm
 from sglite.layers.rotary import RotaryEmbedding
+from sglite.layers.snapshot import Place, Snapshot
 
-# Where a layer keeps it.
+# Where a layer, and a list of layers, keep it.
 _KEPT = "_whole_layer"
+_KEPT_RUN = "_whole_run"
 
 
 def find_whole(layer: nn.Module, hidden_states: Tensor) -> "WholeLayer | None":
@@ -41,6 +40,30 @@ def find_whole(layer: nn.Module, hidden_states: Tensor) -> "WholeLayer | None":
     return whole
 
 
+def find_whole_run(
+    layers: nn.ModuleList, hidden_states: Tensor, forward: Callable
+) -> "WholeRun | None":
+    """All layers as `run_whole` takes them; None where not all of them can be run so.
+
+    Args:
+        layers: the list.
+        hidden_states: what the first is to be run on.
+        forward: what calling a layer has to run, and nothing else.
+    """
+    run = layers.__dict__.get(_KEPT_RUN)
+    if run is not None and not hidden_states.is_cuda and run.is_of(layers, forward):
+        return run
+    wholes = []
+    for layer in layers:
+        whole = find_whole(layer, hidden_states) if runs_only(layer, forward) else None
+        if whole is None:
+            break
+        wholes.append(whole)
+    run = WholeRun(layers, wholes) if 0 < len(wholes) == len(layers) else None
+    layers.__dict__[_KEPT_RUN] = run
+    return run
+
+
 def run_whole(
     layers: Sequence["WholeLayer"],
     positions: Tensor,
@@ -56,12 +79,25 @@ def run_whole(
         forward_batch: whose tokens these are, and the cache.
     """
 
+    def calls() -> list[ops.LayerCall]:
+        return [layer.call(positions, forward_batch.kv_cache) for layer in layers]
+
+    return _run(layers, calls, positions, hidden_states, forward_batch)
+
+
+def _run(
+    layers: Sequence["WholeLayer"],
+    calls: Callable[[], list[ops.LayerCall]],
+    positions: Tensor,
+    hidden_states: Tensor,
+    forward_batch: ForwardBatch,
+) -> Tensor:
     def run() -> Tensor:
         rows, _ = layers[0].rotary.rows_and_table(positions)
         return ops.decoder_layers(
             hidden_states.contiguous(),
             forward_batch.layer_batch(rows),
-            [layer.call(positions, forward_batch.kv_cache) for layer in layers],
+            calls(),
             forward_batch.scratch,
         )
 
@@ -73,62 +109,33 @@ def run_whole(
         return run()
 
 
-class _Place(NamedTuple):
-    """Where something was found: `table[key]`."""
-
-    table: dict[str, Any]
-    key: str
-
-
 class WholeLayer:
-    """What was gathered of a layer, and what of.
+    """What was gathered of a layer.
 
     Args:
         layer: the layer.
-        modules: its parts, all of them plain, and what else must not be listened to.
+        modules: its parts, all of them plain.
         places: where everything lies that `parts` is made of, and the modules.
         parts: what the op takes.
 
     Attributes:
         parts: the same.
         rotary, attn: of the modules the two that the op does not replace altogether.
+        snapshot: of what the layer is made of.
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        modules: "_Modules",
-        places: list[_Place],
-        parts: ops.LayerParts,
+        self, layer: nn.Module, modules: "_Modules", places: list[Place], parts: ops.LayerParts
     ):
         self.parts = parts
         self.rotary = modules.rotary
         self.attn = modules.attn
+        self.snapshot = Snapshot(places, list(modules.present()))
         self._children = layer._modules
-        self._modules = tuple(modules.present())
-        self._kinds = tuple(map(type, self._modules))
-        self._own_tables = tuple(vars(module) for module in self._modules)
-        hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in self._modules]
-        self._hooks = (_global_forward_hooks, _global_forward_pre_hooks, *chain(*hooks))
-        self._tables, self._keys = zip(*places, strict=True)
-        self._found = tuple(map(getitem, self._tables, self._keys))
 
     def is_of(self, layer: nn.Module) -> bool:
-        """Whether gathering anew would give the same.
-
-        All loops run inside the interpreter's own functions: they are as fast as the op itself in
-        a small model.
-        """
-        try:
-            return (
-                layer._modules is self._children
-                and not any(self._hooks)
-                and all(map(is_, map(getitem, self._tables, self._keys), self._found))
-                and all(map(is_, map(type, self._modules), self._kinds))
-                and not any(map(contains, self._own_tables, repeat("forward")))
-            )
-        except KeyError:  # what was no parameter is one now, or the other way round
-            return False
+        """Whether gathering anew would give the same."""
+        return layer._modules is self._children and self.snapshot.holds()
 
     def call(self, positions: Tensor, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> ops.LayerCall:
         """What the op takes for one run over this cache, at these positions, [T] or [3, T]."""
@@ -138,6 +145,64 @@ class WholeLayer:
     def __reduce__(self) -> tuple[type[None], tuple]:
         """A copy of the layer, which has other tables, starts with nothing."""
         return type(None), ()
+
+
+class WholeRun:
+    """All layers of a list, each of which is whole.
+
+    Args:
+        layers: the list.
+        wholes: of each of its layers.
+    """
+
+    def __init__(self, layers: nn.ModuleList, wholes: Sequence[WholeLayer]):
+        self._wholes = tuple(wholes)
+        self._rotaries = {whole.rotary for whole in wholes}
+        self._children = layers._modules
+        self._kinds = set(map(type, layers))
+        places = [Place(self._children, key) for key in self._children]
+        places += [Place(vars(layer), "_modules") for layer in layers]
+        own = Snapshot(places, list(layers))
+        self._snapshot = Snapshot.of_all([own, *(whole.snapshot for whole in wholes)])
+
+    def is_of(self, layers: nn.ModuleList, forward: Callable) -> bool:
+        """Whether looking at each layer anew, one by one, would give the same."""
+        return (
+            layers._modules is self._children
+            and len(self._children) == len(self._wholes)
+            and all(kind.forward is forward for kind in self._kinds)
+            and self._snapshot.holds()
+        )
+
+    def run(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
+        """What the layers give; see `run_whole`."""
+
+        def calls() -> list[ops.LayerCall]:
+            return self._calls(positions, forward_batch)
+
+        return _run(self._wholes, calls, positions, hidden_states, forward_batch)
+
+    def _calls(self, positions: Tensor, forward_batch: ForwardBatch) -> list[ops.LayerCall]:
+        """What the op takes, the same for a batch while its tables of angles are the same."""
+        tables = [rotary.rows_and_table(positions)[1] for rotary in self._rotaries]
+        # By the list: of the runs that there have been of it, only the last one's are kept.
+        kept = forward_batch.layer_calls.get(id(self._children))
+        if kept is None or kept.run is not self or not all(map(is_, tables, kept.tables)):
+            calls = [whole.call(positions, forward_batch.kv_cache) for whole in self._wholes]
+            kept = forward_batch.layer_calls[id(self._children)] = _Calls(self, tables, calls)
+        return kept.calls
+
+    def __reduce__(self) -> tuple[type[None], tuple]:
+        """As of `WholeLayer`."""
+        return type(None), ()
+
+
+class _Calls(NamedTuple):
+    """What the op takes of a run's layers, with these tables of angles."""
+
+    run: WholeRun
+    tables: Sequence[Tensor]
+    calls: list[ops.LayerCall]
 
 
 class _Modules(NamedTuple):
@@ -188,13 +253,13 @@ def _gather(layer: nn.Module) -> WholeLayer | None:
         return None
     has_norms = attention.q_norm is not None
     places = [
-        _Place(layer._modules, "self_attn"),
-        _Place(layer._modules, "mlp"),
-        _Place(layer._modules, "input_layernorm"),
-        _Place(layer._modules, "post_attention_layernorm"),
-        *(_Place(attention._modules, name) for name in ("qkv_proj", "rotary_emb", "attn")),
-        _Place(attention._modules, "o_proj"),
-        *(_Place(mlp._modules, name) for name in ("gate_up_proj", "down_proj", "act_fn")),
+        Place(layer._modules, "self_attn"),
+        Place(layer._modules, "mlp"),
+        Place(layer._modules, "input_layernorm"),
+        Place(layer._modules, "post_attention_layernorm"),
+        *(Place(attention._modules, name) for name in ("qkv_proj", "rotary_emb", "attn")),
+        Place(attention._modules, "o_proj"),
+        *(Place(mlp._modules, name) for name in ("gate_up_proj", "down_proj", "act_fn")),
         *(_place(attention, name) for name in ("q_norm", "k_norm")),
     ]
     modules = _Modules(*(table[key] for table, key in places))
@@ -212,14 +277,14 @@ def _gather(layer: nn.Module) -> WholeLayer | None:
     return WholeLayer(layer, modules, places + list(_places_within(modules)), parts)
 
 
-def _place(owner: Any, name: str) -> _Place:
+def _place(owner: Any, name: str) -> Place:
     """Where a module, or any other object, keeps an attribute of its own."""
     tables = [owner.__dict__.get(kind, {}) for kind in ("_parameters", "_modules")]
     found = next((table for table in tables if name in table), owner.__dict__)
-    return _Place(found, name)
+    return Place(found, name)
 
 
-def _places_within(modules: _Modules) -> Iterator[_Place]:
+def _places_within(modules: _Modules) -> Iterator[Place]:
     """Where `_parts_of` finds things."""
     for norm in (modules.input_norm, modules.post_norm, modules.q_norm, modules.k_norm):
         if norm is not None:

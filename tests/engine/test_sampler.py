@@ -8,6 +8,7 @@ import torch
 
 from sglite.engine.request import Request
 from sglite.engine.sampler import Sampler
+from sglite.engine.scheduler import Outcome
 from sglite.engine.stopping import StopChecker
 from sglite.interface.errors import RequestError
 from sglite.interface.outputs import Logprob
@@ -107,7 +108,7 @@ def test_a_changing_batch_gives_the_tokens_of_naive_code(seed):
         for row, request, result in zip(
             logits, running, sample(logits, running, sampler), strict=True
         ):
-            assert result == (naive_token(row, request), None, None)
+            assert result == Outcome(naive_token(row, request))
             request.append(result.token_id)
 
 

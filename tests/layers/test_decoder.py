@@ -1,6 +1,7 @@
 """The decoder's composites: fused or in parts, the same bits; hooks and subclasses are seen."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -218,6 +219,52 @@ def test_what_is_replaced_counts_from_the_next_call_on(loaded, name):
     for other in loaded.model.model.layers:
         other.mlp.act_fn.register_forward_hook(lambda *call: None)
     assert torch.equal(logits_of(loaded), after)
+
+
+LIST_CHANGES = {
+    "replaced": lambda layers: layers.__setitem__(1, copy.deepcopy(layers[0])),
+    "swapped": lambda layers: layers._modules.update({"0": layers[1], "1": layers[0]}),
+    "added": lambda layers: layers.append(copy.deepcopy(layers[0])),
+    "removed": lambda layers: layers.__delitem__(1),
+    "with other parts": lambda layers: vars(layers).update(_modules={"0": layers[0]}),
+    "without its parts": lambda layers: vars(layers[1]).update(_modules=dict(layers[0]._modules)),
+    "with another forward": lambda layers: setattr(
+        layers[1], "forward", lambda positions, hidden_states, batch: hidden_states * 2
+    ),
+}
+
+
+@pytest.mark.parametrize("change", LIST_CHANGES)
+def test_a_list_of_layers_that_is_changed_counts_from_the_next_call_on(loaded, change):
+    before = logits_of(loaded)
+    layers = loaded.model.model.layers
+    if change == "added":  # of which there is a cache
+        del layers[2]
+        before = logits_of(loaded)
+    LIST_CHANGES[change](layers)
+    after = logits_of(loaded)
+    assert not torch.equal(after, before)
+    for layer in layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *call: None)
+    assert torch.equal(logits_of(loaded), after)
+
+
+def test_a_class_whose_forward_is_replaced_runs_that(loaded, monkeypatch):
+    before = logits_of(loaded)
+    kind = type(loaded.model.model.layers[1])
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args: forward(*args) * 2)
+    assert not torch.equal(logits_of(loaded), before)
+    monkeypatch.undo()
+    assert torch.equal(logits_of(loaded), before)
+
+
+def test_a_copy_of_a_model_has_layers_of_its_own(loaded):
+    before = logits_of(loaded)
+    copied = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
+    assert torch.equal(logits_of(copied), before)
+    loaded.model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *call: 1 / 0)
+    assert torch.equal(logits_of(copied), before)
 
 
 def test_a_copy_of_a_layer_has_hooks_of_its_own(loaded):
