@@ -207,20 +207,27 @@ class UnitRunner {
     void attend_block(int64_t head, int64_t first, int begin, int end) {
         block_.key_rows = k_cache_ + head_offset(head);
         block_.value_rows = v_cache_ + head_offset(head);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        if constexpr (std::is_same_v<T, BFloat16>) {
+            if (head_rows_ <= kTileRows && args_.head_dim % (2 * Vec::kSize) == 0) {
+                return attend_tokens<PairedBlock>(head * head_rows_, first);
+            }
+        }
+#endif
         pack_keys<T>(block_, begin, end);
 #if defined(__AMX_BF16__)
         if constexpr (kPairs<T>) {
             tiles_.start_block();
             if (all_see_whole(first)) {
-                return attend<CachedValues<T>>(head * head_rows_, head_rows_, 0, kAttentionBlock);
+                return attend<CachedBlock<T>>(head * head_rows_, head_rows_, 0, kAttentionBlock);
             }
         }
 #endif
         if (head_rows_ <= kTileRows && args_.head_dim % Vec::kSize == 0) {
-            attend_tokens<CachedValues<T>>(head * head_rows_, first);
+            attend_tokens<CachedBlock<T>>(head * head_rows_, first);
         } else {
             copy_values<T>(block_, begin, end);
-            attend_tokens<CopiedValues>(head * head_rows_, first);
+            attend_tokens<CopiedBlock>(head * head_rows_, first);
         }
     }
 
@@ -231,9 +238,9 @@ class UnitRunner {
 
     // Neighbouring tokens that see the same keys of the block are taken together. Keys that a token
     // does not see are not touched for it, so that what they hold cannot matter.
-    template <typename Values>
+    template <typename Reading>
     void attend_tokens(int64_t first_row, int64_t first) {
-        if (all_see_whole(first)) return attend<Values>(first_row, head_rows_, 0, kAttentionBlock);
+        if (all_see_whole(first)) return attend<Reading>(first_row, head_rows_, 0, kAttentionBlock);
         int64_t token = 0;
         while (token < unit_.tokens) {
             int begin, end, next_begin, next_end;
@@ -244,12 +251,12 @@ class UnitRunner {
                 if (next_begin != begin || next_end != end) break;
             }
             if (begin < end)
-                attend<Values>(first_row + token * group_, (next - token) * group_, begin, end);
+                attend<Reading>(first_row + token * group_, (next - token) * group_, begin, end);
             token = next;
         }
     }
 
-    template <typename Values>
+    template <typename Reading>
     void attend(int64_t row, int64_t count, int begin, int end) {
         const Rows rows{queries_ + row * channels_, parts_ + row * record_, weight_sums_ + row * 16,
                         channels_, record_};
@@ -259,7 +266,7 @@ class UnitRunner {
             if (begin == 0 && end == kAttentionBlock) return tiles_.attend(block_, rows, count);
         }
 #endif
-        attend_rows<T, Values>(block_, rows, count, begin, end);
+        attend_rows<T, Reading>(block_, rows, count, begin, end);
     }
 
     void visible_in_block(int64_t token, int64_t first, int& begin, int& end) const {

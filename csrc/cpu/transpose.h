@@ -54,35 +54,6 @@ static inline void transpose(Vec (&rows)[8]) {
     }
 }
 
-// 16 channels of 8 rows in memory, as 16 vectors whose lanes are the rows. Pairs of channels stay
-// together until the end, which halves the shuffling.
-static inline void transpose(const BFloat16* const (&rows)[8], Vec (&channels)[16]) {
-    for (int half = 0; half < 2; ++half) {
-        __m256 quarters[4], pairs[4], words[4];
-        for (int i = 0; i < 4; ++i) {
-            const auto* low = reinterpret_cast<const float*>(rows[i] + 8 * half);
-            const auto* high = reinterpret_cast<const float*>(rows[i + 4] + 8 * half);
-            quarters[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)),
-                                               _mm_loadu_ps(high), 1);
-        }
-        for (int i = 0; i < 4; i += 2) {
-            pairs[i] = _mm256_unpacklo_ps(quarters[i], quarters[i + 1]);
-            pairs[i + 1] = _mm256_unpackhi_ps(quarters[i], quarters[i + 1]);
-        }
-        for (int j = 0; j < 2; ++j) {
-            words[2 * j] = _mm256_shuffle_ps(pairs[j], pairs[2 + j], 0x44);
-            words[2 * j + 1] = _mm256_shuffle_ps(pairs[j], pairs[2 + j], 0xee);
-        }
-        for (int j = 0; j < 4; ++j) {
-            const __m256i word = _mm256_castps_si256(words[j]);
-            Vec* to = channels + 8 * half + 2 * j;
-            to[0].v = _mm256_castsi256_ps(_mm256_slli_epi32(word, 16));
-            to[1].v = _mm256_castsi256_ps(
-                _mm256_and_si256(word, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
-        }
-    }
-}
-
 #else
 
 static inline void transpose(Vec (&rows)[Vec::kSize]) {

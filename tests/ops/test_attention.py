@@ -225,7 +225,15 @@ def test_same_bits_however_the_work_is_cut(dtype, data):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("group", "head_dim", "window"), [(3, 64, None), (2, 128, 100), (1, 80, None)]
+    ("group", "head_dim", "window"),
+    [
+        (1, 80, None),
+        (2, 128, 100),
+        (3, 64, None),
+        (4, 24, None),
+        (5, 48, 70),
+        (6, 96, None),
+    ],
 )
 def test_same_bits_on_every_path(cpu_path, num_threads, dtype, group, head_dim, window):
     """A prefill, all of its rows as decodes, and those together in one batch."""

@@ -110,7 +110,7 @@ class AttentionTiles {
     // Values of two neighbouring keys side by side: words [kAttentionBlock / 2, channels].
     static void pack_value_pairs(Block& block) {
         constexpr int64_t kPairChannels = 2 * kWords;
-        const int64_t row_lines = block.head_dim * 2 / Prefetch::kLine + 1;
+        const int row_lines = static_cast<int>(block.head_dim * 2 / Prefetch::kLine + 1);
         alignas(64) uint16_t first[32], second[32];
         for (int i = 0; i < 32; ++i) {
             first[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
@@ -119,8 +119,8 @@ class AttentionTiles {
         const __m512i lower = _mm512_load_si512(first), upper = _mm512_load_si512(second);
         uint32_t* to = block.value_pairs;
         for (int key = 0; key < kAttentionBlock; key += 2, to += block.channels) {
-            const BFloat16* even = CachedValues<BFloat16>::row(block, key);
-            const BFloat16* odd = CachedValues<BFloat16>::row(block, key + 1);
+            const BFloat16* even = value_row<BFloat16>(block, key);
+            const BFloat16* odd = value_row<BFloat16>(block, key + 1);
             block.next_values.advance(2 * row_lines);
             for (int64_t channel = 0; channel < block.head_dim; channel += kPairChannels) {
                 const int64_t rest = block.head_dim - channel;
