@@ -295,7 +295,7 @@ def test_many_lives_leave_no_memory_behind():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["growth"] < 0.05

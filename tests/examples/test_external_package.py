@@ -65,7 +65,7 @@ def test_installed_by_pip_in_a_fresh_environment(package, checkpoint, tmp_path):
     """What the tests' own environment has is seen from there, so that nothing is downloaded."""
     environment = tmp_path / "environment"
     subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120
+        [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=300
     )
     python = environment / "bin" / "python"
     (site_packages,) = environment.glob("lib/python*/site-packages")
@@ -77,7 +77,7 @@ def test_installed_by_pip_in_a_fresh_environment(package, checkpoint, tmp_path):
 
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run(
-        [str(python), *install, "--no-index", str(package)], check=True, timeout=240, cwd=tmp_path
+        [str(python), *install, "--no-index", str(package)], check=True, timeout=300, cwd=tmp_path
     )
     assert list(site_packages.glob("custom_llm-*.dist-info"))
     done = generate(python, checkpoint, cwd=tmp_path)

@@ -81,7 +81,7 @@ def test_installed_by_pip_in_a_fresh_environment(package, checkpoint, tmp_path):
     """What the tests' own environment has is seen from there, so that nothing is downloaded."""
     environment = tmp_path / "environment"
     subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=120
+        [sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=300
     )
     python = environment / "bin" / "python"
     (site_packages,) = environment.glob("lib/python*/site-packages")
@@ -89,7 +89,7 @@ def test_installed_by_pip_in_a_fresh_environment(package, checkpoint, tmp_path):
     (site_packages / "ours.pth").write_text(f"{ROOT}\n{ours}\n")
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run(
-        [str(python), *install, "--no-index", str(package)], check=True, timeout=240, cwd=tmp_path
+        [str(python), *install, "--no-index", str(package)], check=True, timeout=300, cwd=tmp_path
     )
     assert list(site_packages.glob("custom_vl-*.dist-info"))
     by_variables = generate(python, checkpoint, cwd=tmp_path, **VARIABLES)

@@ -15,7 +15,7 @@ def run(pytestconfig, name, *arguments):
         [sys.executable, str(pytestconfig.rootpath / "examples" / name), *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -63,7 +63,7 @@ def test_the_readme_says_what_works(pytestconfig, block, tmp_path):
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         cwd=pytestconfig.rootpath,
     )

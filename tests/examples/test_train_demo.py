@@ -167,7 +167,7 @@ def test_no_held_out_follow_up_is_trained_on(scripts):
 
 def test_script_trains_and_saves_a_checkpoint(tmp_path):
     command = [sys.executable, SCRIPTS / "train.py", "--out", tmp_path, "--steps", "2"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16

@@ -238,7 +238,7 @@ def test_pictures_at_once_are_what_hugging_face_computes_one_by_one(scripts, ima
 def test_script_trains_and_saves_a_checkpoint(tmp_path):
     command = [sys.executable, SCRIPTS / "train.py", "--out", tmp_path, "--steps", "2"]
     command += ["--pictures", "20", "--batch", "4", "--workers", "1"]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     model = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)
     assert model.dtype == torch.bfloat16
     assert AutoImageProcessor.from_pretrained(tmp_path).merge_size == 2

@@ -12,7 +12,7 @@ def run(*arguments, **options):
         [sys.executable, "-m", "sglite", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         **options,
     )
