@@ -68,7 +68,7 @@ def test_int4_groups_divide_the_columns_where_they_can(columns, expected):
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_generates_the_same_whatever_shares_the_batch(tmp_path, family, method):
     make_checkpoint(tmp_path, family, dtype=torch.bfloat16)
     parameters = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True, "logprobs": 1}

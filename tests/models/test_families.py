@@ -25,7 +25,7 @@ LENGTHS = [1, 15, 16, 17, 33, 100]
 FAMILIES = {CONFIGS[name][0]: name for name in reversed(CONFIGS)}.values()
 _OTHERS = ("LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config")
 FURTHER = [name for name, (class_name, _) in CONFIGS.items() if class_name not in _OTHERS]
-NEW_TOKENS = 32
+NEW_TOKENS = 12
 # Where the oracle's two best logits are nearer than this (relative to its largest), either token is
 # right.
 NEAR_TIE = 1e-4
