@@ -90,7 +90,7 @@ MUTATIONS ?= 10000
 fuzz: build
 	$(RUN) -m tests.fuzz_loader --mutations $(MUTATIONS)
 
-# All held-out questions to the two checkpoints that ship, through Hugging Face: an hour or so. The
+# All held-out questions to the two checkpoints that ship, through Hugging Face, which takes long; the
 # tests ask a sample.
 evaluate-demos: build
 	$(RUN) examples/train_demo/evaluate.py sglite/checkpoints/demo
