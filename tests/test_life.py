@@ -291,7 +291,7 @@ def test_two_models_of_different_kinds_at_the_same_time(tmp_path):
 def test_many_lives_leave_no_memory_behind():
     """The short form of `make lives`."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.many_lives", "--count", "30", "--most-growth", "0.05"],
+        [sys.executable, "-m", "tests.many_lives", "--count", "20", "--most-growth", "0.05"],
         cwd=ROOT,
         capture_output=True,
         text=True,

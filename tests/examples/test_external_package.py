@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import command_line
 from tests.checkpoints import DEMO_FOLDER
 from tests.packages import ROOT, copy_checkpoint, copy_package, run
 
@@ -43,15 +44,14 @@ def test_by_the_environment(package, checkpoint, tmp_path):
     assert done.stderr == ""
 
 
-def test_a_broken_module_is_named(package, checkpoint, tmp_path):
+def test_a_broken_module_is_named(package, checkpoint, tmp_path, monkeypatch):
     """And other models run: tests/models/test_external.py."""
     broken = Path(shutil.copytree(package / "custom_llm", tmp_path / "custom_llm"))
     (broken / "llama_wrapper.py").write_text("from sglite.models.lama import Nothing\n")
-    variables = {
-        "PYTHONPATH": os.pathsep.join([ROOT, str(tmp_path)]),
-        "SGLITE_EXTERNAL_MODEL_PACKAGE": "custom_llm",
-    }
-    done = generate(sys.executable, checkpoint, cwd=tmp_path, **variables)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SGLITE_EXTERNAL_MODEL_PACKAGE", "custom_llm")
+    done = command_line.run("generate", "--model", checkpoint, QUESTION)
+    del sys.modules["custom_llm"]
     assert done.returncode == 1
     assert "the module 'custom_llm.llama_wrapper' cannot be imported" in done.stderr
     assert "sglite.models.lama" in done.stderr

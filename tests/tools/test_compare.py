@@ -13,7 +13,7 @@ from sglite.models.llama import LlamaForCausalLM
 from sglite.tools.compare.matching import Layout
 from sglite.tools.compare.metrics import Closeness, cosines, rouge_l, row_errors
 from sglite.tools.compare.recording import as_rows
-from tests.checkpoints import CONFIGS, edit_json, hugging_face, make_checkpoint
+from tests.checkpoints import FAMILIES, edit_json, hugging_face, make_checkpoint
 from tests.command_line import run
 from tests.tools import ported  # noqa: F401  (registers its models)
 from tests.tools.planted import BUGS
@@ -47,7 +47,7 @@ def quick(checkpoint, architecture, **options):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_right_models_pass(checkpoints, name):
     report = sglite.compare(checkpoints(name)[0], itself=False, new_tokens=3)
     assert report.passed, str(report)
