@@ -207,7 +207,7 @@ def test_a_comparison_from_end_to_end(tiny, tmp_path, capsys):
     assert list(result["engines"]) == ["sglite", "transformers"]
     assert list(result["failures"]) == ["llama_cpp", "vllm_cpu"]
     assert result["command"].startswith("python bench/throughput.py --model tiny --cache-folder")
-    workload_table, engine_table, machine_table = tables(result)
+    workload_table, engine_table, machine_table, _left_out = tables(result)
     assert workload_table.columns[:4] == [
         "workload",
         "sglite, tok/s",
