@@ -60,8 +60,8 @@ def chat(model, tokenizer, *messages, new_tokens=40):
 
 def test_held_out_questions_are_answered(scripts, model, tokenizer):
     """A sample; `make evaluate-demos` asks all."""
-    prompts = scripts.evaluate.held_out_prompts(tokenizer, sample=100, seed=1)
-    assert len({(prompt.group, prompt.form) for prompt in prompts}) >= 15
+    prompts = scripts.evaluate.held_out_prompts(tokenizer, sample=40, seed=1)
+    assert len({(prompt.group, prompt.form) for prompt in prompts}) > 9
     wrong = scripts.evaluate.wrong_answers(model, tokenizer, prompts)
     assert len(wrong) <= 0.05 * len(prompts), wrong[:5]
 
