@@ -122,7 +122,8 @@ CANCELLED = "\n".join(
     [
         "import asyncio",
         "async def main():",
-        "    await asyncio.wait_for(llm.agenerate('Hi', ignore_eos=True), 0.01)",
+        "    endless = {'ignore_eos': True, 'max_new_tokens': 400}",
+        "    await asyncio.wait_for(llm.agenerate('Hi', **endless), 0.01)",
         "asyncio.run(main())",
     ]
 )
@@ -135,7 +136,7 @@ CANCELLED_READING = "\n".join(
         "import asyncio, time",
         "read = llm._intake.reader.read",
         "def slow(*arguments):",
-        "    time.sleep(0.2)",
+        "    time.sleep(1)",
         "    return read(*arguments)",
         "llm._intake.reader.read = slow",
         "async def main():",
