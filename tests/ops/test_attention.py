@@ -57,7 +57,7 @@ def ragged_batches(draw, most_positions=300):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     spans=ragged_batches(),
     kv_heads=st.integers(1, 3),
