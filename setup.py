@@ -2,10 +2,11 @@
 
 CPU kernels are compiled once for each instruction set and chosen at run time. CUDA is taken along
 when SGLITE_CUDA is 1, or "auto" (the default) and both a CUDA compiler and an NVIDIA GPU are there;
-SGLITE_CUDA_ARCHS names the architectures ("90a;80"). SGLITE_CUDA=emulate compiles the CUDA kernels
-for the CPU, for tests where there is no GPU. SGLITE_SANITIZE=address,undefined builds with
-sanitizers. Neither libtorch nor libgomp is linked: tensors arrive through DLPack, and OpenMP
-resolves to the runtime that torch has loaded.
+SGLITE_CUDA_ARCHS names the architectures ("90a;80"), SGLITE_NVCC_FLAGS more of nvcc's flags.
+SGLITE_CUDA=emulate compiles the CUDA kernels for the CPU, for tests where there is no GPU.
+SGLITE_SANITIZE=address,undefined builds with sanitizers. All builds of a working tree share their
+objects, those of wheels and of editable installs included. Neither libtorch nor libgomp is linked:
+tensors arrive through DLPack, and OpenMP resolves to the runtime that torch has loaded.
 """
 
 import os
@@ -91,6 +92,23 @@ def cuda_architectures():
     return named.split(";") if named else present or ["80", "90a"]
 
 
+def pybind11_headers(folder):
+    """A copy of pybind11's headers below `folder`.
+
+    The environment in which pip builds a wheel is gone afterwards; headers in a place that stays
+    leave its objects of use.
+    """
+    import pybind11
+
+    headers = folder / f"pybind11-{pybind11.__version__}"
+    if not headers.exists():
+        half = folder / "pybind11-half-copied"
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(pybind11.get_include(), half)
+        half.rename(headers)
+    return headers
+
+
 def ninja_path(path):
     """A path as ninja's syntax wants it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -99,6 +117,13 @@ def ninja_path(path):
 class NinjaBuild(build_ext):
     """Writes build.ninja for the one extension and runs ninja on it."""
 
+    def finalize_options(self):
+        """Chooses the folder of the objects, where none is named."""
+        # The default, except that of an editable install's temporary folder nothing would be left.
+        name = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        self.build_temp = self.build_temp or str(ROOT / "build" / name)
+        super().finalize_options()
+
     def build_extension(self, ext):
         """Compiles and links `ext` into its final place."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -106,7 +131,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         script = folder / "build.ninja"
-        script.write_text(self.ninja_script(target), encoding="utf-8")
+        script.write_text(self.ninja_script(target, folder), encoding="utf-8")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         subprocess.run([self.ninja(), "-C", str(folder), *jobs], check=True)
 
@@ -119,16 +144,14 @@ class NinjaBuild(build_ext):
             raise SystemExit("ninja is not installed: pip install ninja")
         return found
 
-    def ninja_script(self, target):
-        """The text of build.ninja."""
-        import pybind11
-
+    def ninja_script(self, target, folder):
+        """The text of build.ninja, for `folder`."""
         x86_linux = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
         architectures = cuda_architectures()
         # The emulator is for tests of the CUDA kernels: the CPU's own are of no interest there.
         x86_linux = x86_linux and architectures != ["emulated"]
         paths = X86_PATHS if x86_linux else PORTABLE_PATHS
-        includes = [sysconfig.get_path("include"), pybind11.get_include()]
+        includes = [sysconfig.get_path("include"), pybind11_headers(folder)]
         flags = (
             "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math "
             "-ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi "
@@ -147,15 +170,12 @@ class NinjaBuild(build_ext):
         # What differs from one build to the next goes to few files, whose objects are kept apart:
         # so builds with and without CUDA, in place and of a wheel, share all the others.
         variant_flags = "-DSGLITE_X86_PATHS" if x86_linux else ""
+        binding_flags = " ".join(f"-I{ninja_path(folder)}" for folder in includes)
         if architectures:
             # A string for show_config, and the switch for the code that calls CUDA.
             variant_flags += f" -DSGLITE_CUDA='\"{';'.join(architectures)}\"'"
         if architectures == ["emulated"]:
-            variant_flags += " -DSGLITE_EMULATED"
-        binding_flags = " ".join(
-            [variant_flags, *(f"-I{ninja_path(folder)}" for folder in includes)]
-        )
-        build = f"{zlib.crc32(binding_flags.encode()):08x}"
+            binding_flags += " -DSGLITE_EMULATED -O1"  # compiled sooner, for tests alone
 
         lines = [
             "ninja_required_version = 1.5",
@@ -176,13 +196,17 @@ class NinjaBuild(build_ext):
             lines.append(f"  path_flags = {path_flags}")
             objects.append(name)
 
+        def compile_variant(source, path_flags):
+            folder = f"{zlib.crc32(path_flags.encode()):08x}"
+            compile_rule("compile", source, f"{folder}/{source.relative_to(CSRC)}.o", path_flags)
+
         for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "ops").glob("*.cpp")]):
             compile_rule("compile", source, f"{source.relative_to(CSRC)}.o")
         for source in (CSRC / "cpu" / "dispatch.cpp", CSRC / "cuda" / "dispatch.cpp"):
-            name = f"{build}/{source.relative_to(CSRC)}.o"
-            compile_rule("compile", source, name, variant_flags)
+            compile_variant(source, variant_flags)
         for source in sorted((CSRC / "python").glob("*.cpp")):
-            compile_rule("compile", source, f"{build}/python/{source.name}.o", binding_flags)
+            asks_for_cuda = source.name == "module.cpp"
+            compile_variant(source, f"{variant_flags * asks_for_cuda} {binding_flags}")
         compile_rule("compile", CSRC / "cpu" / "team.cpp", "cpu/team.o")
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.name in ("dispatch.cpp", "team.cpp"):
@@ -209,7 +233,8 @@ class NinjaBuild(build_ext):
             lines += [
                 "rule nvcc",
                 f"  command = {ninja_path(home / 'bin' / 'nvcc')} -MD -MF $out.d -O3 -std=c++20 "
-                f"-Xcompiler -fPIC,-fvisibility=hidden {codes} -I{ninja_path(CSRC)} -c $in -o $out",
+                f"-Xcompiler -fPIC,-fvisibility=hidden {os.environ.get('SGLITE_NVCC_FLAGS', '')} "
+                f"{codes} -I{ninja_path(CSRC)} -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]

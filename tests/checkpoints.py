@@ -177,6 +177,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "starcoder2-plain": ("Starcoder2Config", {"use_bias": False, "tie_word_embeddings": False}),
 }
+#: One configuration of each family: names of `CONFIGS`.
+FAMILIES = list({CONFIGS[name][0]: name for name in reversed(CONFIGS)}.values())
 
 
 def make_checkpoint(

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_in_child(function: Callable[[], None], timeout: float = 120) -> str:
+def run_in_child(function: Callable[[], None], timeout: float = 300) -> str:
     """Runs a function of a test module in a fresh process; returns what it printed.
 
     SIGINT raises KeyboardInterrupt there, also where a shell has started these tests in the

@@ -27,6 +27,14 @@ def num_threads(request):
 
 
 @pytest.fixture
+def two_threads():
+    """Two kernel threads, for what is shown elsewhere not to depend on how many there are."""
+    _C.set_num_threads(2)
+    yield
+    _C.set_num_threads(0)
+
+
+@pytest.fixture
 def registry_as_before(monkeypatch):
     """Takes back what a test registers."""
     models = ModelRegistry.models

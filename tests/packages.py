@@ -36,7 +36,7 @@ def run(python, *arguments, cwd, **variables) -> subprocess.CompletedProcess:
         [str(python), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
         check=False,
         cwd=cwd,
         env={**environment, **variables},

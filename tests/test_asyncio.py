@@ -93,7 +93,7 @@ def test_cancelling_the_task_ends_its_requests_and_no_others(llm, expected):
         with pytest.raises(asyncio.CancelledError):
             await unwanted
         assert [output.text for output in await wanted] == expected
-        await asyncio.wait_for(until(lambda: is_idle(llm)), 10)
+        await asyncio.wait_for(until(lambda: is_idle(llm)), 100)
 
     asyncio.run(main())
 
@@ -108,7 +108,7 @@ def test_leaving_a_stream_early_frees_its_request(llm, closes):
             await stream.aclose()
         else:
             del stream
-        await asyncio.wait_for(until(lambda: is_idle(llm)), 10)
+        await asyncio.wait_for(until(lambda: is_idle(llm)), 100)
 
     asyncio.run(main())
 
@@ -117,7 +117,7 @@ def test_a_timeout_is_a_cancellation(llm):
     async def main():
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(llm.agenerate("Hi", **ENDLESS), 0.02)
-        await asyncio.wait_for(until(lambda: is_idle(llm)), 10)
+        await asyncio.wait_for(until(lambda: is_idle(llm)), 100)
 
     asyncio.run(main())
 
@@ -171,7 +171,7 @@ def test_a_loop_that_ends_takes_its_requests_along(llm):
     task.cancel()
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
     loop.close()
-    asyncio.run(asyncio.wait_for(until(lambda: is_idle(llm)), 10))
+    asyncio.run(asyncio.wait_for(until(lambda: is_idle(llm)), 100))
 
 
 def test_closing_ends_what_tasks_wait_for():

@@ -112,7 +112,7 @@ def collect_everywhere():
 
 @pytest.fixture(scope="module")
 def printed():
-    return run_in_child(collect_everywhere, timeout=100).split()
+    return run_in_child(collect_everywhere).split()
 
 
 def test_in_the_thread_of_the_steps(printed):

@@ -19,7 +19,7 @@ ENDLESS = {"ignore_eos": True, "max_new_tokens": 400}
 
 
 def in_fork(work):
-    """Runs `work` in a fork of this process; the exit code must be 0 within a minute."""
+    """Runs `work` in a fork of this process; the exit code must be 0."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -34,8 +34,8 @@ def in_fork(work):
 
 
 def exit_code(child):
-    """Waits for a child process, up to a minute."""
-    deadline = time.monotonic() + 60
+    """Waits for a child process, up to a few minutes."""
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -112,7 +112,7 @@ def fork_in_every_state():
 
 
 def test_a_fork_in_every_state():
-    assert run_in_child(fork_in_every_state, timeout=200) == "done\n"
+    assert run_in_child(fork_in_every_state) == "done\n"
 
 
 def use_streams_begun_before_the_fork():
@@ -158,7 +158,7 @@ def use_streams_begun_before_the_fork():
 
 
 def test_streams_begun_before_the_fork():
-    assert run_in_child(use_streams_begun_before_the_fork, timeout=100) == "done\n"
+    assert run_in_child(use_streams_begun_before_the_fork) == "done\n"
 
 
 class Prompts(torch.utils.data.Dataset):

@@ -1,6 +1,5 @@
 """What importing costs, and what it must not do."""
 
-import statistics
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import sglite
 
 def python(code):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
     ).stdout
 
 
@@ -20,11 +19,17 @@ def test_every_public_name_is_there():
 
 
 def test_import_is_quick_beside_torch_and_transformers():
-    code = (
-        "import torch, transformers, time; t = time.perf_counter(); import sglite; "
-        "from sglite import LLM, SamplingParams, register; print(time.perf_counter() - t)"
-    )
-    assert statistics.median(float(python(code)) for _ in range(3)) < 0.3
+    """As a share of the processor time that these two take, whatever else the machine does."""
+    code = """
+from time import process_time
+start = process_time()
+import torch, transformers
+theirs = process_time()
+import sglite
+from sglite import LLM, SamplingParams, register
+print((process_time() - theirs) / (theirs - start))
+"""
+    assert min(float(python(code)) for _ in range(2)) < 0.2
 
 
 def test_import_alone_loads_no_torch():

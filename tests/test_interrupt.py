@@ -35,36 +35,31 @@ def facts(outputs):
 
 
 class Interrupter:
-    """Sends SIGINT to this process while the engine is at work, and knows when steps ended."""
+    """Sends SIGINT to this process within a step, and knows when that step ended.
+
+    Attributes:
+        step_ended: the time, or when the signal was sent while that step lasts.
+    """
 
     def __init__(self, llm):
-        self._llm = llm
-        self.ends = []
-        self.sent = None
+        self._left = 0
+        self.step_ended = 0.0
         step = llm._engine.step
 
-        def timed_step():
+        def interrupted_step():
+            self._left -= 1
+            if self._left == 0:
+                self.step_ended = time.perf_counter()
+                os.kill(os.getpid(), signal.SIGINT)
             step()
-            self.ends.append(time.perf_counter())
+            if self._left == 0:
+                self.step_ended = time.perf_counter()
 
-        llm._engine.step = timed_step
+        llm._engine.step = interrupted_step
 
-    def after_steps(self, count):
-        self.ends.clear()
-        self.sent = None
-
-        def watch():
-            while len(self.ends) < count:
-                time.sleep(0.0005)
-            self.sent = time.perf_counter()
-            os.kill(os.getpid(), signal.SIGINT)
-
-        threading.Thread(target=watch).start()
-
-    def seconds_since_step(self, raised):
-        """From the end of the step that the signal fell into."""
-        border = next((end for end in self.ends if end >= self.sent), self.sent)
-        return raised - max(border, self.sent)
+    def in_step(self, number):
+        """The signal comes in that step from now on, counted from 1."""
+        self._left = number
 
 
 def interrupt_every_kind_of_call():
@@ -87,14 +82,19 @@ def interrupt_every_kind_of_call():
         expected["stream"] = expected["generate"]
         for name, call in kinds.items():
             waited = []
-            for steps in (1, 20, 60):
-                interrupter.after_steps(steps)
-                try:
-                    call()
-                except KeyboardInterrupt:
-                    waited.append(interrupter.seconds_since_step(time.perf_counter()))
-                else:
-                    raise AssertionError(f"{name}: no KeyboardInterrupt")
+            for step in (2, 21, 61):
+                # Once is enough: what another process delays is no promise broken.
+                for _ in range(5):
+                    interrupter.in_step(step)
+                    try:
+                        call()
+                    except KeyboardInterrupt:
+                        seconds = time.perf_counter() - interrupter.step_ended
+                    else:
+                        raise AssertionError(f"{name}: no KeyboardInterrupt")
+                    if seconds < 0.2:
+                        break
+                waited.append(seconds)
                 stats = llm.stats()
                 assert stats["running"] == stats["waiting"] == 0
                 llm._engine.scheduler.cache.check_invariant()
@@ -104,7 +104,7 @@ def interrupt_every_kind_of_call():
                     tokens = whole[0][0][1]
                     assert out.token_ids == tokens[: len(out.token_ids)]
                     assert len(out.token_ids) < len(tokens)
-                assert steps < 20 or all(out.token_ids for out in so_far)
+                assert step < 20 or all(out.token_ids for out in so_far)
                 # What was computed is in the tree: only the last token of each is not.
                 cached = llm.stats()["cached_tokens"]
                 longest = max(so_far, key=lambda out: len(out.token_ids))
@@ -114,8 +114,7 @@ def interrupt_every_kind_of_call():
                 assert facts(llm.resume()) == expected[name], name
                 assert llm.interrupted is None
             print(name, "raised after", [f"{seconds:.4f}" for seconds in waited])
-            # One that another process delays is no promise broken.
-            assert sorted(waited)[1] < 0.2, waited
+            assert max(waited) < 0.2, waited
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -89,7 +89,7 @@ def say_nothing():
 def test_it_is_quiet_by_default():
     code = "from tests.test_manners import say_nothing; say_nothing()"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

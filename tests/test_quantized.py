@@ -1,11 +1,7 @@
 """`LLM(quantization=)`: every native family runs, near to its plain self, with the same bits."""
 
-import os
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +68,7 @@ def test_int4_groups_divide_the_columns_where_they_can(columns, expected):
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_generates_the_same_whatever_shares_the_batch(tmp_path, family, method):
     make_checkpoint(tmp_path, family, dtype=torch.bfloat16)
     parameters = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True, "logprobs": 1}
@@ -132,38 +128,3 @@ def test_a_matrix_says_how_much_it_takes(tmp_path):
             padded = -(-rows // 32) * 32 / rows
             assert matrix.stored.nbytes <= padded * matrix.nbytes
             assert matrix.nbytes <= rows * columns * matrix.layout.bits / 8 * 1.15
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("method", ["int8", "int4"])
-def test_loading_takes_the_codes_and_one_tensor(tmp_path, method):
-    """Peak resident memory, in a process of its own: never a second copy of the checkpoint."""
-    make_checkpoint(
-        tmp_path,
-        dtype=torch.bfloat16,
-        hidden_size=512,
-        intermediate_size=4096,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-    )
-    code = f"""
-import re
-from sglite.models.checkpoint import resolve_checkpoint
-from sglite.models.loader import load_model
-import transformers.models.llama.configuration_llama
-def memory(kind):
-    return int(re.search(kind + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-checkpoint = resolve_checkpoint({str(tmp_path)!r})
-load_model(checkpoint, quantization={method!r})  # what the first run of an operation takes
-open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
-loaded = load_model(checkpoint, quantization={method!r})
-print(memory("VmHWM") - before)
-"""
-    output = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout
-    size = os.path.getsize(tmp_path / "model.safetensors") // 2  # of its elements in 8 bits
-    assert size > 70e6
-    largest = 4096 * 512 * 2
-    assert int(output) < size * (1 if method == "int8" else 0.55) + largest + 40e6

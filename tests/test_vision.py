@@ -6,7 +6,7 @@ import torch
 from sglite import LLM, SamplingParams
 from tests.vision_checkpoints import ORACLES, make_vision_checkpoint, picture, words
 
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 TOLERANCE = 1e-4
 GREEDY = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 SCORED = SamplingParams(temperature=0, max_new_tokens=1, prompt_logprobs=0)

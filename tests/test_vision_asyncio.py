@@ -1,7 +1,9 @@
 """Prompts with pictures, and long ones, in a running event loop: they are read beside it."""
 
 import asyncio
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +12,7 @@ from sglite.engine.tokenizer import Tokenizer
 from sglite.multimodal.qwen_vl import QwenVLImageProcessor
 from tests.vision_checkpoints import make_vision_checkpoint, picture
 
-SECONDS = 0.4
+SECONDS = 0.1
 PARAMS = SamplingParams(temperature=0, max_new_tokens=3, ignore_eos=True)
 PROMPT = {"text": "<image>what?", "images": [picture(30, 30, 1)]}
 LONG = "word " * 3000
@@ -23,18 +25,17 @@ def llm(tmp_path_factory):
         yield model
 
 
-@pytest.fixture
-def slow(monkeypatch):
-    """Pictures and long texts take `SECONDS` to be read."""
+def hold_reading(monkeypatch, wait):
+    """Has `wait` called where a picture or a long text is read."""
     process, encode = QwenVLImageProcessor.process_image, Tokenizer.encode
 
     def slow_process(self, image):
-        time.sleep(SECONDS)
+        wait()
         return process(self, image)
 
     def slow_encode(self, text, **keywords):
         if len(text) > len(LONG) // 2:
-            time.sleep(SECONDS)
+            wait()
             text = text[:50]  # the model's context is short
         return encode(self, text, **keywords)
 
@@ -42,52 +43,66 @@ def slow(monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode", slow_encode)
 
 
-async def longest_pause(work):
-    """What `work` gives, and the longest time for which nothing else ran in the loop, seconds."""
-    pauses = []
+@pytest.fixture
+def slow(monkeypatch):
+    """Pictures and long texts take `SECONDS` to be read."""
+    hold_reading(monkeypatch, lambda: time.sleep(SECONDS))
 
-    async def tick():
-        before = time.perf_counter()
-        while True:
-            await asyncio.sleep(0.005)
-            now = time.perf_counter()
-            pauses.append(now - before)
-            before = now
 
-    clock = asyncio.create_task(tick())
-    result = await work
-    clock.cancel()
-    return result, max(pauses)
+@pytest.fixture
+def reading(monkeypatch):
+    """Pictures and long texts are read until `may_end` is set, as it is at first."""
+    events = SimpleNamespace(begun=threading.Event(), may_end=threading.Event())
+    events.may_end.set()
+
+    def wait():
+        events.begun.set()
+        if not events.may_end.wait(100):
+            raise TimeoutError("nothing else has run meanwhile")
+
+    hold_reading(monkeypatch, wait)
+    return events
 
 
 async def collected(stream):
     return "".join([chunk.text async for chunk in stream])
 
 
+async def begin(call, reading):
+    """A task of the call, whose prompt is being read by now."""
+    reading.begun.clear()
+    reading.may_end.clear()
+    task = asyncio.create_task(call)
+    while not reading.begun.is_set():
+        await asyncio.sleep(0.001)
+    return task
+
+
 @pytest.mark.parametrize("prompt", [PROMPT, LONG], ids=["picture", "long text"])
-def test_the_loop_goes_on_while_a_prompt_is_read(llm, slow, prompt):
+def test_the_loop_goes_on_while_a_prompt_is_read(llm, reading, prompt):
     expected = llm.generate(prompt, PARAMS).text
-    output, pause = asyncio.run(longest_pause(llm.agenerate(prompt, PARAMS)))
-    assert output.text == expected
-    assert pause < SECONDS / 2
-    text, pause = asyncio.run(longest_pause(collected(llm.astream(prompt, PARAMS))))
-    assert text == expected
-    assert pause < SECONDS / 2
+
+    async def main(call):
+        task = await begin(call, reading)
+        # That this line is reached is the point: reading goes on until it says so.
+        reading.may_end.set()
+        return await task
+
+    assert asyncio.run(main(llm.agenerate(prompt, PARAMS))).text == expected
+    assert asyncio.run(main(collected(llm.astream(prompt, PARAMS)))) == expected
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_cancelling_meanwhile_leaves_nothing(llm, slow, streams):
+def test_cancelling_meanwhile_leaves_nothing(llm, reading, streams):
     async def main():
         before = llm.stats()
         call = collected(llm.astream(PROMPT)) if streams else llm.agenerate(PROMPT)
-        task = asyncio.create_task(call)
-        await asyncio.sleep(SECONDS / 4)
+        task = await begin(call, reading)
         task.cancel()
-        start = time.perf_counter()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert time.perf_counter() - start < SECONDS / 2
-        await asyncio.sleep(1.5 * SECONDS)
+        reading.may_end.set()
+        await asyncio.sleep(0.2)
         assert llm.stats() == before
 
     asyncio.run(main())

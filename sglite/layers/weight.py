@@ -24,7 +24,7 @@ from sglite.ops import (
 
 # Elements of a tensor that are converted to another dtype at a time, so that a large one does not
 # stand in memory twice.
-_CONVERTED_AT_ONCE = 1 << 22
+_CONVERTED_AT_ONCE = 1 << 20
 
 
 class Weight:

@@ -16,7 +16,9 @@ HALVES = [torch.bfloat16, torch.float16]
 # The emulator takes a second for what a GPU does in microseconds, where the reference then takes
 # most of the time.
 MOST = 250 if IS_EMULATED else 1500
-EXAMPLES = 6 if IS_EMULATED else 30
+EXAMPLES = 3 if IS_EMULATED else 30
+# Of bits. Both are one template, which the comparisons with the reference meet in every type.
+ONE_HALF = HALVES[:1] if IS_EMULATED else HALVES
 
 
 def run(gpu, arguments, scale, **options):
@@ -85,14 +87,14 @@ def test_matches_reference(
     check_close(gpu, arguments, scale, window=window, soft_cap=soft_cap, sinks=sinks)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", ONE_HALF)
 @pytest.mark.parametrize(
     ("group", "head_dim", "window"), [(4, 128, None), (3, 64, 100), (1, 96, None), (2, 256, None)]
 )
 def test_same_bits_however_the_work_is_cut(gpu, dtype, group, head_dim, window):
     """A prefill, chunks of it, single rows alone and together with others: the same bits."""
     generator = torch.Generator().manual_seed(1)
-    length, kv_heads = 600 if IS_EMULATED else 2900, 2
+    length, kv_heads = 400 if IS_EMULATED else 2900, 2
     sequences = Sequences.draw(
         [length, 40], kv_heads * group, kv_heads, head_dim, dtype, generator, treacherous=True
     )
@@ -200,7 +202,7 @@ def test_names_what_is_wrong(gpu):
         ops.paged_attention(arguments[0][..., :32], *arguments[1:], 0.125)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", ONE_HALF)
 @pytest.mark.parametrize(("group", "prefix"), [(4, 530), (1, 1100), (8, 256), (2, 255)])
 def test_same_bits_over_shared_pages(gpu, dtype, group, prefix):
     """Requests with a common prefix, in the same pages and in pages of their own."""

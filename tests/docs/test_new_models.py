@@ -42,7 +42,7 @@ def run_shell(code, root):
     subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code],
         check=True,
-        timeout=240,
+        timeout=300,
         env={**os.environ, "PATH": path, "PYTHONPATH": str(root)},
     )
 

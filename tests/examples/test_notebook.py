@@ -5,7 +5,7 @@ from nbclient import NotebookClient
 
 
 def run(notebook):
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     return ["".join(o.get("text", "") for o in c.outputs) for c in notebook.cells if "outputs" in c]
 
 

@@ -95,7 +95,7 @@ def run_cells(sources, flag):
     Gives the names of errors by the cell's number, and the texts that all cells printed.
     """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", allow_errors=True)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", allow_errors=True)
 
     def press_interrupt():
         while not flag.exists():

@@ -9,7 +9,6 @@ import struct
 import sys
 import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -160,13 +159,12 @@ def test_an_adapter_of_another_checkpoint_is_refused(sound, folder):
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
 )
+@pytest.mark.timeout(100)  # one that is read waits forever
 def test_a_file_that_never_ends_is_no_file(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    started = time.monotonic()
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         load(folder)
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
@@ -254,7 +252,7 @@ def test_a_template_that_takes_its_time_keeps_nobody_else_waiting(folder):
 
     def render(*arguments, **keywords):
         at_work.set()
-        go_on.wait(60)
+        go_on.wait(300)
         return "a b c"
 
     with LLM(folder, kv_cache_tokens=256) as llm, ThreadPoolExecutor(2) as pool:
@@ -262,13 +260,13 @@ def test_a_template_that_takes_its_time_keeps_nobody_else_waiting(folder):
         llm.tokenizer.apply_chat_template = render
         reply = pool.submit(llm.chat, [{"role": "user", "content": "Hi"}], max_new_tokens=2)
         try:
-            assert at_work.wait(30)
+            assert at_work.wait(100)
             other = pool.submit(llm.generate, "a b", max_new_tokens=2)
-            assert other.result(timeout=30).prompt == "a b"
+            assert other.result(timeout=100).prompt == "a b"
             assert not reply.done()
         finally:
             go_on.set()
-        assert reply.result(timeout=30).prompt == "a b c"
+        assert reply.result(timeout=100).prompt == "a b c"
 
 
 def read_only_of_the_folder(make, use, files):

@@ -15,7 +15,7 @@ from tests.forward import Runner, assert_near
 from tests.models.unregistered import REFUSED, RUN, make_config, make_model, save
 
 LENGTHS = [1, 7, 16, 17, 40]
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 TOLERANCE = 1e-4
 GREEDY = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 

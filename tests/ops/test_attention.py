@@ -57,7 +57,7 @@ def ragged_batches(draw, most_positions=300):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     spans=ragged_batches(),
     kv_heads=st.integers(1, 3),
@@ -83,7 +83,7 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sinks_are_hugging_faces(cpu_path, num_threads, dtype):
+def test_sinks_are_hugging_faces(cpu_path, two_threads, dtype):
     """Also of a sequence that several splits share, and where a sink outweighs all keys."""
     length, q_heads, kv_heads, scale = 1100, 6, 2, 0.125
     generator = torch.Generator().manual_seed(0)
@@ -111,7 +111,7 @@ def test_sinks_are_hugging_faces(cpu_path, num_threads, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [80, 256])
-def test_every_path_matches_hugging_face(cpu_path, num_threads, dtype, head_dim):
+def test_every_path_matches_hugging_face(cpu_path, two_threads, dtype, head_dim):
     length, q_heads, kv_heads, scale, soft_cap, window = 700, 6, 2, 0.1, 20.0, 300
     generator = torch.Generator().manual_seed(0)
     sequences = Sequences.draw([length], q_heads, kv_heads, head_dim, dtype, generator)
@@ -149,7 +149,7 @@ def test_pictures_see_themselves_both_ways(cpu_path):
         )
 
 
-def test_a_row_that_sees_nothing_gives_zeros(cpu_path, num_threads):
+def test_a_row_that_sees_nothing_gives_zeros(cpu_path, two_threads):
     generator = torch.Generator().manual_seed(0)
     sequences = Sequences.draw([40, 600, 1], 4, 2, 64, torch.float32, generator)
     ends = [torch.arange(1, 41), torch.arange(1, 601), torch.zeros(1, dtype=torch.int64)]
@@ -235,7 +235,7 @@ def test_same_bits_however_the_work_is_cut(dtype, data):
         (6, 96, None),
     ],
 )
-def test_same_bits_on_every_path(cpu_path, num_threads, dtype, group, head_dim, window):
+def test_same_bits_on_every_path(cpu_path, two_threads, dtype, group, head_dim, window):
     """A prefill, all of its rows as decodes, and those together in one batch."""
     generator = torch.Generator().manual_seed(1)
     length, kv_heads = 530, 2
@@ -278,7 +278,7 @@ def test_same_bits_for_any_number_of_threads(cpu_path):
     ],
 )
 def test_shared_pages_give_the_bits_of_own_pages(
-    cpu_path, num_threads, dtype, lengths, common, group, page_size
+    cpu_path, two_threads, dtype, lengths, common, group, page_size
 ):
     kv_heads, head_dim = 2, 32
     generator = torch.Generator().manual_seed(4)

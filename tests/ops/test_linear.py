@@ -76,7 +76,7 @@ def test_matches_reference(
     ("rows", "n", "k"),
     [(1, 1, 1), (1, 33, 577), (2, 64, 1), (7, 96, 1030), (13, 200, 333), (200, 70, 640)],
 )
-def test_every_path_matches_reference(cpu_path, num_threads, dtype, rows, n, k):
+def test_every_path_matches_reference(cpu_path, two_threads, dtype, rows, n, k):
     generator = torch.Generator().manual_seed(rows)
     x = draw(generator, rows, k, dtype=dtype)
     weight, bias = draw(generator, n, k, dtype=dtype), draw(generator, n, dtype=dtype)
@@ -88,7 +88,7 @@ def test_every_path_matches_reference(cpu_path, num_threads, dtype, rows, n, k):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(96, 3072), (130, 577)])
 @pytest.mark.parametrize("make", [cancelling, None])
-def test_a_row_keeps_its_bits_whatever_surrounds_it(cpu_path, num_threads, dtype, n, k, make):
+def test_a_row_keeps_its_bits_whatever_surrounds_it(cpu_path, two_threads, dtype, n, k, make):
     k -= k % 2 if make else 0
     generator = torch.Generator().manual_seed(0)
     if make:
@@ -105,7 +105,7 @@ def test_a_row_keeps_its_bits_whatever_surrounds_it(cpu_path, num_threads, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(5, 1), (33, 300), (700, 130)])
-def test_every_number_of_rows_gives_the_bits_of_one(cpu_path, num_threads, dtype, n, k):
+def test_every_number_of_rows_gives_the_bits_of_one(cpu_path, two_threads, dtype, n, k):
     """Every cut of the rows into blocks and of the panels among threads, passes of any length."""
     generator = torch.Generator().manual_seed(n)
     x, weight = draw(generator, 301, k, dtype=dtype), draw(generator, n, k, dtype=dtype)
@@ -169,7 +169,7 @@ def test_every_16_bit_number_is_read_exactly(cpu_path, dtype, side):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_matrices_in_every_blocking(cpu_path, num_threads, dtype):
+def test_large_matrices_in_every_blocking(cpu_path, two_threads, dtype):
     """Several row groups, several pieces of a plain panel, an odd number of panels."""
     generator = torch.Generator().manual_seed(2)
     x, weight = draw(generator, 600, 4500, dtype=dtype), draw(generator, 33, 4500, dtype=dtype)

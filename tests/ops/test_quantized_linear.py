@@ -103,7 +103,7 @@ def test_linear_matches_reference(
 @pytest.mark.parametrize("group_size", [32, 128, 100_000])
 @pytest.mark.parametrize("has_zeros", [False, True])
 def test_a_row_keeps_its_bits_whatever_surrounds_it(
-    cpu_path, num_threads, dtype, bits, group_size, has_zeros
+    cpu_path, two_threads, dtype, bits, group_size, has_zeros
 ):
     """With products that cancel, so that a change of order changes the result."""
     n, k = 130, 1536

@@ -236,7 +236,7 @@ def test_matches_a_full_sort(kind, vocab, rows, padding, with_edits, random):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_path_gives_the_tokens_of_a_full_sort(cpu_path, num_threads, kind):
+def test_every_path_gives_the_tokens_of_a_full_sort(cpu_path, two_threads, kind):
     random = Random(kind)
     rows, vocab = 20, 8000
     logits = draw_logits(torch.Generator().manual_seed(1), kind, rows, vocab)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,8 @@ from sglite.models.llama import LlamaForCausalLM
 from sglite.tools.compare.matching import Layout
 from sglite.tools.compare.metrics import Closeness, cosines, rouge_l, row_errors
 from sglite.tools.compare.recording import as_rows
-from tests.checkpoints import CONFIGS, edit_json, hugging_face, make_checkpoint
+from tests.checkpoints import FAMILIES, edit_json, hugging_face, make_checkpoint
+from tests.command_line import run
 from tests.tools import ported  # noqa: F401  (registers its models)
 from tests.tools.planted import BUGS
 
@@ -48,7 +47,7 @@ def quick(checkpoint, architecture, **options):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_right_models_pass(checkpoints, name):
     report = sglite.compare(checkpoints(name)[0], itself=False, new_tokens=3)
     assert report.passed, str(report)
@@ -267,13 +266,7 @@ def test_the_report_prints_and_becomes_json(checkpoints):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "sglite", "compare", *map(str, arguments), "--no-self"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run("compare", *arguments, "--no-self")
 
 
 def test_the_command_passes_a_right_model(checkpoints):

@@ -272,7 +272,7 @@ def test_without_the_harness_the_error_says_what_to_install():
         "sys.exit(main(['eval', '--tasks', 'gsm8k']))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 1
     assert 'pip install "sglite[eval]"' in done.stderr
