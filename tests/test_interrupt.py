@@ -41,13 +41,13 @@ class Interrupter:
         self._llm = llm
         self.ends = []
         self.sent = None
-        step = llm._engine.step
+        step = llm._open.engine.step
 
         def timed_step():
             step()
             self.ends.append(time.perf_counter())
 
-        llm._engine.step = timed_step
+        llm._open.engine.step = timed_step
 
     def after_steps(self, count):
         self.ends.clear()
@@ -97,7 +97,7 @@ def interrupt_every_kind_of_call():
                     raise AssertionError(f"{name}: no KeyboardInterrupt")
                 stats = llm.stats()
                 assert stats["running"] == stats["waiting"] == 0
-                llm._engine.scheduler.cache.check_invariant()
+                llm._open.engine.scheduler.cache.check_invariant()
                 so_far = llm.interrupted
                 assert [out.finish_reason for out in so_far] == ["abort"] * 6
                 for out, whole in zip(so_far, expected[name], strict=True):

@@ -199,6 +199,11 @@ class EngineConfig:
     image_processor: Mapping[str, Any] | None = None
 
     @property
+    def title(self) -> str:
+        """An `LLM` with these settings, in a line."""
+        return f"LLM({self.model!r}, {self.architecture}, {self.dtype}, {self.device})"
+
+    @property
     def num_pages(self) -> int:
         """Pages of the KV cache that requests can use."""
         return self.kv_cache_tokens // self.page_size

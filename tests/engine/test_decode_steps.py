@@ -19,7 +19,7 @@ WITH_EDITS = [{"temperature": 0, "repetition_penalty": 1.3, "max_new_tokens": 12
 def make_llm(keeps_state=True, **options):
     llm = LLM("demo", device="cpu", seed=3, **options)
     if not keeps_state:
-        llm._engine.runner._decode = None
+        llm._open.engine.runner._decode = None
     return llm
 
 
@@ -48,7 +48,7 @@ def test_the_same_tokens_as_laid_out_anew(options, kinds, advances):
     assert len(advances) > 20
     if "kv_cache_tokens" in options:
         assert llm.stats()["preemptions"] > 0
-    llm._engine.scheduler.cache.check_invariant()
+    llm._open.engine.scheduler.cache.check_invariant()
 
 
 def test_prompt_logprobs_are_laid_out_anew(advances):
@@ -61,7 +61,7 @@ def test_prompt_logprobs_are_laid_out_anew(advances):
 
 def test_a_step_that_fails_leaves_nothing_behind():
     llm = make_llm()
-    model, steps = llm._engine.runner._decode._model, []
+    model, steps = llm._open.engine.runner._decode._model, []
 
     def failing(*inputs):
         steps.append(1)
@@ -70,7 +70,7 @@ def test_a_step_that_fails_leaves_nothing_behind():
         return model(*inputs)
 
     expected = results(llm.generate(PROMPTS, PLAIN[0]))
-    llm._engine.runner._decode._model = failing
+    llm._open.engine.runner._decode._model = failing
     with pytest.raises(GenerationError, match="no more"):
         llm.generate(PROMPTS, PLAIN[0])
     assert results(llm.generate(PROMPTS, PLAIN[0])) == expected
