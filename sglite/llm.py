@@ -397,12 +397,13 @@ class LLM:
 
     @keeps_nothing
     def record_logits(self, batches: Sequence[Sequence[Request]], **changes: Any) -> None:
-        """Computes requests whose logits processor is a `Recorder`, on an engine of their own.
+        """Computes requests that record their logits, on an engine of their own.
 
         For checks: the engine runs the same model, with a KV cache of its own.
 
         Args:
-            batches: of requests, one batch after the other.
+            batches: of requests whose logits processor is a `LogitsRecorder`, one batch after the
+                other.
             **changes: of fields of `config`.
 
         Raises:

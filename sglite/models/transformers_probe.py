@@ -106,7 +106,7 @@ class _Call:
     facts: AttentionFacts
 
 
-class Recorder:
+class AttentionRecorder:
     """Stands where attention would, and keeps what it was called with.
 
     Args:
@@ -266,7 +266,7 @@ def logits_of(output: Any) -> Tensor:
 
 def _run(
     model: nn.Module, count: int, token_ids: Tensor, positions: Tensor, **arguments: Any
-) -> tuple[Recorder, Tensor]:
+) -> tuple[AttentionRecorder, Tensor]:
     """`run_recorded` of tokens and their positions, both [T]."""
     if "attention_mask" not in inspect.signature(model.forward).parameters:
         arguments.pop("attention_mask", None)
@@ -279,7 +279,7 @@ def _run(
 
 def run_recorded(
     model: nn.Module, count: int, arguments: Mapping[str, Any]
-) -> tuple[Recorder, Tensor]:
+) -> tuple[AttentionRecorder, Tensor]:
     """One forward with a recorder on all modules; what it holds, and the logits [T, vocabulary].
 
     Args:
@@ -290,7 +290,7 @@ def run_recorded(
     Raises:
         UnsupportedModelError: a layer needs something that is not implemented, or the model fails.
     """
-    recorder = Recorder(model, count)
+    recorder = AttentionRecorder(model, count)
     arguments = {**arguments, **forward_arguments(model)}
     device = next(model.parameters()).device
     arguments = {
@@ -345,7 +345,7 @@ def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_attention_modules(
-    model: nn.Module, recorder: Recorder, calls: Mapping[str, CallRecord]
+    model: nn.Module, recorder: AttentionRecorder, calls: Mapping[str, CallRecord]
 ) -> None:
     """Refuses modules that attend by themselves, past the attention function."""
     modules = dict(model.named_modules())
@@ -373,7 +373,11 @@ def _check_attention_modules(
 
 
 def _check_tokens_are_apart(
-    model: nn.Module, first: Recorder, second: Recorder, logits: Tensor, other_logits: Tensor
+    model: nn.Module,
+    first: AttentionRecorder,
+    second: AttentionRecorder,
+    logits: Tensor,
+    other_logits: Tensor,
 ) -> None:
     """One token, with attention to itself alone, must not notice what else is in the batch."""
     pairs = [("logits", logits[_FIRST_PLACE], other_logits[_SECOND_PLACE])]
