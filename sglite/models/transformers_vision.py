@@ -26,7 +26,7 @@ from sglite.models.transformers_attention import (
 )
 from sglite.models.transformers_calls import record_calls
 from sglite.models.transformers_probe import AttentionRecorder, run_recorded
-from sglite.multimodal.base_processor import HubProcessor
+from sglite.multimodal.hub_processor import HubProcessor
 from sglite.multimodal.hugging_face import rope_index
 from sglite.multimodal.inputs import MultimodalItem
 
