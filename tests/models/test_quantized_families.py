@@ -11,7 +11,7 @@ from sglite import LLM
 from sglite.interface.errors import CheckpointError
 from sglite.layers import Router
 from sglite.layers.weight import Weight
-from sglite.models.weights import targets_of
+from sglite.models.targets import targets_of
 from sglite.ops import PackedWeight, QuantizedWeight
 from tests.checkpoints import hugging_face_logits, make_checkpoint
 from tests.forward import assert_near

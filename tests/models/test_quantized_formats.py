@@ -14,7 +14,7 @@ from sglite.layers.linear import StackedLinear
 from sglite.layers.weight import Weight
 from sglite.models.quantized_weights import QuantizedPart, choose_layouts
 from sglite.models.safetensors_file import SafetensorsFile
-from sglite.models.weights import Target
+from sglite.models.targets import Target
 from sglite.ops import PackedWeight, QuantizedLayout, QuantizedWeight
 from tests.checkpoints import edit_json, hugging_face_logits, make_checkpoint
 from tests.forward import assert_near
