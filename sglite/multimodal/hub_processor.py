@@ -1,12 +1,12 @@
 """What a checkpoint's folder has for images."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sglite.interface.errors import CheckpointError
+from sglite.interface.files import read_json
 from sglite.multimodal.image_settings import with_settings
 from sglite.multimodal.image_sizes import check_sizes
 
@@ -83,11 +83,12 @@ class HubProcessor:
         check_sizes(image_processor, folder)
         if image_settings:
             image_processor = with_settings(image_processor, folder, image_settings, fixed_settings)
-        settings = _read_json(folder / "processor_config.json")
+        settings = read_json(folder / "processor_config.json") or {}
         video_settings = (
             settings.get("video_processor")
-            or _read_json(folder / "video_preprocessor_config.json")
-            or _read_json(folder / "preprocessor_config.json")
+            or read_json(folder / "video_preprocessor_config.json")
+            or read_json(folder / "preprocessor_config.json")
+            or {}
         )
         template = _template_in(folder, settings)
         return cls(tokenizer, image_processor, settings, video_settings, template)
@@ -96,7 +97,7 @@ class HubProcessor:
 def _template_in(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The chat template among a processor's files, in the order of Hugging Face's processors."""
     template = settings.get("chat_template")
-    template = template or _read_json(folder / "chat_template.json").get("chat_template")
+    template = template or (read_json(folder / "chat_template.json") or {}).get("chat_template")
     file = folder / "chat_template.jinja"
     if template is None and file.exists():
         try:
@@ -104,16 +105,3 @@ def _template_in(folder: Path, settings: Mapping[str, Any]) -> str | None:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The contents of a JSON file; empty if there is none."""
-    if not path.exists():
-        return {}
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
-    return contents
