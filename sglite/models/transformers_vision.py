@@ -25,7 +25,8 @@ from sglite.models.transformers_attention import (
     use_implementation,
 )
 from sglite.models.transformers_calls import record_calls
-from sglite.models.transformers_probe import AttentionRecorder, run_recorded
+from sglite.models.transformers_probe import run_recorded
+from sglite.models.transformers_recorder import AttentionRecorder
 from sglite.multimodal.hub_processor import HubProcessor
 from sglite.multimodal.hugging_face import rope_index
 from sglite.multimodal.inputs import MultimodalItem
