@@ -33,13 +33,13 @@ _ROOT = Path(__file__).resolve().parents[1]
 _BUFFER = 1 << 20
 #: What is timed inside `LLM(...)`: the module in which a function is looked up, its name, a label.
 _PARTS = (
-    ("sglite.llm", "resolve_checkpoint", "folder and config.json"),
+    ("sglite.loading", "resolve_checkpoint", "folder and config.json"),
     ("sglite.models.from_checkpoint", "load_tokenizer", "tokenizer"),
     ("sglite.models.loader", "read_config", "config"),
     ("sglite.models.loader", "SafetensorsFile", "headers"),
     ("sglite.models.loader", "_build", "modules"),
     ("sglite.models.loader", "load_weights", "weights, read and packed"),
-    ("sglite.llm", "make_engine", "engine and KV pool"),
+    ("sglite.loading", "make_engine", "engine and KV pool"),
 )
 _WHOLE = ("LLM(...)", "first token", "start-up: both")
 _READ = "read"

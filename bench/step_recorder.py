@@ -90,7 +90,7 @@ class StepRecorder:
     """
 
     def __init__(self, llm: LLM, *, by_stage: bool = False):
-        self._engine = llm._engine
+        self._engine = llm._open.engine
         self._by_stage = by_stage
         # By the address of what is stored: a weight's name and number of elements.
         self._weights: dict[int, tuple[str, int]] = {}

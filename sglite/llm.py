@@ -1,62 +1,37 @@
 """`LLM`: load a model, generate text. The one class that most people ever see."""
 
-import logging
 import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from sglite.engine.assembly import make_engine
-from sglite.engine.calls import Asked, Calls, Work
+from sglite.engine.calls import Asked, Work
 from sglite.engine.conversations import render_conversations
-from sglite.engine.device import (
-    EngineThread,
-    release_after,
-    resolve_device,
-    resolve_num_threads,
-)
-from sglite.engine.driver import Driver
-from sglite.engine.engine import Engine
-from sglite.engine.gpu_memory import free_memory
-from sglite.engine.intake import Intake, Limits
 from sglite.engine.invariance import (
     InvarianceReport,
     Settings,
-    builtin_prompts,
     check_invariance,
     compute,
+    read_prompts,
 )
-from sglite.engine.kv_tokens import kv_tokens
 from sglite.engine.leaving import empty_frames, keeps_nothing
 from sglite.engine.memory import give_back_free_memory
+from sglite.engine.open_engine import OpenEngine
 from sglite.engine.progress import someone_is_watching
-from sglite.engine.prompt_reader import PromptReader
 from sglite.engine.request import Request
-from sglite.engine.tokenizer import Tokenizer
 from sglite.engine.waiting import FORKED, PATIENCE
-from sglite.interface.config import EngineConfig, LLMOptions
-from sglite.interface.errors import ConfigError, EngineClosedError, InvalidRequestError
+from sglite.interface.config import LLMOptions
+from sglite.interface.errors import EngineClosedError
 from sglite.interface.outputs import RequestOutput, StreamChunk
-from sglite.interface.prompts import normalize_prompts
+from sglite.interface.prompts import Prompt, normalize_prompts
 from sglite.interface.sampling_params import SamplingParams
-from sglite.models.checkpoint import (
-    Checkpoint,
-    errors_name_files,
-    resolve_checkpoint,
-)
+from sglite.loading import load
 from sglite.models.description import ModelDescription, describe
-from sglite.models.from_checkpoint import take_checkpoint
-from sglite.models.live import device_of, take_module
-from sglite.multimodal.loading import load_processor
-
-_log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -135,119 +110,11 @@ class LLM:
         **others: Any,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "others")}
-        handled = sys.exception()
         if model is None:
             del given["model"]
-        options = LLMOptions.from_keywords({**given, **others})
-        num_threads = resolve_num_threads(options.num_threads)
-        is_live = isinstance(options.model, nn.Module)
-        device = resolve_device(
-            device_of(options.model, options.device) if is_live else options.device
-        )
-        options = options.with_defaults_of(device.type)
-        checkpoint = None
-        if not is_live:
-            checkpoint = resolve_checkpoint(
-                options.model,
-                revision=options.revision,
-                cache_dir=options.cache_dir,
-                token=options.token,
-            )
-        try:
-            with errors_name_files(checkpoint) if checkpoint else nullcontext():
-                self._start(options, checkpoint, device, num_threads)
-        except BaseException as error:
-            thread = self.__dict__.get("_thread")
-            # Whoever keeps the error, as notebooks do, keeps this frame, and with it `self`.
-            self.__dict__.clear()
-            release_after(error, device, handled)
-            if thread is not None:
-                thread.close()
-            raise
-
-    def _start(
-        self,
-        options: LLMOptions,
-        checkpoint: Checkpoint | None,
-        device: torch.device,
-        num_threads: int,
-    ) -> None:
-        """Loads the weights and the tokenizer, and makes the engine; no checkpoint: a module."""
-        if checkpoint is None:
-            loaded, self.tokenizer = take_module(options)
-        else:
-            room = free_memory(device) if device.type == "cuda" else None
-            loaded, self.tokenizer = take_checkpoint(options, checkpoint, device, room)
-        if options.batch_invariant and not loaded.can_be_batch_invariant:
-            raise ConfigError(
-                f"batch_invariant=True: parts of {loaded.architecture} run as Hugging Face has "
-                f"them, with other bits in other batches: leave it out"
-            )
-        # At once, so that its stream is given back whatever fails from here on.
-        thread = self._thread = EngineThread(device, num_threads)
-        with thread():
-            fitting = kv_tokens(
-                loaded.model,
-                loaded.kv_layers,
-                loaded.dtype,
-                device,
-                options,
-                options.context_length or loaded.max_positions,
-            )
-        self.config = EngineConfig.resolve(
-            options,
-            model=str(options.model) if checkpoint else type(options.model).__name__,
-            architecture=loaded.architecture,
-            dtype=str(loaded.dtype).removeprefix("torch."),
-            device=str(device),
-            quantization=loaded.quantization,
-            context_limit=loaded.max_positions,
-            kv_cache_tokens=fitting,
-            num_threads=num_threads,
-            batch_invariant=bool(options.batch_invariant)
-            or (device.type == "cpu" and loaded.can_be_batch_invariant),
-        )
-        config = self.config
-        self._tokenizer = Tokenizer(self.tokenizer)
-        processor = None
-        if checkpoint is not None:
-            processor = load_processor(
-                loaded.model,
-                loaded.architecture,
-                loaded.whole_config,
-                checkpoint.folder,
-                self.tokenizer,
-                options,
-            )
-        elif options.image_processor:
-            raise ConfigError("image_processor is for checkpoints: a live module takes text only")
-        self._intake = Intake(
-            self._tokenizer,
-            PromptReader(
-                self._tokenizer,
-                loaded.architecture,
-                processor,
-                getattr(loaded.model, "pad_input_ids", None),
-                options.image_fetcher,
-            ),
-            Limits(loaded.vocab_size, config.context_length, config.kv_cache_tokens),
-            loaded.generation_defaults,
-            loaded.end_token_ids,
-            config.seed,
-        )
-        self._loaded = loaded
-        self._make_engine = partial(
-            make_engine,
-            model=loaded.model,
-            kv_layers=loaded.kv_layers,
-            dtype=loaded.dtype,
-            vocab_size=loaded.vocab_size,
-            tokenizer=self._tokenizer,
-        )
-        self._engine = self._make_engine(config)
-        self._driver = Driver(self._engine, thread)
-        self._calls = Calls(self._intake, self._driver)
-        _log.info("loaded %r, with a cache of %d tokens", self, config.kv_cache_tokens)
+        self._opened: OpenEngine | None = load(LLMOptions.from_keywords({**given, **others}))
+        self.config = self._opened.config
+        self.tokenizer = self._opened.tokenizer.hf
 
     # -- generation -------------------------------------------------------------------------
 
@@ -287,7 +154,7 @@ class LLM:
             EngineClosedError: after `close()`, and in a fork of the process.
             KeyboardInterrupt: as it came; see `interrupted` and `resume`.
         """
-        calls = self._open_calls()
+        calls = self._open.calls
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         return calls.run(calls.prepare(*normalized, sampling_params, keywords), progress)
 
@@ -320,7 +187,7 @@ class LLM:
         chat template, or the template refuses the conversation.
         """
         called_at = time.perf_counter()
-        calls = self._open_calls()
+        calls = self._open.calls
         conversations = self._render(messages, tools, chat_template_kwargs)
         work = calls.prepare(*conversations, sampling_params, keywords, called_at=called_at)
         return calls.run(work, progress)
@@ -342,7 +209,7 @@ class LLM:
         prompt carries its `output`. Leaving the loop early frees the requests. The arguments are
         checked at once, not at the first piece.
         """
-        calls = self._open_calls()
+        calls = self._open.calls
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         return self._stream(calls.prepare(*normalized, sampling_params, keywords, streams=True))
 
@@ -358,7 +225,7 @@ class LLM:
     ) -> Iterator[StreamChunk]:
         """`chat`, handing out the text in pieces as `stream` does."""
         called_at = time.perf_counter()
-        calls = self._open_calls()
+        calls = self._open.calls
         conversations = self._render(messages, tools, chat_template_kwargs)
         return self._stream(
             calls.prepare(
@@ -382,7 +249,7 @@ class LLM:
         Pictures and long texts are read on a thread of the loop's own pool. Arguments, results and
         errors are those of `generate`, but that there is no `progress`.
         """
-        calls = self._open_calls()
+        calls = self._open.calls
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         asked = calls.ask(*normalized, sampling_params, keywords)
         return await calls.run_in_loop(await calls.read_in_loop(asked))
@@ -402,7 +269,7 @@ class LLM:
         What is read on a thread, as in `agenerate`, is read and checked when the first piece is
         asked for.
         """
-        calls = self._open_calls()
+        calls = self._open.calls
         normalized = normalize_prompts(prompts, images=images, videos=videos)
         asked = calls.ask(*normalized, sampling_params, keywords, streams=True)
         return self._astream(asked if asked.takes_long else calls.read(asked))
@@ -420,7 +287,7 @@ class LLM:
         returned it, unfinished completions with the finish reason "abort". None if there is none,
         and after `resume`.
         """
-        return self._open_calls().interrupted
+        return self._open.calls.interrupted
 
     @keeps_nothing
     def resume(self, *, progress: bool | None = None) -> RequestOutput | list[RequestOutput]:
@@ -434,16 +301,16 @@ class LLM:
 
         Raises: as `generate`; InvalidRequestError also where no call was interrupted.
         """
-        return self._open_calls().resume(progress)
+        return self._open.calls.resume(progress)
 
     # These two keep the LLM alive until their stream ends.
     @keeps_nothing
     def _stream(self, work: Work) -> Iterator[StreamChunk]:
-        yield from self._open_calls().stream(work)
+        yield from self._open.calls.stream(work)
 
     async def _astream(self, work: Work | Asked) -> AsyncIterator[StreamChunk]:
         try:
-            calls = self._open_calls()
+            calls = self._open.calls
             if isinstance(work, Asked):
                 work = await calls.read_in_loop(work)
             async with aclosing(calls.stream_in_loop(work)) as chunks:
@@ -455,21 +322,27 @@ class LLM:
             calls = None
             raise
 
-    def _open_calls(self) -> Calls:
-        """What runs calls, unless the LLM is closed."""
-        calls, driver = self._calls, self._driver  # as another thread may close at any moment
-        if calls is None or driver is None:
-            raise EngineClosedError("this LLM is closed; make a new one")
-        if driver.is_forked:
-            raise EngineClosedError(FORKED)
-        return calls
+    @property
+    def _open(self) -> OpenEngine:
+        """What runs calls; asked for once in each, as another thread may close at any moment.
 
-    def _render(self, messages, tools, arguments) -> tuple:
-        intake = self._intake  # before the check, as another thread may close at any moment
-        self._open_calls()
+        Raises:
+            EngineClosedError: there is none any more, or it is another process's.
+        """
+        opened = self._opened
+        if opened is None:
+            raise EngineClosedError("this LLM is closed; make a new one")
+        if opened.driver.is_forked:
+            raise EngineClosedError(FORKED)
+        return opened
+
+    def _render(self, messages, tools, arguments) -> tuple[list[Prompt], bool]:
+        opened = self._open
         return render_conversations(
-            self._tokenizer, intake.reader, self.config.model, messages, tools, arguments
+            opened.tokenizer, opened.intake.reader, self.config.model, messages, tools, arguments
         )
+
+    # -- the model and its numbers ----------------------------------------------------------
 
     @keeps_nothing
     def check_invariance(
@@ -512,40 +385,31 @@ class LLM:
             InvalidRequestError: a prompt or an argument is wrong.
             RequestError: the model fails on a prompt.
         """
-        calls = self._open_calls()
-        make_engine, limits = self._make_engine, self._intake.limits
+        opened = self._open
         settings = Settings(
             new_tokens, batch_sizes, chunk_sizes, prefix_lengths, num_threads, prompt_logits
         )
-        if prompts is None:
-            most = min(limits.context_length, limits.kv_cache_tokens) - settings.room
-            avoid = self._intake.reader.reserved_ids
-            prompts = builtin_prompts(limits.vocab_size, max(1, most), avoid)
-        given, _ = normalize_prompts(prompts)
-        if not given:
-            raise InvalidRequestError("prompts=[] is not allowed: there is nothing to compare")
-        if any(prompt.images or prompt.videos for prompt in given):
-            raise InvalidRequestError("check_invariance compares prompts of text, without images")
-        work = calls.prepare(given, False, None, {"max_new_tokens": settings.room, "seed": 0})
-        token_ids = [group.requests[0].prompt_token_ids.tolist() for group in work.groups]
+        token_ids = read_prompts(prompts, opened.calls, opened.intake, settings)
         progress = someone_is_watching() if progress is None else progress
-        return check_invariance(make_engine, self.config, token_ids, settings, progress=progress)
+        return check_invariance(
+            opened.make_engine, self.config, token_ids, settings, progress=progress
+        )
 
     @keeps_nothing
     def record_logits(self, batches: Sequence[Sequence[Request]], **changes: Any) -> None:
-        """Computes requests whose logits processor is a `Recorder`, on an engine of their own.
+        """Computes requests that record their logits, on an engine of their own.
 
         For checks: the engine runs the same model, with a KV cache of its own.
 
         Args:
-            batches: of requests, one batch after the other.
+            batches: of requests whose logits processor is a `LogitsRecorder`, one batch after the
+                other.
             **changes: of fields of `config`.
 
         Raises:
             RequestError: the model fails on a request.
         """
-        self._open_calls()
-        compute(self._make_engine, replace(self.config, **changes), batches)
+        compute(self._open.make_engine, replace(self.config, **changes), batches)
 
     @keeps_nothing
     def describe(self) -> ModelDescription:
@@ -553,9 +417,8 @@ class LLM:
 
         Of a model that Hugging Face's class runs, also what stands in for that class's parts.
         """
-        loaded = self._loaded  # before the check, as another thread may close at any moment
-        self._open_calls()
-        return describe(loaded)
+        opened = self._open
+        return describe(opened.model, opened.config.architecture, opened.config.dtype)
 
     @keeps_nothing
     def weights_changed(self) -> None:
@@ -567,12 +430,11 @@ class LLM:
         Raises:
             ConfigError: a live module's parameter was replaced instead of changed.
         """
-        loaded = self._loaded  # before the check, as another thread may close at any moment
-        self._open_calls()
-        origin = getattr(loaded.model, "origin", None)
+        opened = self._open
+        origin = getattr(opened.model, "origin", None)
         if origin is not None:
             origin.check()
-        self._intake.start_namespace()
+        opened.intake.start_namespace()
 
     # -- life -------------------------------------------------------------------------------
 
@@ -582,9 +444,7 @@ class LLM:
 
         Raises EngineClosedError after `close()`.
         """
-        engine = self._engine  # before the check, as another thread may close at any moment
-        self._open_calls()
-        return engine.runner.model
+        return self._open.model
 
     def stats(self) -> dict[str, int | float]:
         """Counts since the model was loaded, and what the KV cache holds now.
@@ -596,9 +456,7 @@ class LLM:
         (images and videos that went through the model's encoder), `image_cache_bytes` (what their
         embeddings take that are kept).
         """
-        engine = self._engine  # before the check, as another thread may close at any moment
-        self._open_calls()
-        return engine.stats()
+        return self._open.engine.stats()
 
     @keeps_nothing
     def close(self) -> None:
@@ -609,14 +467,10 @@ class LLM:
         self._close()
 
     def _close(self, patience: float | None = None) -> None:
-        driver, engine = self._driver, self._engine
-        is_open = driver is not None and engine is not None
-        # In a fork there is nothing to wait for.
-        if is_open and not driver.is_forked:
-            driver.close(partial(_release, engine, self._thread), patience)
-        self._driver = self._engine = self._make_engine = self._intake = None
-        self._calls = self._loaded = None
-        if is_open:
+        opened = self._opened
+        if opened is not None:
+            opened.close(patience)
+            self._opened = opened = None
             give_back_free_memory()
 
     #: SGLang's name.
@@ -624,7 +478,7 @@ class LLM:
 
     # The interpreter's own end may have emptied this module already.
     def __del__(self, is_finalizing=sys.is_finalizing):
-        if getattr(self, "_driver", None) is not None and not is_finalizing():
+        if getattr(self, "_opened", None) is not None and not is_finalizing():
             self._close(PATIENCE)
 
     def __enter__(self) -> "LLM":
@@ -634,10 +488,4 @@ class LLM:
         self.close()
 
     def __repr__(self) -> str:
-        config = self.config
-        return f"LLM({config.model!r}, {config.architecture}, {config.dtype}, {config.device})"
-
-
-def _release(engine: Engine, thread: EngineThread) -> None:
-    engine.close()
-    thread.close()
+        return self.config.title

@@ -15,6 +15,13 @@ import sglite
 from tests.cancelling import let_sums_cancel
 
 VOCAB_SIZE = 384
+# What the tokenizer is trained on, which decides the ids of every prompt that is a text.
+_TEXT = """
+What is 17 + 25? The capital of France is Paris, and the seas around it are cold. A sentence that
+is long enough has the same words more than once: the words of the others, and of those that come
+after them. Numbers are words as well: 1, 2, 3, 10, 100, 1000. Whoever reads this line has read
+the one before, and there is another one below. def forward(self, hidden_states): return self.norm
+"""
 #: The checkpoint that ships.
 DEMO_FOLDER = Path(sglite.__file__).parent / "checkpoints" / "demo"
 _SMALL = {
@@ -245,7 +252,8 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([__doc__, Path(__file__).read_text(encoding="utf-8")], trainer)
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

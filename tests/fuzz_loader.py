@@ -210,7 +210,8 @@ def make_bases(folder: Path, names: Sequence[str] = (*BASES, *VISION_BASES)) -> 
     for name in names:
         if name in _RECIPES:
             recipe = getattr(quantized_checkpoints, name)(np.random.default_rng(0))
-            quantized_checkpoints.make_quantized(folder / name, "llama", *recipe, **BASES[name])
+            made = make_checkpoint(folder / name, "llama", **BASES[name])
+            quantized_checkpoints.quantize_checkpoint(made, *recipe)
             continue
         if name in BASES:
             make_checkpoint(folder / name, name, dtype=torch.bfloat16, **BASES[name])

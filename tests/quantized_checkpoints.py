@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.checkpoints import edit_json, hugging_face, make_checkpoint
+from tests.checkpoints import edit_json, hugging_face
 
 WEIGHT_FILE = "model.safetensors"
 #: Linear layers of decoders, without routers and heads.
@@ -245,46 +245,23 @@ class Made:
         return hugging_face(self.plain)
 
 
-def make_quantized(
-    folder: Path,
-    name: str,
-    config: dict[str, Any],
-    quantize: Quantizer,
-    *,
-    extra: dict[str, np.ndarray] | None = None,
-    dtype: str = "float16",
-    layers: str = LINEAR,
-    **overrides: Any,
-) -> Made:
-    """Writes a model of `tests.checkpoints.CONFIGS` with quantised linear layers.
-
-    Args:
-        folder: where to; made if it is not there.
-        name: a key of `CONFIGS`.
-        config, quantize, extra, dtype, layers: as for `quantize_checkpoint`.
-        **overrides: of the model's config.
-    """
-    make_checkpoint(folder, name, **overrides)
-    return quantize_checkpoint(folder, config, quantize, extra=extra, dtype=dtype, layers=layers)
-
-
 def quantize_checkpoint(
     folder: Path,
     config: dict[str, Any],
     quantize: Quantizer,
     *,
     extra: dict[str, np.ndarray] | None = None,
-    dtype: str = "float16",
     layers: str = LINEAR,
 ) -> Made:
     """Puts quantised layers into a checkpoint of one file, with weights of their own.
+
+    What is not quantised becomes float16.
 
     Args:
         folder: the checkpoint, in float32.
         config: the `quantization_config`.
         quantize: what becomes of a layer.
         extra: further tensors.
-        dtype: of the tensors that are not quantised.
         layers: a regular expression that the layers' names fit, somewhere.
     """
     made = Made(folder, folder / "plain")
@@ -299,7 +276,7 @@ def quantize_checkpoint(
         if path != name and re.search(layers, path):
             quantized = quantize(path, *value.shape)
         if quantized is None:
-            tensors[name] = value.to(getattr(torch, dtype))
+            tensors[name] = value.to(torch.float16)
             plain[name] = tensors[name].float()
             continue
         weight, parts = quantized
@@ -311,6 +288,6 @@ def quantize_checkpoint(
         tensors[path] = torch.from_numpy(value)
     save_file(tensors, folder / WEIGHT_FILE, metadata={"format": "pt"})
     save_file(plain, made.plain / WEIGHT_FILE, metadata={"format": "pt"})
-    values = {"quantization_config": config, "torch_dtype": dtype, "dtype": dtype}
+    values = {"quantization_config": config, "torch_dtype": "float16", "dtype": "float16"}
     edit_json(folder / "config.json", values)
     return made

@@ -101,7 +101,7 @@ class Soak:
 
     def _check_books(self, llm: LLM) -> None:
         """Now that all requests have ended: each page is free or in the tree, and can be freed."""
-        stats, cache = llm.stats(), llm._engine.scheduler.cache
+        stats, cache = llm.stats(), llm._open.engine.scheduler.cache
         if stats["running"] or stats["waiting"]:
             self.ledger.problem(f"requests are left: {stats}")
         cache.check_invariant()
@@ -136,7 +136,7 @@ class Soak:
     def _plant(self, llm: LLM, seed: int) -> None:
         """Has steps and allocations fail now and then."""
         source = random.Random(seed)
-        forward, cache = llm.model.forward, llm._engine.scheduler.cache
+        forward, cache = llm.model.forward, llm._open.engine.scheduler.cache
         allocate = cache.allocate
 
         def failing_forward(*arguments):

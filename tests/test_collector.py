@@ -72,7 +72,7 @@ def collect_with_the_lock():
     """In the child process: a thread that has the driver's lock."""
     with LLM("demo", kv_cache_tokens=2048) as llm:
         forget_a_stream(llm)
-        llm._driver._lock = CollectingLock(llm._driver._lock)
+        llm._open.driver._lock = CollectingLock(llm._open.driver._lock)
         llm.generate("Hi", temperature=0)
         wait_until(lambda: llm.stats()["running"] == 0)
 
@@ -80,7 +80,9 @@ def collect_with_the_lock():
 def collect_the_llm_too():
     """In the child process: a step finds its own LLM, which nobody has any more."""
     llm = LLM("demo", kv_cache_tokens=2048)
-    gone = [weakref.ref(part) for part in (llm._engine, llm.model, llm._engine.runner.pool)]
+    engine = llm._open.engine
+    gone = [weakref.ref(part) for part in (engine, engine.runner.model, engine.runner.pool)]
+    del engine
     may_collect = threading.Event()
 
     def collect_then(token_ids, logits):

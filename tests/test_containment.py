@@ -41,7 +41,7 @@ def check_next_call(llm, expected):
     wait_until(lambda: not driver_threads())
     stats = llm.stats()
     assert stats["running"] == stats["waiting"] == 0
-    llm._engine.scheduler.cache.check_invariant()
+    llm._open.engine.scheduler.cache.check_invariant()
     assert generate(llm) == expected
 
 
@@ -182,15 +182,15 @@ class Rust:
 
 
 def test_a_tokenizer_that_is_borrowed_for_a_moment_is_waited_for(llm, expected, monkeypatch):
-    inner = llm._calls._intake._tokenizer._backend
+    inner = llm._open.intake._tokenizer._backend
     rust = Rust(inner, RuntimeError("Already borrowed"), times=5)
-    monkeypatch.setattr(llm._calls._intake._tokenizer, "_backend", rust)
+    monkeypatch.setattr(llm._open.intake._tokenizer, "_backend", rust)
     assert generate(llm) == expected
     assert rust.times == 0
 
 
 def test_a_panic_while_decoding_fails_that_text(llm, expected, monkeypatch):
-    tokenizer = llm._calls._intake._tokenizer
+    tokenizer = llm._open.intake._tokenizer
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "_backend", Rust(tokenizer._backend, Planted("panicked"), 10**9))
         for generating in (
@@ -205,7 +205,7 @@ def test_a_panic_while_decoding_fails_that_text(llm, expected, monkeypatch):
 
 @pytest.mark.parametrize("asks", [{"logprobs": 1}, {"prompt_logprobs": 0}])
 def test_a_panic_over_log_probabilities_fails_their_request_only(llm, expected, monkeypatch, asks):
-    tokenizer = llm._calls._intake._tokenizer
+    tokenizer = llm._open.intake._tokenizer
     params = [SamplingParams(temperature=0, max_new_tokens=5) for _ in PROMPTS]
     alone = [output.token_ids for output in llm.generate(PROMPTS, params)]
     params[1] = SamplingParams(temperature=0, max_new_tokens=5, **asks)
@@ -215,7 +215,7 @@ def test_a_panic_over_log_probabilities_fails_their_request_only(llm, expected, 
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "decode_one", panic)
-        patch.setattr(llm._engine.runner.sampler, "_texts", {})
+        patch.setattr(llm._open.engine.runner.sampler, "_texts", {})
         with pytest.raises(GenerationError, match="panicked") as caught:
             llm.generate(PROMPTS, params)
     outputs = caught.value.outputs

@@ -44,7 +44,7 @@ class Interrupter:
     def __init__(self, llm):
         self._left = 0
         self.step_ended = 0.0
-        step = llm._engine.step
+        step = llm._open.engine.step
 
         def interrupted_step():
             self._left -= 1
@@ -55,7 +55,7 @@ class Interrupter:
             if self._left == 0:
                 self.step_ended = time.perf_counter()
 
-        llm._engine.step = interrupted_step
+        llm._open.engine.step = interrupted_step
 
     def in_step(self, number):
         """The signal comes in that step from now on, counted from 1."""
@@ -97,7 +97,7 @@ def interrupt_every_kind_of_call():
                 waited.append(seconds)
                 stats = llm.stats()
                 assert stats["running"] == stats["waiting"] == 0
-                llm._engine.scheduler.cache.check_invariant()
+                llm._open.engine.scheduler.cache.check_invariant()
                 so_far = llm.interrupted
                 assert [out.finish_reason for out in so_far] == ["abort"] * 6
                 for out, whole in zip(so_far, expected[name], strict=True):

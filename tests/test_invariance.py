@@ -14,7 +14,7 @@ from sglite.models.llama import LlamaForCausalLM
 from sglite.models.registry import _BUILT_IN
 from tests.checkpoints import CONFIGS, make_checkpoint
 from tests.models.test_quantized_formats import FORMATS
-from tests.quantized_checkpoints import make_quantized
+from tests.quantized_checkpoints import quantize_checkpoint
 from tests.vision_checkpoints import RECIPES, make_vision_checkpoint
 
 #: Data type and quantization. Every model has the first and one of the others in turn: what is a
@@ -118,7 +118,7 @@ def test_further_storage(folder, dtype, quantization):
 def test_gptq_in_order_of_activations(tmp_path):
     config_and_quantizer = FORMATS["gptq-act-order"](np.random.default_rng(0))
     options = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 1024}
-    make_quantized(tmp_path, "llama", *config_and_quantizer, **options)
+    quantize_checkpoint(make_checkpoint(tmp_path, "llama", **options), *config_and_quantizer)
     check_with_one_and_two_threads(tmp_path, "bfloat16")
 
 

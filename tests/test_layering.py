@@ -10,10 +10,11 @@ PACKAGE = Path(sglite.__file__).parent
 # Room to floor. A room imports from itself and from lower floors; rooms of one floor (engine and
 # models, say) never import each other. `_C` is the extension, csrc/.
 FLOORS = {
-    "__init__": 7,
-    "__main__": 7,
-    "tools": 6,
-    "llm": 5,
+    "__init__": 8,
+    "__main__": 8,
+    "tools": 7,
+    "llm": 6,
+    "loading": 5,
     "engine": 4,
     "models": 4,
     "layers": 3,

@@ -32,7 +32,7 @@ def no_collector():
 
 
 def watch(llm):
-    engine = llm._engine
+    engine = llm._open.engine
     return [weakref.ref(part) for part in (engine, engine.runner.model, engine.runner.pool)]
 
 
@@ -105,7 +105,7 @@ INTERRUPTED = "\n".join(
     [
         "def interrupted(call, *arguments):",
         "    raise KeyboardInterrupt",
-        "llm._driver.wait = interrupted",
+        "llm._open.driver.wait = interrupted",
         "{}",
     ]
 )
@@ -134,11 +134,11 @@ LONG = "'Hi' * 20_000"
 CANCELLED_READING = "\n".join(
     [
         "import asyncio, time",
-        "read = llm._intake.reader.read",
+        "read = llm._open.intake.reader.read",
         "def slow(*arguments):",
         "    time.sleep(1)",
         "    return read(*arguments)",
-        "llm._intake.reader.read = slow",
+        "llm._open.intake.reader.read = slow",
         "async def main():",
         f"    await asyncio.wait_for(llm.agenerate({LONG}), 0.05)",
         "asyncio.run(main())",
@@ -183,14 +183,14 @@ def test_an_error_that_is_kept_keeps_no_engine(cell, no_collector):
 
 def spy_on_requests(llm):
     """Weak references to all requests that are made from now on."""
-    requests, make = [], llm._calls._intake.make_group
+    requests, make = [], llm._open.intake.make_group
 
     def make_group(*arguments, **keywords):
         group = make(*arguments, **keywords)
         requests.extend(weakref.ref(request) for request in group.requests)
         return group
 
-    llm._calls._intake.make_group = make_group
+    llm._open.intake.make_group = make_group
     return requests
 
 

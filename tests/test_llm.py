@@ -411,7 +411,7 @@ class TestRefusals:
 class TestLife:
     def test_a_failing_forward_fails_its_requests_and_nothing_else(self):
         with LLM("demo", kv_cache_tokens=2048) as model:
-            module = model._engine.runner.model
+            module = model._open.engine.runner.model
             forward, calls = module.forward, []
 
             def break_third(*arguments, **keywords):
@@ -427,7 +427,7 @@ class TestLife:
 
     def test_logits_with_nan_fail_the_request_and_name_the_step(self):
         with LLM("demo", kv_cache_tokens=2048) as model:
-            module = model._engine.runner.model
+            module = model._open.engine.runner.model
             forward = module.forward
 
             def poison(*arguments, **keywords):
@@ -479,9 +479,9 @@ class TestLife:
         model = LLM("demo", kv_cache_tokens=512)
         model.generate("Hi", max_new_tokens=4)
         watched = [
-            weakref.ref(model._engine),
-            weakref.ref(model._engine.runner.model),
-            weakref.ref(model._engine.runner.pool),
+            weakref.ref(model._open.engine),
+            weakref.ref(model._open.engine.runner.model),
+            weakref.ref(model._open.engine.runner.pool),
         ]
         for thread in threading.enumerate():
             if thread.name == "sglite-driver":

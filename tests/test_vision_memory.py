@@ -54,16 +54,16 @@ def pixels_alive():
 def test_a_call_that_may_keep_none_gives_the_same(folder, expected, monkeypatch, options):
     monkeypatch.setattr(calls, "_MOST_PIXEL_BYTES", 0)
     with LLM(folder, kv_cache_tokens=4096, **options) as llm:
-        work = llm._calls.prepare(*normalize_prompts(PROMPTS), PARAMS, {})
+        work = llm._open.calls.prepare(*normalize_prompts(PROMPTS), PARAMS, {})
         assert all(group.num_pixel_bytes == 0 for group in work.groups)
-        outputs = llm._calls.run(work, False)
+        outputs = llm._open.calls.run(work, False)
         assert [output.token_ids for output in outputs] == expected
 
 
 def test_within_the_limit_nothing_is_made_twice(folder, monkeypatch):
     made = []
     with LLM(folder, kv_cache_tokens=4096) as llm:
-        kind = type(llm._intake.reader.processor)
+        kind = type(llm._open.intake.reader.processor)
         process = kind.process_images
         monkeypatch.setattr(
             kind, "process_images", lambda self, images: made.append(1) or process(self, images)
@@ -120,14 +120,14 @@ def test_pictures_may_change_once_the_call_has_begun(folder, monkeypatch, tmp_pa
     monkeypatch.setattr(calls, "_MOST_PIXEL_BYTES", 0)
     with LLM(folder, kv_cache_tokens=4096, image_fetcher=fetched.__getitem__) as llm:
         prompts = [{"text": "<image>a", "images": [given]} for given in images]
-        work = llm._calls.prepare(*normalize_prompts(prompts), PARAMS, {})
+        work = llm._open.calls.prepare(*normalize_prompts(prompts), PARAMS, {})
         array[:], buffer[:] = 0, b"\0" * len(buffer)
         tensor.zero_()
         rgb.paste((0, 0, 0), (0, 0, *rgb.size))
         for path in paths:
             path.unlink()
         fetched.clear()
-        outputs = llm._calls.run(work, False)
+        outputs = llm._open.calls.run(work, False)
     assert [output.token_ids for output in outputs] == expected
     assert len(set(map(tuple, expected))) == len(expected)
 

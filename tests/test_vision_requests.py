@@ -292,7 +292,7 @@ class TestFailures:
                 assert same(outputs[index], expected[index])
             assert chunk == 9 or seen.count(broken[0]) == 1
             wait_until(lambda: not driver_threads())
-            llm._engine.scheduler.cache.check_invariant()
+            llm._open.engine.scheduler.cache.check_invariant()
             again = llm.generate(prompts, PARAMS)
             assert all(map(same, again, expected))
 
@@ -300,7 +300,7 @@ class TestFailures:
     def test_a_processor_that_raises_reaches_its_caller_only(
         self, llm, expected, monkeypatch, error
     ):
-        processor, main = llm._calls._intake.reader.processor, threading.current_thread()
+        processor, main = llm._open.intake.reader.processor, threading.current_thread()
         process = processor.process_images
         prompt = {"text": "a <image> b <image> c", "images": [PICTURE, OTHER]}
 

@@ -464,9 +464,11 @@ class StrangerOracle(Oracle):
     def greedy(self, inputs: dict[str, Any], count: int) -> tuple[list[int], list[float]]:
         """Tokens, each from a forward pass over everything before it; and how far apart the two
         best logits of each were, relative to the largest.
+
+        A placeholder that is drawn is the last one: the class has no picture to put in its place.
         """
         tokens, gaps = [], []
-        for _ in range(count):
+        while len(tokens) < count and self.config.image_token_id not in tokens:
             logits = self.logits(inputs)[-1]
             best = logits.topk(2).values
             tokens.append(int(logits.argmax()))

@@ -3,17 +3,16 @@
 import bisect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sglite import ops
-from sglite.cache.kv_pool import KVPool
+from sglite.engine.decode_runner import DecodeRunner
 from sglite.engine.decode_state import DecodeState
 from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.graph_capture import GraphPool, HostAccess
-from sglite.engine.sampler import Sampler
 from sglite.engine.scheduler import ScheduledRequest, Step
 
 # How far the logits of a replay may be from those of the same step run kernel by kernel, as a share
@@ -32,7 +31,7 @@ class Graph(Protocol):
         """Does the work again."""
 
 
-class DecodeGraphs:
+class DecodeGraphs(DecodeRunner):
     """Runs steps in which every request gets its next token, each as one graph from the ids fed to
     the ids drawn.
 
@@ -45,65 +44,35 @@ class DecodeGraphs:
     step's tokens are drawn again from the graph's logits.
 
     Args:
-        model, pool, sampler: as the model runner's.
-        vocab_size: width of the logits.
-        max_requests: requests of a step at most.
-        max_tokens: positions of a request at most.
+        *arguments, **limits: as of `DecodeRunner`.
         capture: makes a graph of a function.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        pool: KVPool,
-        sampler: Sampler,
-        *,
-        vocab_size: int,
-        max_requests: int,
-        max_tokens: int,
+        *arguments: Any,
         capture: Callable[[Callable[[], Tensor]], Graph] | None = None,
+        **limits: int,
     ):
-        self._model = model
-        self._pool = pool
-        self._sampler = sampler
-        self._vocab_size = vocab_size
-        self._max_pages = -(-max_tokens // pool.page_size)
-        self._sizes = _batch_sizes(max_requests)
+        super().__init__(*arguments, **limits)
+        self._sizes = _batch_sizes(self._max_requests)
         self._capture = capture or GraphPool().capture
         self._state: DecodeState | None = None
         self._workspace: Tensor | None = None
         self._graphs: dict[int, Graph] = {}
         self._num_failures = 0
-        self._works = getattr(model, "cuda_graphs", True)
+        self._works = getattr(self._model, "cuda_graphs", True)
 
     def takes(self, step: Step) -> bool:
-        """Whether `launch` can run this step."""
-        return (
-            self._works
-            and len(step.items) <= self._sizes[-1]
-            # The position before is where the state starts from; position 0 has none.
-            and step.only_decodes
-            and not any(item.request.misses_prompt_logprobs for item in step.items)
-        )
+        """As `DecodeRunner` has it."""
+        return self._works and len(step.items) <= self._max_requests and step.only_decodes
 
     def launch(self, step: Step, drawn: Tensor | None, sources: Sequence[int]) -> DrawnTokens:
-        """Begins a step that `takes` has agreed to.
-
-        Args:
-            step: one token of each request.
-            drawn: what the step launched last has drawn.
-            sources: for each request the row of `drawn` that holds the token to feed; -1 where the
-                request knows it.
-        """
+        """As `DecodeRunner` has it."""
         items = step.items
         states = self._sampler.states([item.request for item in items], self._vocab_size)
         if self._state is None:
-            self._state = DecodeState(
-                self._sizes[-1],
-                self._max_pages,
-                self._pool,
-                has_mrope=getattr(self._model, "has_mrope", False),
-            )
+            self._state = self._make_state()
         self._state.set(items, states, drawn, sources)
         size = self._sizes[bisect.bisect_left(self._sizes, len(items))]
         graph = self._graphs.get(size)
@@ -115,12 +84,12 @@ class DecodeGraphs:
         return self._drawn(items, states, logits[: len(items)])
 
     def rest(self) -> None:
-        """Forgets the requests of the last step; graphs stay."""
+        """As `DecodeRunner` has it; graphs stay."""
         if self._state is not None:
             self._state.forget()
 
     def close(self) -> None:
-        """Drops the graphs, and the model."""
+        """As `DecodeRunner` has it."""
         self._graphs.clear()
         self._model = self._state = self._workspace = None
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from sglite import ops
 from sglite.cache.kv_pool import KVPool
 from sglite.engine.batch import LogitsRows, lay_out, to_forward
-from sglite.engine.decode_graphs import DecodeGraphs
-from sglite.engine.decode_steps import DecodeSteps
+from sglite.engine.decode_runner import DecodeRunner
 from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.failures import failed
 from sglite.engine.image_features import ImageFeatures
@@ -46,8 +45,7 @@ class ModelRunner:
         model: nn.Module,
         pool: KVPool,
         tokenizer: Tokenizer,
-        make_decode: Callable[[nn.Module, KVPool, Sampler], DecodeGraphs | DecodeSteps]
-        | None = None,
+        make_decode: Callable[[nn.Module, KVPool, Sampler], DecodeRunner] | None = None,
         images: ImageFeatures | None = None,
     ):
         self.model = model

@@ -54,9 +54,11 @@ class Step:
 
     @property
     def only_decodes(self) -> bool:
-        """Whether every request gets its next token from one position, which is not its first.
+        """Whether every request gets its next token from one position, and nothing else.
 
-        Nor one within a prompt with images, whose token may stand for a part of one.
+        The position is not its first, as the one before is where decoding starts from; nor within a
+        prompt with images, whose token may stand for a part of one. Log-probabilities of the prompt
+        have then come: the position before the last one gives them at the latest.
         """
         for request, start, stop, samples, _ in self.items:
             if not samples or stop - start != 1 or start == 0:

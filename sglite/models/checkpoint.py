@@ -1,6 +1,5 @@
 """From what the caller calls a model to a folder with config, tokenizer and weights."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from sglite.interface.errors import CheckpointError, UnsupportedModelError
+from sglite.interface.files import read_json
 from sglite.models.hub import download_checkpoint, download_tokenizer
 from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, no_weights, read_index
 
@@ -70,14 +70,14 @@ def resolve_checkpoint(
     folder = _find_folder(name, is_path=isinstance(model, os.PathLike))
     if folder is None:
         folder = download_checkpoint(name, revision=revision, cache_dir=cache_dir, token=token)
-    config = _read_json(folder, "config.json")
+    config = read_json(folder / "config.json")
     if config is None:
         raise CheckpointError(f"no config.json in {folder}")
     return Checkpoint(
         name,
         folder,
         config,
-        _read_json(folder, "generation_config.json"),
+        read_json(folder / "generation_config.json"),
         _find_weight_files(folder),
     )
 
@@ -175,7 +175,7 @@ def _check_tokenizer_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise CheckpointError(f"{path} is no regular file")
-    settings = _read_json(folder, "tokenizer_config.json") or {}
+    settings = read_json(folder / "tokenizer_config.json") or {}
     for key in ("fast_tokenizer_files", "gguf_file"):
         names = settings.get(key) or []
         for name in names if isinstance(names, list) else [names]:
@@ -192,7 +192,7 @@ def _is_generic_tokenizer(folder: Path) -> bool:
     AutoTokenizer would come to the same class, but imports the model's config first, which takes
     over a second.
     """
-    settings = _read_json(folder, "tokenizer_config.json") or {}
+    settings = read_json(folder / "tokenizer_config.json") or {}
     named = settings.get("tokenizer_class")
     return named in _GENERIC_TOKENIZERS and (folder / "tokenizer.json").exists()
 
@@ -213,22 +213,6 @@ def _find_folder(name: str, *, is_path: bool) -> Path | None:
     if is_path or not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise CheckpointError(f"there is no folder {name}")
     return None
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
-    """The contents of a JSON file; None if there is none."""
-    path = folder / name
-    if not path.exists():
-        return None
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no regular file")
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
-    return contents
 
 
 def _find_weight_files(folder: Path) -> tuple[Path, ...]:

@@ -11,7 +11,6 @@ from sglite.layers.attention import RadixAttention
 from sglite.layers.decoder import DecoderLayer
 from sglite.layers.weight import Weight, WeightModule
 from sglite.layers.whole_layers import find_whole
-from sglite.models.loaded_model import LoadedModel
 from sglite.ops import PackedWeight, QuantizedWeight
 
 _MB = 1 << 20
@@ -51,9 +50,13 @@ class ModelDescription:
         return "\n".join(["ModelDescription", *lines])
 
 
-def describe(loaded: LoadedModel) -> ModelDescription:
-    """What a loaded model is made of, and what of it runs as one op."""
-    model = loaded.model
+def describe(model: nn.Module, architecture: str, dtype: str) -> ModelDescription:
+    """What a loaded model is made of, and what of it runs as one op.
+
+    Args:
+        model: with its weights.
+        architecture, dtype: as `ModelDescription` gives them.
+    """
     info = getattr(model, "info", None)  # of a model that Hugging Face's class runs
     if info is None:
         code = f"sglite's own layers ({type(model).__module__}.{type(model).__name__})"
@@ -62,9 +65,9 @@ def describe(loaded: LoadedModel) -> ModelDescription:
     else:
         code = "Hugging Face's class"
     return ModelDescription(
-        architecture=loaded.architecture,
+        architecture=architecture,
         code=code,
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype=dtype,
         attention=tuple(_attention(model)),
         fused=tuple(_fused(model, info)),
         kept=tuple(f"{count} {name}" for name, count in info.fusions.kept.items()) if info else (),

@@ -8,16 +8,17 @@ A class serves the architecture of its own name.
 
 import importlib
 import os
-import pkgutil
 import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
 from torch import nn
+
+from sglite.interface.packages import scan_package
 
 #: Names the package to scan.
 PACKAGE_VARIABLE = "SGLITE_EXTERNAL_MODEL_PACKAGE"
@@ -104,21 +105,16 @@ class _Findings:
 
     def take_package(self, name: str, origin: str) -> None:
         """Scans a package and all modules in it, or a module that stands alone."""
-        module = self._import(name, origin)
-        for found in [] if module is None else [module, *self._modules_in(module)]:
-            if "EntryClass" in vars(found):
-                self._take(found.EntryClass, found.__name__, "EntryClass")
 
-    def _modules_in(self, package: ModuleType) -> Iterator[ModuleType]:
-        for info in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{package.__name__}."):
-            if info.name.endswith(".__main__"):  # would run, not define
-                continue
-            module = self._import(info.name)
-            if module is not None:
-                yield module
-                yield from self._modules_in(module)
+        def import_module(found: str) -> ModuleType | None:
+            return self._import(found, origin if found == name else "")
 
-    def _import(self, name: str, origin: str = "") -> ModuleType | None:
+        # All are imported before any is looked at, as one may add to what another has.
+        for module in list(scan_package(name, import_module)):
+            if "EntryClass" in vars(module):
+                self._take(module.EntryClass, module.__name__, "EntryClass")
+
+    def _import(self, name: str, origin: str) -> ModuleType | None:
         try:
             return importlib.import_module(name)
         except (Exception, SystemExit) as error:  # whatever a module of someone else's raises

@@ -1,6 +1,6 @@
 """What an `LLM` needs of a checkpoint: the model with its weights, and the tokenizer."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -37,15 +37,13 @@ def take_checkpoint(
         cache_dir=options.cache_dir,
         token=options.token,
     )
-    tokenizers: list[Future] = []
+    takes_long = options.tokenizer is not None or tokenizer_bytes(checkpoint) > _LARGE_TOKENIZER
+    tokenizer = None
     with ThreadPoolExecutor(1, "sglite-tokenizer") as pool:
 
         def begin_tokenizer() -> None:
-            if options.tokenizer is not None or tokenizer_bytes(checkpoint) > _LARGE_TOKENIZER:
-                tokenizers.append(pool.submit(read_tokenizer))
-            else:
-                tokenizers.append(Future())
-                tokenizers[0].set_result(read_tokenizer())
+            nonlocal tokenizer
+            tokenizer = pool.submit(read_tokenizer) if takes_long else read_tokenizer()
 
         loaded = load_model(
             checkpoint,
@@ -59,4 +57,4 @@ def take_checkpoint(
             trust_remote_code=options.trust_remote_code,
             before_reading=begin_tokenizer,
         )
-    return loaded, tokenizers[0].result()
+    return loaded, tokenizer.result() if takes_long else tokenizer

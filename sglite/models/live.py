@@ -43,7 +43,7 @@ def take_module(options: LLMOptions) -> tuple[LoadedModel, Any]:
         UnsupportedModelError: the module cannot be run as it stands.
     """
     # Imported here, since few need it: it imports Hugging Face's modelling code.
-    from sglite.models.transformers import load_module
+    from sglite.models.transformers_loading import load_module
 
     module = options.model
     tokenizer = options.tokenizer

@@ -92,7 +92,7 @@ def load_model(
     registered = ModelRegistry.find(names)
     if by_hugging_face or registered is None or _is_hugging_face(registered):
         # Imported here, since few need it: it imports Hugging Face's modelling code.
-        from sglite.models.transformers import load_unregistered
+        from sglite.models.transformers_loading import load_unregistered
 
         found = load_unregistered(
             checkpoint,

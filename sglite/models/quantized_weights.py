@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +11,8 @@ from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from sglite.layers.weight import Weight
 from sglite.models.quantized_format import QuantizedFormat, QuantizedTensors, column_order
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
+from sglite.models.targets import Target
 from sglite.ops import QuantizedLayout
-
-if TYPE_CHECKING:
-    from sglite.models.weights import Target
 
 # Elements that are unpacked at a time, in whole panels of 32 rows.
 _UNPACKED_AT_ONCE = 1 << 20
@@ -33,7 +30,7 @@ class QuantizedPart:
         order: the order of columns in which groups are neighbours; None: they are.
     """
 
-    target: "Target"
+    target: Target
     tensors: QuantizedTensors
     layout: QuantizedLayout
     order: Tensor | None
@@ -59,7 +56,7 @@ class QuantizedPart:
 
 
 def take_quantized(
-    targets: Mapping[str, "Target"],
+    targets: Mapping[str, Target],
     found: dict[str, tuple[SafetensorsFile, TensorEntry]],
     quantized: QuantizedFormat,
 ) -> dict[str, QuantizedPart]:
@@ -102,7 +99,7 @@ def take_quantized(
 
 def _drop_empty_bias(
     name: str,
-    targets: Mapping[str, "Target"],
+    targets: Mapping[str, Target],
     found: dict[str, tuple[SafetensorsFile, TensorEntry]],
 ) -> None:
     if name in found and name not in targets:
@@ -112,7 +109,7 @@ def _drop_empty_bias(
 
 
 def _check_single(
-    targets: Mapping[str, "Target"], found: Iterable[str], parts: Mapping[str, QuantizedPart]
+    targets: Mapping[str, Target], found: Iterable[str], parts: Mapping[str, QuantizedPart]
 ) -> None:
     """A place is filled once: tied matrices cannot be quantised apart from one another."""
     others = {targets[name].key: name for name in found if name in targets}
@@ -125,7 +122,7 @@ def _check_single(
             )
 
 
-def choose_layouts(targets: Mapping[str, "Target"], parts: Mapping[str, QuantizedPart]) -> None:
+def choose_layouts(targets: Mapping[str, Target], parts: Mapping[str, QuantizedPart]) -> None:
     """Has matrices store codes if all that goes into them is quantised alike.
 
     A stacked layer of which a part is left out, say, stores the numbers that codes stand for.

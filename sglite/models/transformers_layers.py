@@ -26,7 +26,8 @@ from sglite.layers.rotary import RotaryEmbedding
 from sglite.models.quantization import layout_at_load
 from sglite.models.transformers_attention import RunningBatch
 from sglite.models.transformers_parts import packed_linear, rms_norm_like
-from sglite.models.transformers_probe import AttentionFacts, ProbeResult, forward_arguments
+from sglite.models.transformers_probe import ProbeResult, forward_arguments
+from sglite.models.transformers_recorder import AttentionFacts
 
 _ACTIVATIONS = {
     "silu": functional.silu,

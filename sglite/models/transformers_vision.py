@@ -25,8 +25,9 @@ from sglite.models.transformers_attention import (
     use_implementation,
 )
 from sglite.models.transformers_calls import record_calls
-from sglite.models.transformers_probe import Recorder, run_recorded
-from sglite.multimodal.base_processor import HubProcessor
+from sglite.models.transformers_probe import run_recorded
+from sglite.models.transformers_recorder import AttentionRecorder
+from sglite.multimodal.hub_processor import HubProcessor
 from sglite.multimodal.hugging_face import rope_index
 from sglite.multimodal.inputs import MultimodalItem
 
@@ -340,7 +341,7 @@ def _check_nothing_else_is_seen(inner: nn.Module, found: VisionFacts) -> None:
     _compare(name, own, ours)
 
 
-def _compare(name: str, own: Recorder, ours: Recorder) -> None:
+def _compare(name: str, own: AttentionRecorder, ours: AttentionRecorder) -> None:
     if own.calls.keys() != ours.calls.keys():
         raise UnsupportedModelError(f"{name} has other layers attend where there is a picture")
     for path, call in own.calls.items():

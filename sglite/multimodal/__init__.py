@@ -8,14 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sglite.multimodal.base_processor import (
-        BaseMultimodalProcessor,
-        HubProcessor,
-        ProcessedMedia,
-    )
+    from sglite.multimodal.base_processor import BaseMultimodalProcessor
     from sglite.multimodal.chat_templates import register_chat_template
+    from sglite.multimodal.hub_processor import HubProcessor
     from sglite.multimodal.images import read_image
-    from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
+    from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem, ProcessedMedia
     from sglite.multimodal.keys import pad_input_ids
     from sglite.multimodal.qwen_vl import QwenVLImageProcessor
     from sglite.multimodal.registry import find_processor, register_processor
@@ -23,10 +20,10 @@ if TYPE_CHECKING:
 # Loaded on first use: Pillow and Hugging Face's processors are only needed where there are images.
 _HOMES = {
     "BaseMultimodalProcessor": "base_processor",
-    "HubProcessor": "base_processor",
+    "HubProcessor": "hub_processor",
     "MultimodalInputs": "inputs",
     "MultimodalItem": "inputs",
-    "ProcessedMedia": "base_processor",
+    "ProcessedMedia": "inputs",
     "QwenVLImageProcessor": "qwen_vl",
     "find_processor": "registry",
     "pad_input_ids": "keys",

@@ -1,10 +1,8 @@
 """From a prompt with images to token ids, pixel tensors and spans: what all families share."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,107 +15,16 @@ from sglite.interface.errors import (
     SGLiteError,
     UnsupportedModelError,
 )
-from sglite.multimodal.image_settings import with_settings
-from sglite.multimodal.image_sizes import check_sizes
+from sglite.multimodal.hub_processor import PROCESSOR_FILES
 from sglite.multimodal.images import Fetcher, read_image
-from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
+from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem, ProcessedMedia
+from sglite.multimodal.placeholders import Place, expand, find_places
 from sglite.multimodal.registry import register_processor
 from sglite.multimodal.sources import Fetched, Sources
 from sglite.multimodal.videos import Video, read_video
 
-#: What says how pictures become pixels: one of them has to be there.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_FURTHER_FILES = (
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-
 #: Stands for one picture in the text of a prompt, with every model; and for one video.
 IMAGE, VIDEO = "<image>", "<video>"
-
-
-@dataclass(frozen=True)
-class HubProcessor:
-    """What a checkpoint's folder has for images, the parts of Hugging Face's own processor.
-
-    Attributes:
-        tokenizer: the Hugging Face tokenizer.
-        image_processor: Hugging Face's, always the variant on Pillow, so that pixels do not depend
-            on what else is installed; None where the folder has no file for one: then there can
-            be text alone.
-        settings: the contents of `processor_config.json`; empty if there is none.
-        video_settings: those of its video processor, or of the file that holds them.
-        chat_template: the one that Hugging Face's processor would use, or several by name; None:
-            it has none.
-    """
-
-    tokenizer: Any
-    image_processor: Any
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    video_settings: Mapping[str, Any] = field(default_factory=dict)
-    chat_template: Any = None
-
-    @classmethod
-    def load(
-        cls,
-        folder: Path,
-        tokenizer: Any,
-        *,
-        trust_remote_code: bool = False,
-        image_settings: Mapping[str, Any] | None = None,
-        fixed_settings: frozenset[str] = frozenset(),
-    ) -> "HubProcessor":
-        """Reads the files of a checkpoint.
-
-        Args:
-            folder: the checkpoint's.
-            tokenizer: the Hugging Face tokenizer.
-            trust_remote_code: whether Python code of the checkpoint may run.
-            image_settings: what of the image processor the caller wants otherwise.
-            fixed_settings: what of it cannot be changed.
-
-        Raises:
-            CheckpointError: what is there cannot be read.
-            ConfigError: `image_settings` has an unknown name, or a value that is not allowed.
-        """
-        for name in (*PROCESSOR_FILES, *_FURTHER_FILES):
-            if (folder / name).exists() and not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name} is no regular file")  # read forever, maybe
-        if not any((folder / name).exists() for name in PROCESSOR_FILES):
-            return cls(tokenizer, None)
-        # Not the class of that name in `transformers` itself, which asks for torchvision.
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-        try:
-            image_processor = AutoImageProcessor.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code, backend="pil"
-            )
-        except Exception as error:  # whatever its code raises on a broken or missing file
-            raise CheckpointError(
-                f"the image processor in {folder} ({' or '.join(PROCESSOR_FILES)}) cannot be "
-                f"read: {error}"
-            ) from error
-        check_sizes(image_processor, folder)
-        if image_settings:
-            image_processor = with_settings(image_processor, folder, image_settings, fixed_settings)
-        settings = _read_json(folder / "processor_config.json")
-        video_settings = (
-            settings.get("video_processor")
-            or _read_json(folder / "video_preprocessor_config.json")
-            or _read_json(folder / "preprocessor_config.json")
-        )
-        template = _template_in(folder, settings)
-        return cls(tokenizer, image_processor, settings, video_settings, template)
-
-
-class ProcessedMedia(NamedTuple):
-    """One image or video as the model takes it; see `MultimodalItem`."""
-
-    modality: str
-    pixel_values: Tensor
-    num_tokens: int
-    data: Mapping[str, Any]
 
 
 class BaseMultimodalProcessor:
@@ -286,11 +193,11 @@ class BaseMultimodalProcessor:
             "video": _processed(name, "videos", self.process_videos, frames),
         }
         token_ids = list(token_ids)
-        spans = {}
+        places: list[Place] = []
         for modality, token in (("image", self.image_token), ("video", self.video_token)):
             if token is not None:
-                spans[modality] = self._places(name, modality, token, token_ids, found[modality])
-        expanded, items = _expand(token_ids, spans)
+                places += self._places(name, modality, token, token_ids, found[modality])
+        expanded, items = expand(token_ids, places)
         if not items:
             return token_ids, None
         positions, offset = self.positions(expanded, items)
@@ -312,26 +219,17 @@ class BaseMultimodalProcessor:
         token: str,
         token_ids: Sequence[int],
         media: Sequence[ProcessedMedia],
-    ) -> list[tuple[int, int, ProcessedMedia]]:
-        """Per medium the tokens that it takes the place of, (start, stop, medium)."""
+    ) -> list[Place]:
+        """The tokens that each medium takes the place of."""
         token_id = self._id_of(token) if media else self._known_id_of(token)
-        places = [index for index, other in enumerate(token_ids) if other == token_id]
-        if len(places) == len(media):
-            return [(place, place + 1, one) for place, one in zip(places, media, strict=True)]
-        if media and len(places) == sum(one.num_tokens for one in media):
-            spans, begin = [], 0
-            for one in media:
-                own = places[begin : begin + one.num_tokens]
-                begin += one.num_tokens
-                if own[-1] - own[0] != len(own) - 1:
-                    break
-                spans.append((own[0], own[-1] + 1, one))
-            else:
-                return spans
+        places = find_places(token_ids, token_id, media)
+        if places is not None:
+            return places
         generic = IMAGE if modality == "image" else VIDEO
         own = f" or {token}" if token != generic else ""
+        count = token_ids.count(token_id)
         raise InvalidRequestError(
-            f"{name} has {len(places)} placeholders for {modality}s ({generic}{own}), and "
+            f"{name} has {count} placeholders for {modality}s ({generic}{own}), and "
             f"{len(media)} {modality}s: there must be one placeholder for each"
         )
 
@@ -364,49 +262,3 @@ def _processed(
         raise
     except Exception as error:  # what Hugging Face refuses: a ratio of sides of 200, say
         raise InvalidRequestError(f"{name}: its {kind} cannot be processed: {error}") from error
-
-
-def _expand(
-    token_ids: Sequence[int], spans: Mapping[str, Sequence[tuple[int, int, ProcessedMedia]]]
-) -> tuple[list[int], list[MultimodalItem]]:
-    """The token ids with as many placeholders as rows of embeddings, and where they are."""
-    expanded: list[int] = []
-    items = []
-    end = 0
-    for start, stop, medium in sorted(
-        (span for of_modality in spans.values() for span in of_modality), key=lambda span: span[0]
-    ):
-        expanded += token_ids[end:start]
-        begin = len(expanded)
-        expanded += [token_ids[start]] * medium.num_tokens
-        items.append(
-            MultimodalItem(medium.modality, medium.pixel_values, begin, len(expanded), medium.data)
-        )
-        end = stop
-    return expanded + list(token_ids[end:]), items
-
-
-def _template_in(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The chat template among a processor's files, in the order of Hugging Face's processors."""
-    template = settings.get("chat_template")
-    template = template or _read_json(folder / "chat_template.json").get("chat_template")
-    file = folder / "chat_template.jinja"
-    if template is None and file.exists():
-        try:
-            template = file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The contents of a JSON file; empty if there is none."""
-    if not path.exists():
-        return {}
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
-    return contents

@@ -5,7 +5,8 @@ from typing import Any
 from PIL import Image
 
 from sglite.interface.errors import UnsupportedModelError
-from sglite.multimodal.base_processor import BaseMultimodalProcessor, ProcessedMedia
+from sglite.multimodal.base_processor import BaseMultimodalProcessor
+from sglite.multimodal.inputs import ProcessedMedia
 
 
 class Gemma3ImageProcessor(BaseMultimodalProcessor):

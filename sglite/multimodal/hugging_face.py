@@ -12,13 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from sglite.interface.errors import CheckpointError, UnsupportedModelError
-from sglite.multimodal.base_processor import (
-    IMAGE,
-    BaseMultimodalProcessor,
-    HubProcessor,
-    ProcessedMedia,
-)
-from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem
+from sglite.multimodal.base_processor import IMAGE, BaseMultimodalProcessor
+from sglite.multimodal.hub_processor import HubProcessor
+from sglite.multimodal.inputs import MultimodalInputs, MultimodalItem, ProcessedMedia
+from sglite.multimodal.placeholders import Place
 
 # What a processor gives beside pixels, which the prompt has already.
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -110,7 +107,7 @@ class HuggingFaceProcessor(BaseMultimodalProcessor):
         token: str,
         token_ids: Sequence[int],
         media: Sequence[ProcessedMedia],
-    ) -> list[tuple[int, int, ProcessedMedia]]:
+    ) -> list[Place]:
         """As the base's; also where the prompt has all that the processor writes for a picture."""
         token_ids = list(token_ids)
         spans, begin = [], 0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sglite.interface.errors import RequestError
+
+
+class ProcessedMedia(NamedTuple):
+    """One image or video as the model takes it; see `MultimodalItem`."""
+
+    modality: str
+    pixel_values: Tensor
+    num_tokens: int
+    data: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)

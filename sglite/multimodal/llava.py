@@ -6,8 +6,9 @@ from typing import Any
 
 from PIL import Image
 
-from sglite.multimodal.base_processor import BaseMultimodalProcessor, ProcessedMedia
+from sglite.multimodal.base_processor import BaseMultimodalProcessor
 from sglite.multimodal.chat_templates import register_chat_template
+from sglite.multimodal.inputs import ProcessedMedia
 from sglite.multimodal.tiling import crop_of, shrunk
 
 # What the files for videos may have other than those for images.

@@ -46,7 +46,7 @@ def load_processor(
             f"get_image_feature(items)"
         )
     # Imported here, since few need it: it imports Pillow.
-    from sglite.multimodal.base_processor import HubProcessor
+    from sglite.multimodal.hub_processor import HubProcessor
 
     hub = HubProcessor.load(
         folder,

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sglite.multimodal.base_processor import BaseMultimodalProcessor, ProcessedMedia
-from sglite.multimodal.inputs import MultimodalItem
+from sglite.multimodal.base_processor import BaseMultimodalProcessor
+from sglite.multimodal.inputs import MultimodalItem, ProcessedMedia
 from sglite.multimodal.rope_positions import Grid, mrope_positions
 from sglite.multimodal.videos import Video
 

@@ -2,11 +2,9 @@
 
 import importlib
 import os
-import pkgutil
-from collections.abc import Iterator
-from typing import Any
 
 from sglite.interface.errors import UnsupportedModelError
+from sglite.interface.packages import scan_package
 
 #: Names an architecture that takes images, of a model from outside; it then must have a processor.
 ARCHITECTURE_VARIABLE = "SGLITE_EXTERNAL_MM_MODEL_ARCH"
@@ -104,15 +102,9 @@ def _import_package(name: str) -> None:
     if not name:
         return
     try:
-        package = importlib.import_module(name)
-        for module in _modules_in(package):
-            importlib.import_module(module)
+        for _ in scan_package(name, importlib.import_module):
+            pass
     except (Exception, SystemExit) as error:  # whatever a module of someone else's raises
         raise UnsupportedModelError(
             f"{PACKAGE_VARIABLE}={name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-
-
-def _modules_in(package: Any) -> Iterator[str]:
-    found = pkgutil.walk_packages(getattr(package, "__path__", ()), f"{package.__name__}.")
-    return (info.name for info in found if not info.name.endswith(".__main__"))

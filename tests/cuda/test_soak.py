@@ -85,7 +85,7 @@ def check_idle(llm: LLM, prefix_cache: bool) -> None:
     else:
         assert stats["kv_tokens_used"] == stats["kv_tokens_cached"] == 0
     # Free, in the tree, and reserved pages are all pages, each once.
-    llm._engine.scheduler.cache.check_invariant()
+    llm._open.engine.scheduler.cache.check_invariant()
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

@@ -52,13 +52,13 @@ def counts():
 def make_llm(capture=LateGraph, **options):
     """An LLM that launches ahead and runs decode steps through `capture`, as on a GPU."""
     llm = LLM("demo", device="cpu", seed=3, **options)
-    runner = llm._engine.runner
+    runner = llm._open.engine.runner
     runner.runs_ahead = True
     runner._decode = DecodeGraphs(
         runner.model,
         runner.pool,
         runner.sampler,
-        vocab_size=llm._intake.limits.vocab_size,
+        vocab_size=llm._open.intake.limits.vocab_size,
         max_requests=llm.config.max_running_requests,
         max_tokens=llm.config.context_length,
         capture=capture,
@@ -93,7 +93,7 @@ def test_the_same_tokens_as_step_by_step(options):
     assert LateGraph.num_replays > LateGraph.num_captures > 1
     if "kv_cache_tokens" in options:
         assert llm.stats()["preemptions"] > 0
-    llm._engine.scheduler.cache.check_invariant()
+    llm._open.engine.scheduler.cache.check_invariant()
 
 
 def test_rows_without_a_request_write_to_the_reserved_page():
@@ -133,13 +133,13 @@ def test_stop_strings_and_processors_in_one_batch():
 
 def test_a_model_opts_out():
     llm = make_llm()
-    type(llm._engine.runner.model).cuda_graphs = False
+    type(llm._open.engine.runner.model).cuda_graphs = False
     try:
         opted_out = make_llm()
         assert opted_out.generate(PROMPTS[0], temperature=0).text
         assert LateGraph.num_captures == 0
     finally:
-        del type(llm._engine.runner.model).cuda_graphs
+        del type(llm._open.engine.runner.model).cuda_graphs
 
 
 def expect_warning(llm, match):

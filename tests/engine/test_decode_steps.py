@@ -19,7 +19,7 @@ WITH_EDITS = [{"temperature": 0, "repetition_penalty": 1.3, "max_new_tokens": 12
 def make_llm(keeps_state=True, **options):
     llm = LLM("demo", device="cpu", seed=3, **options)
     if not keeps_state:
-        llm._engine.runner._decode = None
+        llm._open.engine.runner._decode = None
     return llm
 
 
@@ -48,20 +48,37 @@ def test_the_same_tokens_as_laid_out_anew(options, kinds, advances):
     assert len(advances) > 20
     if "kv_cache_tokens" in options:
         assert llm.stats()["preemptions"] > 0
-    llm._engine.scheduler.cache.check_invariant()
+    llm._open.engine.scheduler.cache.check_invariant()
 
 
-def test_prompt_logprobs_are_laid_out_anew(advances):
-    params = {"temperature": 0, "max_new_tokens": 9, "prompt_logprobs": 1}
-    found = make_llm().generate(PROMPTS[:3], params)
+@pytest.mark.parametrize("start", [0, 33, 34])
+@pytest.mark.parametrize("chunk", [1, 2, 512])
+def test_prompt_logprobs_have_come_before_steps_that_only_decode(start, chunk, advances):
+    prompt = list(range(5, 40))
+    plain = {"temperature": 0, "max_new_tokens": 9, "ignore_eos": True}
+    scored = {**plain, "prompt_logprobs": 1, "prompt_logprobs_start": start}
+    expected = make_llm(keeps_state=False).generate(prompt, scored)
     assert not advances
-    expected = make_llm(keeps_state=False).generate(PROMPTS[:3], params)
-    assert results(found) == results(expected)
+    llm = make_llm(chunked_prefill_size=chunk)
+    launch, steps = llm._open.engine.runner.launch, []
+
+    def watched(step):
+        if step.only_decodes:
+            steps.append([item.request.misses_prompt_logprobs for item in step.items])
+        return launch(step)
+
+    llm._open.engine.runner.launch = watched
+    for params in (scored, plain, scored):  # the last one with all in the cache that may be
+        found = llm.generate(prompt, params)
+    assert results([found]) == results([expected])
+    assert found.prompt_logprobs == expected.prompt_logprobs
+    assert len(steps) == len(advances) >= 3 * (plain["max_new_tokens"] - 1)
+    assert not any(map(any, steps))
 
 
 def test_a_step_that_fails_leaves_nothing_behind():
     llm = make_llm()
-    model, steps = llm._engine.runner._decode._model, []
+    model, steps = llm._open.engine.runner._decode._model, []
 
     def failing(*inputs):
         steps.append(1)
@@ -70,7 +87,7 @@ def test_a_step_that_fails_leaves_nothing_behind():
         return model(*inputs)
 
     expected = results(llm.generate(PROMPTS, PLAIN[0]))
-    llm._engine.runner._decode._model = failing
+    llm._open.engine.runner._decode._model = failing
     with pytest.raises(GenerationError, match="no more"):
         llm.generate(PROMPTS, PLAIN[0])
     assert results(llm.generate(PROMPTS, PLAIN[0])) == expected

@@ -47,7 +47,9 @@ WATCHED = """
 import gc, sys, weakref
 gc.collect()
 gc.disable()
-watched = [weakref.ref(part) for part in (llm._engine, llm.model, llm._engine.runner.pool)]
+engine = llm._open.engine
+watched = [weakref.ref(part) for part in (engine, engine.runner.model, engine.runner.pool)]
+del engine
 def failing(*arguments):
     raise MemoryError("planted")
 """

@@ -6,9 +6,16 @@ import pathlib
 import pytest
 import torch
 
-from sglite.interface import config, foreign_names
-from sglite.interface.config import EngineConfig, LLMOptions, check_keywords, refuse_foreign_option
+from sglite.interface import foreign_names
+from sglite.interface.config import (
+    ALIASES,
+    EngineConfig,
+    LLMOptions,
+    check_keywords,
+    refuse_foreign_option,
+)
 from sglite.interface.errors import ConfigError
+from sglite.interface.option_checks import CHECKS
 from sglite.interface.sampling_params import PARAMETER_NAMES
 
 NAMES = [option.name for option in dataclasses.fields(LLMOptions)]
@@ -120,7 +127,7 @@ def test_every_option_is_documented_and_checked():
     for cls in (LLMOptions, EngineConfig):
         for option in dataclasses.fields(cls):
             assert f"    {option.name}: " in cls.__doc__
-    assert set(config._CHECKS) == set(NAMES)
+    assert set(CHECKS) == set(NAMES)
 
 
 class TestKeywords:
@@ -203,7 +210,7 @@ class TestKeywords:
         assert refuse_foreign_option("zzz") is None
 
     def test_no_foreign_name_is_one_of_ours_and_all_advice_names_real_things(self):
-        for name in (*NAMES, *config.ALIASES):
+        for name in (*NAMES, *ALIASES):
             assert foreign_names.advice_for_option(name) is None
         tables = {
             (*NAMES,): (foreign_names._OPTIONS, foreign_names._OPTION_PREFIXES),

@@ -11,7 +11,7 @@ from sglite import LLM
 from sglite.interface.errors import CheckpointError
 from sglite.layers import Router
 from sglite.layers.weight import Weight
-from sglite.models.weights import targets_of
+from sglite.models.targets import targets_of
 from sglite.ops import PackedWeight, QuantizedWeight
 from tests.checkpoints import hugging_face_logits, make_checkpoint
 from tests.forward import assert_near
@@ -22,7 +22,6 @@ from tests.quantized_checkpoints import (
     awq,
     compressed,
     gptq,
-    make_quantized,
     quantize_checkpoint,
 )
 from tests.test_vision import SCORED, Expected, scores_of
@@ -61,7 +60,7 @@ def check(loaded, made):
 def test_experts(tmp_path, family, name):
     """Those of Qwen's have 40 inputs to `down_proj`, so that the last group has 8."""
     recipe = FORMATS[name](np.random.default_rng(0))
-    made = make_quantized(tmp_path, family, *recipe, num_hidden_layers=2)
+    made = quantize_checkpoint(make_checkpoint(tmp_path, family, num_hidden_layers=2), *recipe)
     loaded = load(tmp_path, dtype="float32")
     num_experts = 5 if family == "mixtral" else 7
     assert len(made.weights) == 2 * (4 + 3 * num_experts + 3 * (family == "qwen2-moe"))
@@ -75,7 +74,9 @@ def test_experts(tmp_path, family, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_layers_that_the_checkpoint_has_fused(tmp_path, name):
-    made = make_quantized(tmp_path, "phi3", *FORMATS[name](np.random.default_rng(0)))
+    made = quantize_checkpoint(
+        make_checkpoint(tmp_path, "phi3"), *FORMATS[name](np.random.default_rng(0))
+    )
     assert {path.rpartition(".")[2] for path in made.weights} == {
         *("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     }
@@ -87,7 +88,8 @@ def test_layers_that_the_checkpoint_has_fused(tmp_path, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_quantised_head(tmp_path, name):
     recipe = FORMATS[name](np.random.default_rng(0))
-    made = make_quantized(tmp_path, "llama", *recipe, layers=rf"{LINEAR}|^lm_head$")
+    folder = make_checkpoint(tmp_path, "llama")
+    made = quantize_checkpoint(folder, *recipe, layers=rf"{LINEAR}|^lm_head$")
     assert "lm_head" in made.weights
     loaded = load(tmp_path, dtype="float32")
     check(loaded, made)
@@ -98,8 +100,9 @@ def test_a_quantised_head(tmp_path, name):
 def test_a_tied_head_that_is_quantised_alone_is_refused(tmp_path):
     """The untied checkpoint of before, with a config that ties its head."""
     recipe = gptq(np.random.default_rng(0))
-    make_quantized(tmp_path, "llama-tied", *recipe)
-    untied = make_quantized(tmp_path / "untied", "llama", *recipe, layers=rf"{LINEAR}|^lm_head$")
+    quantize_checkpoint(make_checkpoint(tmp_path, "llama-tied"), *recipe)
+    folder = make_checkpoint(tmp_path / "untied", "llama")
+    untied = quantize_checkpoint(folder, *recipe, layers=rf"{LINEAR}|^lm_head$")
     tensors = load_file(untied.folder / WEIGHT_FILE)
     save_file(tensors, tmp_path / WEIGHT_FILE, metadata={"format": "pt"})
     message = r"model.safetensors: lm_head is quantised apart from model.embed_tokens.weight"

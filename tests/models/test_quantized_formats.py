@@ -14,12 +14,12 @@ from sglite.layers.linear import StackedLinear
 from sglite.layers.weight import Weight
 from sglite.models.quantized_weights import QuantizedPart, choose_layouts
 from sglite.models.safetensors_file import SafetensorsFile
-from sglite.models.weights import Target
+from sglite.models.targets import Target
 from sglite.ops import PackedWeight, QuantizedLayout, QuantizedWeight
-from tests.checkpoints import edit_json, hugging_face_logits
+from tests.checkpoints import edit_json, hugging_face_logits, make_checkpoint
 from tests.forward import assert_near
 from tests.models.loading import load, logits_of, move_data_to_odd_places
-from tests.quantized_checkpoints import awq, compressed, gptq, make_quantized
+from tests.quantized_checkpoints import awq, compressed, gptq, quantize_checkpoint
 
 TOKEN_IDS = (5, 6, 7, 8, 300, 12, 99)
 FORMATS = {
@@ -79,10 +79,8 @@ def stored_kinds(model):
 @pytest.mark.parametrize("name", FORMATS)
 def test_weights_are_exact_and_logits_those_of_hugging_face(tmp_path, name):
     """The last group of `down_proj` is not full where groups are of 64 or 128."""
-    random = np.random.default_rng(0)
-    made = make_quantized(
-        tmp_path, "llama-biases", *FORMATS[name](random), hidden_size=128, intermediate_size=160
-    )
+    folder = make_checkpoint(tmp_path, "llama-biases", hidden_size=128, intermediate_size=160)
+    made = quantize_checkpoint(folder, *FORMATS[name](np.random.default_rng(0)))
     loaded = load(tmp_path, dtype="float32")
     assert (
         loaded.quantization
@@ -102,7 +100,7 @@ def test_weights_are_exact_and_logits_those_of_hugging_face(tmp_path, name):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_families_in_16_bits(tmp_path, family, dtype):
     """As near to float32 as Hugging Face's own model is with the same weights rounded."""
-    made = make_quantized(tmp_path, family, *awq(np.random.default_rng(0)))
+    made = quantize_checkpoint(make_checkpoint(tmp_path, family), *awq(np.random.default_rng(0)))
     loaded = load(tmp_path, dtype=dtype)
     assert loaded.dtype == getattr(torch, dtype)
     exact = hugging_face_logits(made.oracle, TOKEN_IDS)
@@ -116,9 +114,8 @@ def test_layers_that_are_left_out(tmp_path):
     config, quantize = compressed(np.random.default_rng(0))
     left_out = {"model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"}
     config["ignore"] = ["lm_head", *left_out]
-    made = make_quantized(
-        tmp_path,
-        "llama",
+    made = quantize_checkpoint(
+        make_checkpoint(tmp_path),
         config,
         lambda path, n, k: None if path in left_out else quantize(path, n, k),
     )
@@ -139,9 +136,8 @@ def test_groups_of_layers_with_schemes_of_their_own(tmp_path):
     other, eight = compressed(random, bits=8, group_size=-1)
     other = other["config_groups"]["group_0"] | {"targets": ["re:.*down_proj$"]}
     config["config_groups"]["group_1"] = other
-    made = make_quantized(
-        tmp_path,
-        "llama",
+    made = quantize_checkpoint(
+        make_checkpoint(tmp_path),
         config,
         lambda path, n, k: (eight if "down" in path else four)(path, n, k),
     )
@@ -157,17 +153,17 @@ def test_biases_of_zeros_that_the_model_does_not_have(tmp_path):
     name = "model.layers.1.self_attn.q_proj.bias"
     config, quantize = gptq(np.random.default_rng(0))
     bias = np.zeros(64, np.float16)
-    make_quantized(tmp_path, "llama", config, quantize, extra={name: bias})
+    quantize_checkpoint(make_checkpoint(tmp_path), config, quantize, extra={name: bias})
     load(tmp_path)
     bias[3] = 1
-    make_quantized(tmp_path, "llama", config, quantize, extra={name: bias})
+    quantize_checkpoint(make_checkpoint(tmp_path), config, quantize, extra={name: bias})
     with pytest.raises(CheckpointError, match=f"not used by the model: {re.escape(name)}"):
         load(tmp_path)
 
 
 def test_a_config_under_its_older_name_counts(tmp_path):
     config, quantize = gptq(np.random.default_rng(0))
-    make_quantized(tmp_path, "llama", config, quantize)
+    quantize_checkpoint(make_checkpoint(tmp_path), config, quantize)
     edit_json(tmp_path / "config.json", {"quantization_config": None, "compression_config": config})
     assert load(tmp_path).quantization == "gptq"
 
@@ -176,7 +172,7 @@ def test_a_config_under_its_older_name_counts(tmp_path):
 def test_data_at_odd_places(tmp_path, make, monkeypatch):
     """Tensors are copied, each once though rows are read piece by piece, and no copy is kept."""
     recipe = make(np.random.default_rng(0), symmetric=False)
-    made = make_quantized(tmp_path, "llama", *recipe, num_hidden_layers=1)
+    made = quantize_checkpoint(make_checkpoint(tmp_path, num_hidden_layers=1), *recipe)
     move_data_to_odd_places(tmp_path / "model.safetensors")
     monkeypatch.setattr("sglite.models.quantized_weights._UNPACKED_AT_ONCE", 32 * 64)
     read, copies = SafetensorsFile.read, {}
@@ -202,7 +198,7 @@ def test_zero_points_of_zero_may_be_there_where_a_layer_is_symmetric(tmp_path):
         weight, tensors = quantize(path, n, k)
         return weight, tensors | {"weight_zero_point": np.zeros((n, k // 32), np.int8)}
 
-    made = make_quantized(tmp_path, "llama", config, with_zeros)
+    made = quantize_checkpoint(make_checkpoint(tmp_path), config, with_zeros)
     logits = logits_of(load(tmp_path, dtype="float32"), TOKEN_IDS)
     assert_near(logits, hugging_face_logits(made.oracle, TOKEN_IDS))
 

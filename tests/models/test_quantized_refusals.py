@@ -10,11 +10,11 @@ import torch
 from sglite.interface.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.models.loading import load
-from tests.quantized_checkpoints import awq, compressed, gptq, make_quantized
+from tests.quantized_checkpoints import awq, compressed, gptq, quantize_checkpoint
 
 
 def refused(tmp_path, error, message, config, quantize, **arguments):
-    make_quantized(tmp_path, "llama", config, quantize)
+    quantize_checkpoint(make_checkpoint(tmp_path), config, quantize)
     with pytest.raises(error, match=message) as caught:
         load(tmp_path, **arguments)
     assert error is ConfigError or str(tmp_path) in str(caught.value)

@@ -28,7 +28,7 @@ def prompts():
 
 
 def model_of(llm):
-    return llm._engine.runner.model
+    return llm._open.engine.runner.model
 
 
 def check_logits(model, dtype, oracle):

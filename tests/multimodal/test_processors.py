@@ -8,8 +8,8 @@ from transformers import ProcessorMixin
 from transformers.models.auto import image_processing_auto
 
 from sglite import LLM, ConfigError, SamplingParams
-from sglite.multimodal.base_processor import HubProcessor
 from sglite.multimodal.gemma3 import Gemma3ImageProcessor
+from sglite.multimodal.hub_processor import HubProcessor
 from tests.checkpoints import make_checkpoint
 from tests.vision_checkpoints import RECIPES, make_vision_checkpoint, picture
 

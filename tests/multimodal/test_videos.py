@@ -94,7 +94,7 @@ def test_the_rate_reaches_the_model(tmp_path, config, fps):
     vision = config.vision_config.to_dict()
     folder = make_vision_checkpoint(tmp_path, "qwen2.5-vl", vision_config=vision)
     with LLM(folder, kv_cache_tokens=512) as llm:
-        reader = llm._intake.reader
+        reader = llm._open.intake.reader
         (prompt,), _ = normalize_prompts("a<video>b", videos={"frames": FRAMES, "fps": fps})
         token_ids, inputs, _ = reader.read("x", prompt)
         (item,) = inputs.items

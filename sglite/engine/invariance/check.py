@@ -13,7 +13,7 @@ from sglite.engine.engine import Engine
 from sglite.engine.invariance.plans import TAIL, Plan, Planner, Settings, Span, alone
 from sglite.engine.invariance.recording import (
     Comparison,
-    Recorder,
+    LogitsRecorder,
     Recorders,
     RecordingRunner,
     Reference,
@@ -101,7 +101,7 @@ class _Check:
         return comparison.result(*_evidence(plan, engine, batches))
 
     def _compute(self, plan: Plan, comparison: Comparison) -> tuple[Engine, list[list[Request]]]:
-        recorders: dict[Request, Recorder] = {}
+        recorders: dict[Request, LogitsRecorder] = {}
         batches = [
             [self._request(span, comparison, recorders) for span in spans] for spans in plan.batches
         ]
@@ -123,12 +123,12 @@ class _Check:
         )
 
     def _request(
-        self, span: Span, comparison: Comparison, recorders: dict[Request, Recorder]
+        self, span: Span, comparison: Comparison, recorders: dict[Request, LogitsRecorder]
     ) -> Request:
         """A request that is recorded: by its logits processor, or, if it is plain, `recorders`."""
         text = self.texts[span.prompt]
         forced = text[span.num_prompt : span.num_prompt + span.num_new]
-        recorder = Recorder(
+        recorder = LogitsRecorder(
             comparison,
             span.prompt,
             span.num_prompt,
@@ -163,7 +163,7 @@ def compute(
     Args:
         make_engine: as in `check_invariance`.
         config: of the engine.
-        batches: of requests; the one logits processor of each is a `Recorder`.
+        batches: of requests; the one logits processor of each is a `LogitsRecorder`.
         recorders: of those requests that have no logits processor instead.
 
     Raises:

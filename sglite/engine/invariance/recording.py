@@ -102,7 +102,7 @@ class Comparison:
         )
 
 
-class Recorder:
+class LogitsRecorder:
     """Hands a request's logits on, and as its logits processor decides what is generated.
 
     Args:
@@ -142,7 +142,7 @@ class Recorder:
 
 
 #: Of requests that have no logits processor, and whose tokens are what the logits say.
-Recorders = Mapping[Request, Recorder]
+Recorders = Mapping[Request, LogitsRecorder]
 _NONE: Recorders = MappingProxyType({})
 
 
@@ -157,7 +157,7 @@ class RecordingSampler(Sampler):
     def __init__(self, tokenizer: TokenTexts, recorders: Recorders):
         super().__init__(tokenizer)
         self._recorders = recorders
-        self._of_states: WeakKeyDictionary[SamplingState, Recorder] = WeakKeyDictionary()
+        self._of_states: WeakKeyDictionary[SamplingState, LogitsRecorder] = WeakKeyDictionary()
 
     def states(self, requests: Sequence[Request], vocab_size: int) -> list[SamplingState]:
         """As the sampler's."""

@@ -12,7 +12,7 @@ from sglite.tools.compare.limits import Limits
 from sglite.tools.compare.matching import Layout, layer_value, value_out
 from sglite.tools.compare.metrics import cosines, row_errors
 from sglite.tools.compare.ours import Text, forced_logits
-from sglite.tools.compare.recording import Recorder
+from sglite.tools.compare.recording import ModuleRecorder
 from sglite.tools.compare.reference import Reference
 from sglite.tools.compare.routing import Choices, Guide, recording, steered
 
@@ -72,7 +72,7 @@ class LayerErrors:
 
 def record_ours(
     llm: LLM, text: Text, paths: Sequence[str], steering: AbstractContextManager
-) -> Recorder:
+) -> ModuleRecorder:
     """What goes through modules of ours: one prefill, and then a step for each token.
 
     Args:
@@ -81,15 +81,15 @@ def record_ours(
         paths: of the modules.
         steering: what to run it within, see `sglite.tools.compare.routing.steered`.
     """
-    recorder = Recorder(llm.model, paths)
+    recorder = ModuleRecorder(llm.model, paths)
     with recorder.attached(), steering:
         forced_logits(llm, [text], chunked_prefill_size=max(1, len(text.prompt)), cuda_graphs=False)
     return recorder
 
 
-def record_theirs(reference: Reference, text: Text, paths: Sequence[str]) -> Recorder:
+def record_theirs(reference: Reference, text: Text, paths: Sequence[str]) -> ModuleRecorder:
     """What goes through modules of Hugging Face's."""
-    recorder = Recorder(reference.model, paths)
+    recorder = ModuleRecorder(reference.model, paths)
     with recorder.attached():
         reference.logits(text.computed)
     return recorder
@@ -139,7 +139,7 @@ class Expectation:
         number: int,
     ) -> "Expectation":
         paths = [f"{layout.theirs}.{i}" for i in range(layout.count)] if layout else []
-        recorder = Recorder(reference.model, paths)
+        recorder = ModuleRecorder(reference.model, paths)
         with recorder.attached(), recording(reference.model, guide, number) as choices:
             logits = reference.logits(text.computed)
         layers = [value_out(recorder.records[path]) for path in paths]

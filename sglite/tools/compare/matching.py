@@ -17,7 +17,7 @@ from sglite.layers.attention import RadixAttention
 from sglite.layers.linear import StackedLinear
 from sglite.layers.logits import LogitsProcessor
 from sglite.layers.rotary import RotaryEmbedding
-from sglite.tools.compare.recording import Record, Recorder
+from sglite.tools.compare.recording import ModuleRecorder, Record
 from sglite.tools.compare.routing import find_mixtures
 
 
@@ -153,7 +153,7 @@ class Matcher:
         used: paths of the other model's modules that have a counterpart.
     """
 
-    def __init__(self, layout: Layout, ours: Recorder, theirs: Recorder):
+    def __init__(self, layout: Layout, ours: ModuleRecorder, theirs: ModuleRecorder):
         self.used: set[str] = set()
         self._layout = layout
         self._order = list(ours.records)

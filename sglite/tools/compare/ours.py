@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglite.engine.invariance import Recorder as LogitsRecorder
+from sglite.engine.invariance import LogitsRecorder
 from sglite.engine.request import Request
 from sglite.interface.errors import GenerationError
 from sglite.interface.sampling_params import SamplingParams

@@ -44,7 +44,7 @@ class Record:
         self.outputs = _appended(self.outputs, outputs)
 
 
-class Recorder:
+class ModuleRecorder:
     """Records modules while it is attached.
 
     A module that is known by several paths (rotary positions, mostly shared by all layers) is told
