@@ -46,6 +46,8 @@ struct WeightSegment {
     int64_t rows, stride;
 };
 
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
+
 struct LinearArgs {
     void* out;             // [m, n]
     const void* x;         // [m, k]
@@ -59,6 +61,10 @@ struct LinearArgs {
     int64_t out_stride, x_stride, residual_stride;
     DType dtype;      // of x, weight and bias
     DType out_dtype;  // dtype or float32
+    // On the CPU (a GPU has LinearFusion): the rounded sums are gate, then up, each half of them
+    // whole panels, and out is activation(gate) * up, [m, n / 2].
+    bool is_gated;
+    Activation activation;
 };
 
 // A linear layer over a quantised weight (cpu/quantized_panels.h); `linear` says all but the
@@ -148,8 +154,6 @@ struct RopeAndWriteKvArgs {
     bool interleaved;
     DType dtype;
 };
-
-enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
 
 // What a linear layer does beside its product, on CUDA alone.
 struct LinearFusion {

@@ -32,10 +32,13 @@ void advise_huge_pages(const Tensor& storage);
 int64_t linear_workspace(const Tensor& x);
 
 // out = x W^T + bias, rounded to out's dtype, + residual, rounded again. Shapes: x [..., k]; W
-// [n, k], packed or in segments of rows; bias [n]; out and residual [..., n].
+// [n, k], packed or in segments of rows; bias [n]; out and residual [..., n]. With an activation
+// ("silu", "gelu", "gelu_tanh"), for which n is a multiple of 64, the rounded sums are gate, then
+// up, and out = activation(gate) * up, [..., n / 2]; there is no residual then.
 void linear_packed(const Tensor& out, const Tensor& x, const Tensor& storage, int64_t n, int64_t k,
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                   const std::optional<Tensor>& workspace);
+                   const std::optional<Tensor>& workspace,
+                   const std::optional<std::string>& activation = std::nullopt);
 void linear_plain(const Tensor& out, const Tensor& x, const std::vector<Tensor>& segments,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                   const std::optional<Tensor>& workspace);
@@ -76,7 +79,8 @@ int64_t linear_quantized_workspace(const Tensor& x, int64_t group_size);
 // As linear_packed.
 void linear_quantized(const Tensor& out, const Tensor& x, const QuantizedTensors& weight,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                      const std::optional<Tensor>& workspace);
+                      const std::optional<Tensor>& workspace,
+                      const std::optional<std::string>& activation = std::nullopt);
 
 // out[i] = table[ids[i]]. Shapes: ids [count], int64; table [n, k], packed or plain; out [count,
 // k].

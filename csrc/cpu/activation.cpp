@@ -30,15 +30,8 @@ static void gate_rows(const GatedActivationArgs& args, const Function& function)
 
 void gated_activation(const GatedActivationArgs& args) {
     visit_float_type(args.dtype, [&](auto type) {
-        using T = decltype(type);
-        switch (args.activation) {
-            case Activation::kSilu:
-                return gate_rows<T>(args, [](Vec x) { return silu(x); });
-            case Activation::kGelu:
-                return gate_rows<T>(args, [](Vec x) { return gelu(x); });
-            case Activation::kGeluTanh:
-                return gate_rows<T>(args, [](Vec x) { return gelu_tanh(x); });
-        }
+        visit_activation(args.activation,
+                         [&](const auto& function) { gate_rows<decltype(type)>(args, function); });
     });
 }
 

@@ -1,5 +1,6 @@
-// The linear layer: out = x W^T + bias, rounded, + residual, rounded again. One kernel for every
-// number of rows and for packed and plain weights, all adding over k in the same order.
+// The linear layer: out = x W^T + bias, rounded, + residual, rounded again; or, where it is gated,
+// activation(gate) * up of the rounded halves. One kernel for every number of rows and for packed
+// and plain weights, all adding over k in the same order.
 #include "cpu/kernels.h"
 #include "cpu/linear_output.h"
 #include "cpu/linear_plan.h"
@@ -30,22 +31,22 @@ class Linear {
         : args_(args),
           blocks_(args.m, kMaxRows, kKeptRows),
           steps_(steps_of<T>(args.k)),
-          panels_(panels_of(args.n)),
+          panels_(args, panels_of(args.n)),
           in_place_(reads_x_in_place<T>(args.m, args.k)),
           x_(static_cast<const RowElement<T>*>(in_place_ ? args.x : laid_out)) {}
 
     void run() {
-        const LinearPlan plan(args_, panels_, blocks_.count,
+        const LinearPlan plan(args_, panels_.count, blocks_.count,
                               steps_ * RowLayout<T>::kPerStep * sizeof(RowElement<T>),
                               args_.m <= kMaxPairRows ? 2 : 1);
         if (!in_place_) plan.for_each_block([&](int64_t block) { lay_out(block); });
         SharedCounter next;
         run_together(plan.threads, [&](int) {
-            plan.take_units(next, [&](Range panels, Range blocks) {
+            plan.take_units(next, [&](Range turns, Range blocks) {
                 if (args_.packed) {
-                    multiply_packed(panels, blocks);
+                    multiply_packed(turns, blocks);
                 } else {
-                    multiply_plain(panels, blocks);
+                    multiply_plain(turns, blocks);
                 }
             });
         });
@@ -62,101 +63,103 @@ class Linear {
                      args_.x_stride, blocks_.height(block), args_.k);
     }
 
-    void multiply_packed(Range panels, Range blocks) const {
-        if (kPassSteps && args_.m >= kMinPrefetchRows) return multiply_in_passes(panels, blocks);
-        const int64_t panel_words = steps_ * kPanelColumns;
-        const uint32_t* packed = static_cast<const uint32_t*>(args_.packed);
+    int64_t panel_words() const { return steps_ * kPanelColumns; }
+    const uint32_t* packed_panel(int64_t turn) const {
+        return static_cast<const uint32_t*>(args_.packed) + panels_.panel(turn) * panel_words();
+    }
+
+    void multiply_packed(Range turns, Range blocks) const {
+        if (kPassSteps && args_.m >= kMinPrefetchRows) return multiply_in_passes(turns, blocks);
         constexpr int64_t kPairRows = 2 * kMaxPairRows;
         alignas(64) float tile[(kMaxRows > kPairRows ? kMaxRows : kPairRows) * kPanelColumns];
         const int64_t at_once = args_.m <= kMaxPairRows ? 2 : 1;
         int64_t taken;
-        for (int64_t panel = panels.begin; panel < panels.end; panel += taken) {
-            taken = smaller(at_once, panels.end - panel);
-            const uint32_t* weights = packed + panel * panel_words;
+        for (int64_t turn = turns.begin; turn < turns.end; turn += taken) {
+            taken = smaller(at_once, turns.end - turn);
+            const uint32_t* weights = packed_panel(turn);
+            const uint32_t* next = turn + taken < turns.end ? packed_panel(turn + taken) : nullptr;
             for (int64_t block = blocks.begin; block < blocks.end; ++block) {
                 const int64_t rows = blocks_.height(block);
                 const auto kernel = taken == 2 ? multiply_for<T, 2, kMaxPairRows>(rows)
                                                : multiply_for<T, 1, kMaxRows>(rows);
-                const bool more = panel + taken < panels.end;
-                kernel(x_of(block), weights, panel_words, steps_, tile, false,
-                       prefetch(weights, more, block - blocks.begin));
-                finish(tile, block, panel, taken);
+                kernel(x_of(block), weights, panels_.distance() * panel_words(), steps_, tile,
+                       false, prefetch(weights, next, block - blocks.begin));
+                finish(tile, block, turn, taken);
             }
         }
     }
 
     // The same, some steps of a panel at a time. While the first blocks of rows are at work on
-    // them, the next ones are fetched; panels lie one behind the other, so that they follow the
-    // last.
-    void multiply_in_passes(Range panels, Range blocks) const {
+    // them, the next ones are fetched: behind the last, those of the next panel.
+    void multiply_in_passes(Range turns, Range blocks) const {
         constexpr int64_t kBlocksAtOnce = kPieceRows / kMaxRows;
         alignas(64) float tiles[kPieceRows * kPanelColumns];
-        const int64_t panel_words = steps_ * kPanelColumns;
         const int64_t pass_steps =
             blocks.end - blocks.begin < kLongPassBlocks ? kPassSteps : kLongPassSteps;
         const int64_t passes = (steps_ + pass_steps - 1) / pass_steps;
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-            const uint32_t* weights =
-                static_cast<const uint32_t*>(args_.packed) + panel * panel_words;
+        for (int64_t turn = turns.begin; turn < turns.end; ++turn) {
+            const uint32_t* weights = packed_panel(turn);
+            const uint32_t* next =
+                turn + 1 < turns.end ? packed_panel(turn + 1) : weights + panel_words();
             for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
                 const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
                 for (int64_t pass = 0; pass < passes; ++pass) {
                     const auto [step, stop] = part_of(steps_, pass, passes);
                     const int64_t count = stop - step;
                     const uint32_t* piece = weights + step * kPanelColumns;
+                    const uint32_t* behind =
+                        pass + 1 < passes ? piece + count * kPanelColumns : next;
                     for (int64_t block = first; block < end; ++block) {
                         const int64_t height = blocks_.height(block);
                         multiply_for<T, 1, kMaxRows>(height)(
                             x_of(block) + step * RowLayout<T>::kPerStep * height, piece, 0, count,
                             tile_of(tiles, block, first), step > 0,
-                            prefetch_behind(piece, count, block - blocks.begin,
-                                            blocks.end - blocks.begin, height));
+                            prefetch_share(behind, count, block - blocks.begin,
+                                           blocks.end - blocks.begin, height));
                     }
                 }
                 for (int64_t block = first; block < end; ++block) {
-                    finish(tile_of(tiles, block, first), block, panel, 1);
+                    finish(tile_of(tiles, block, first), block, turn, 1);
                 }
             }
         }
     }
 
-    // What a block of rows fetches while it is at work on `count` steps from `piece` on: its share
-    // of as many steps behind them. A few blocks share, so that memory is busy all the time.
-    static Prefetch prefetch_behind(const uint32_t* piece, int64_t count, int64_t order,
-                                    int64_t blocks, int64_t height) {
+    // What a block of rows fetches while it is at work on `count` steps: its share of as many from
+    // `piece` on. A few blocks share, so that memory is busy all the time.
+    static Prefetch prefetch_share(const uint32_t* piece, int64_t count, int64_t order,
+                                   int64_t blocks, int64_t height) {
         const int64_t sharing = smaller(blocks, kFetchingBlocks);
         if (order >= sharing) return {};
         constexpr int64_t kStepBytes = kPanelColumns * sizeof(uint32_t);
         const int64_t passes = kPanelColumns / Vec::kSize / vectors_at_once(height, 1);
-        return {reinterpret_cast<const char*>(piece + count * kPanelColumns) +
-                    count * kStepBytes * order / sharing,
+        return {reinterpret_cast<const char*>(piece) + count * kStepBytes * order / sharing,
                 kStepBytes / (passes * sharing)};
     }
 
     // What to fetch ahead while a block of rows is at work on a panel. Where there is one block, it
     // is the panel itself (the processor's own prefetch is best while memory is all that counts).
-    // Otherwise later blocks find the panel in the cache, and the next one comes in, half of it
-    // during each of the first two blocks.
-    Prefetch prefetch(const uint32_t* panel, bool more, int64_t order) const {
+    // Otherwise later blocks find the panel in the cache, and the next one, where there is one,
+    // comes in, half of it during each of the first two blocks.
+    Prefetch prefetch(const uint32_t* panel, const uint32_t* next, int64_t order) const {
         constexpr int64_t kDistance = 8192;
-        const char* address = reinterpret_cast<const char*>(panel);
-        const int64_t panel_bytes = steps_ * kPanelColumns * sizeof(uint32_t);
         if (blocks_.count == 1) {
             if (args_.m < kMinPrefetchRows) return {};
+            const char* address = reinterpret_cast<const char*>(panel);
             return {address + kDistance / (args_.m <= kMaxPairRows ? 2 : 1), 128};
         }
-        if (!more || order > 1) return {};
-        return {address + panel_bytes + order * panel_bytes / 2, 64};
+        if (!next || order > 1) return {};
+        return {reinterpret_cast<const char*>(next + order * panel_words() / 2), 64};
     }
 
-    void multiply_plain(Range panels, Range blocks) const {
+    void multiply_plain(Range turns, Range blocks) const {
         constexpr int64_t kBlocksAtOnce = kPieceRows / kMaxRows;
         alignas(64) uint32_t piece[kPieceSteps * kPanelColumns];
         alignas(64) float tiles[kPieceRows * kPanelColumns];
         const int64_t next_panel = kPanelColumns * args_.segments[0].stride;
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        for (int64_t turn = turns.begin; turn < turns.end; ++turn) {
             const T* rows[kPanelColumns];
-            find_rows(args_, panel, rows);
+            find_rows(args_, panels_.panel(turn), rows);
             for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
                 const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
                 for (int64_t step = 0; step < steps_; step += kPieceSteps) {
@@ -170,7 +173,7 @@ class Linear {
                     }
                 }
                 for (int64_t block = first; block < end; ++block) {
-                    finish(tile_of(tiles, block, first), block, panel, 1);
+                    finish(tile_of(tiles, block, first), block, turn, 1);
                 }
             }
         }
@@ -181,15 +184,18 @@ class Linear {
     }
 
     // From sums to results. tile: [height of the block][32 * panels].
-    void finish(const float* tile, int64_t block, int64_t panel, int64_t panels) const {
-        store_outputs<T>(args_, tile,
-                         {blocks_.begin(block), blocks_.height(block), panel * kPanelColumns,
-                          panels * kPanelColumns});
+    void finish(const float* tile, int64_t block, int64_t turn, int64_t panels) const {
+        for (int64_t i = 0; i < panels; ++i) {
+            store_outputs<T>(args_, tile + i * kPanelColumns,
+                             {blocks_.begin(block), blocks_.height(block),
+                              panels_.panel(turn + i) * kPanelColumns, panels * kPanelColumns});
+        }
     }
 
     const LinearArgs& args_;
     const RowBlocks blocks_;
-    const int64_t steps_, panels_;
+    const int64_t steps_;
+    const PanelOrder panels_;
     const bool in_place_;
     const RowElement<T>* x_;
 };

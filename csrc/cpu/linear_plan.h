@@ -40,7 +40,25 @@ struct RowBlocks {
     int64_t height(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
-// Units of work: chunks of neighbouring panels for groups of neighbouring row blocks.
+// Panels in the order in which they are worked on: as they lie, or, where the layer is gated, gate
+// and up in turn, so that each up finds its gate in the cache.
+class PanelOrder {
+  public:
+    const int64_t count;
+
+    PanelOrder(const LinearArgs& args, int64_t panels)
+        : count(panels), half_(args.is_gated ? panels / 2 : 0) {}
+
+    int64_t panel(int64_t turn) const { return half_ ? turn / 2 + turn % 2 * half_ : turn; }
+    // How far apart those of two turns are that are taken at once.
+    int64_t distance() const { return half_ ? half_ : 1; }
+
+  private:
+    int64_t half_;
+};
+
+// Units of work: chunks of neighbouring panels, in their order, for groups of neighbouring row
+// blocks.
 class LinearPlan {
   public:
     int threads;
@@ -62,7 +80,8 @@ class LinearPlan {
         constexpr int64_t kGroupBlocks = 8;
         threads =
             static_cast<int>(larger(1, smaller(num_threads(), args.m * args.n * args.k / grain)));
-        least_ = panels < 8 * threads ? 1 : at_once;
+        // A gate and its up are one thread's.
+        least_ = args.is_gated ? 2 : panels < 8 * threads ? 1 : at_once;
         // Several, since the next one is fetched ahead, but many chunks for each thread.
         most_ = larger(panels / (threads * 32) * 2, 8);
         groups_ = larger(1 + args.m * row_bytes / kGroupBytes, 8 * threads / panels);
@@ -78,7 +97,7 @@ class LinearPlan {
         });
     }
 
-    // Calls `run(panels, blocks)` for units until none is left. Chunks become smaller towards the
+    // Calls `run(turns, blocks)` for units until none is left. Chunks become smaller towards the
     // end, since threads are not equally fast. next: one for all threads.
     template <typename Run>
     void take_units(SharedCounter& next, const Run& run) const {

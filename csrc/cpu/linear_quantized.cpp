@@ -56,21 +56,21 @@ class QuantizedLinear {
           blocks_(args.linear.m, kMaxCodeRows),
           steps_(quantized_steps_of(args.linear.k)),
           group_steps_(args.groups == 1 ? steps_ : args.group_size / kQuantizedDepth),
-          panels_(panels_of(args.linear.n)),
+          panels_(args.linear, panels_of(args.linear.n)),
           x_(static_cast<unsigned char*>(laid_out)),
           sums_(reinterpret_cast<float*>(x_ + args.linear.m * row_bytes<T>(args.linear.k))) {}
 
     void run() {
         // No panel alone where two are taken at once.
-        const LinearPlan plan(args_, panels_, blocks_.count, row_bytes<T>(args_.k), 2);
+        const LinearPlan plan(args_, panels_.count, blocks_.count, row_bytes<T>(args_.k), 2);
         plan.for_each_block([&](int64_t block) { lay_out(block); });
         SharedCounter next;
         run_together(plan.threads, [&](int) {
-            plan.take_units(next, [&](Range panels, Range blocks) {
+            plan.take_units(next, [&](Range turns, Range blocks) {
                 if (blocks_.count <= kFewBlocks) {
-                    multiply_few(panels);
+                    multiply_few(turns);
                 } else {
-                    multiply_many(panels, blocks);
+                    multiply_many(turns, blocks);
                 }
             });
         });
@@ -136,16 +136,17 @@ class QuantizedLinear {
         }
     }
 
-    GroupScales scales_from(int64_t panel, int64_t group) const {
-        const int64_t first = (panel * weight_.groups + group) * kPanelColumns;
+    GroupScales scales_from(int64_t turn, int64_t group) const {
+        const int64_t first = (panels_.panel(turn) * weight_.groups + group) * kPanelColumns;
         const int64_t bytes = weight_.scale_dtype == DType::kFloat32 ? 4 : 2;
         return {static_cast<const char*>(weight_.scales) + first * bytes,
                 weight_.zeros ? weight_.zeros + first : nullptr, weight_.scale_dtype,
-                Codes::kOffset, weight_.groups * kPanelColumns};
+                Codes::kOffset, panels_.distance() * weight_.groups * kPanelColumns};
     }
 
-    const uint8_t* codes_of(int64_t panel) const {
-        return static_cast<const uint8_t*>(weight_.codes) + panel * steps_ * Codes::kStepBytes;
+    int64_t panel_bytes() const { return steps_ * Codes::kStepBytes; }
+    const uint8_t* codes_of(int64_t turn) const {
+        return static_cast<const uint8_t*>(weight_.codes) + panels_.panel(turn) * panel_bytes();
     }
 
     template <typename Source, int kPanels, int kRows>
@@ -156,15 +157,16 @@ class QuantizedLinear {
     // Sums of one group over the whole of k are scaled at the end, others within the inner loop.
     bool scales_at_end() const { return weight_.groups == 1; }
 
-    void multiply_few(Range panels) const {
+    void multiply_few(Range turns) const {
         alignas(64) float tile[kMaxCodeRows * 2 * kPanelColumns];
         const int64_t at_once = args_.m <= kMaxTwoPanelRows ? 2 : 1;
         int64_t taken;
-        for (int64_t panel = panels.begin; panel < panels.end; panel += taken) {
-            taken = smaller(at_once, panels.end - panel);
-            CodeArgs call{nullptr, nullptr,      codes_of(panel),       steps_ * Codes::kStepBytes,
-                          steps_,  group_steps_, scales_from(panel, 0), tile,
-                          false};
+        for (int64_t turn = turns.begin; turn < turns.end; turn += taken) {
+            taken = smaller(at_once, turns.end - turn);
+            CodeArgs call{
+                nullptr, nullptr,      codes_of(turn),       panels_.distance() * panel_bytes(),
+                steps_,  group_steps_, scales_from(turn, 0), tile,
+                false};
             if (scales_at_end()) call.scales.scales = nullptr;
             for (int64_t block = 0; block < blocks_.count; ++block) {
                 const int64_t rows = blocks_.height(block);
@@ -173,14 +175,14 @@ class QuantizedLinear {
                 call.x = x_of(block);
                 call.x_sums = sums_of(block);
                 kernel(call);
-                finish(tile, block, panel, taken);
+                finish(tile, block, turn, taken);
             }
         }
     }
 
     using Piece = typename Products<T>::Piece;
 
-    void multiply_many(Range panels, Range blocks) const {
+    void multiply_many(Range turns, Range blocks) const {
         constexpr int64_t kBlocksAtOnce = kCodePieceRows / kMaxCodeRows;
         alignas(64) uint8_t piece[kCodePieceSteps * Piece::kStepBytes];
         alignas(64) float tiles[kCodePieceRows * kPanelColumns];
@@ -188,12 +190,12 @@ class QuantizedLinear {
         const int64_t piece_steps =
             scales_at_end() ? kPreferredPieceSteps
                             : larger(1, kPreferredPieceSteps / group_steps_) * group_steps_;
-        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        for (int64_t turn = turns.begin; turn < turns.end; ++turn) {
             for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
                 const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
                 for (int64_t step = 0; step < steps_; step += piece_steps) {
                     const int64_t count = smaller(piece_steps, steps_ - step);
-                    fill(piece, codes_of(panel) + step * Codes::kStepBytes, count);
+                    fill(piece, codes_of(turn) + step * Codes::kStepBytes, count);
                     const int64_t group = scales_at_end() ? 0 : step / group_steps_;
                     CodeArgs call{nullptr,
                                   nullptr,
@@ -201,7 +203,7 @@ class QuantizedLinear {
                                   0,
                                   count,
                                   scales_at_end() ? count : group_steps_,
-                                  scales_from(panel, group),
+                                  scales_from(turn, group),
                                   nullptr,
                                   step > 0};
                     if (scales_at_end()) call.scales.scales = nullptr;
@@ -214,7 +216,7 @@ class QuantizedLinear {
                     }
                 }
                 for (int64_t block = first; block < end; ++block) {
-                    finish(tile_of(tiles, block - first), block, panel, 1);
+                    finish(tile_of(tiles, block - first), block, turn, 1);
                 }
             }
         }
@@ -252,29 +254,36 @@ class QuantizedLinear {
     }
 
     // From sums to results. tile: [height of the block][32 * panels].
-    void finish(float* tile, int64_t block, int64_t panel, int64_t panels) const {
-        const OutputTile place{blocks_.begin(block), blocks_.height(block), panel * kPanelColumns,
-                               panels * kPanelColumns};
+    void finish(float* tile, int64_t block, int64_t turn, int64_t panels) const {
+        for (int64_t i = 0; i < panels; ++i) {
+            finish_panel(tile + i * kPanelColumns, block, turn + i, panels * kPanelColumns);
+        }
+    }
+
+    void finish_panel(float* sums, int64_t block, int64_t turn, int64_t stride) const {
+        const OutputTile place{blocks_.begin(block), blocks_.height(block),
+                               panels_.panel(turn) * kPanelColumns, stride};
         if (scales_at_end()) {
-            const GroupScales scales = scales_from(panel, 0);
+            const GroupScales scales = scales_from(turn, 0);
             const bool shifted = scales.shifted();
             for (int64_t row = 0; row < place.rows; ++row) {
                 const Vec x_sum = splat(shifted ? sums_of(block)[row] : 0.0f);
-                for (int64_t column = 0; column < place.columns; column += Vec::kSize) {
-                    float* sum = tile + row * place.columns + column;
+                for (int64_t column = 0; column < kPanelColumns; column += Vec::kSize) {
+                    float* sum = sums + row * stride + column;
                     Vec value = load(sum);
                     if (shifted) value = fma(scales.shift(column), x_sum, value);
                     store(sum, value * scales.scale(column));
                 }
             }
         }
-        store_outputs<T>(args_, tile, place);
+        store_outputs<T>(args_, sums, place);
     }
 
     const LinearArgs& args_;
     const QuantizedLinearArgs& weight_;
     const RowBlocks blocks_;
-    const int64_t steps_, group_steps_, panels_;
+    const int64_t steps_, group_steps_;
+    const PanelOrder panels_;
     unsigned char* x_;
     float* sums_;
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd.h"
+#include "kernel_args.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
@@ -70,6 +71,19 @@ static inline Vec gelu(Vec x) {
 static inline Vec gelu_tanh(Vec x) {
     const Vec u = splat(0.7978845608028654f) * fma(splat(0.044715f) * x * x, x, x);
     return x / (splat(1.0f) + exp(splat(-2.0f) * u));
+}
+
+// Calls body(function) with the activation as a function on vectors.
+template <typename Body>
+static inline void visit_activation(Activation activation, const Body& body) {
+    switch (activation) {
+        case Activation::kSilu:
+            return body([](Vec x) { return silu(x); });
+        case Activation::kGelu:
+            return body([](Vec x) { return gelu(x); });
+        case Activation::kGeluTanh:
+            return body([](Vec x) { return gelu_tanh(x); });
+    }
 }
 
 }  // namespace sglite::cpu::SGLITE_CPU_PATH

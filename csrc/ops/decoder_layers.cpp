@@ -94,12 +94,8 @@ void DecoderLayer::run(void* out, void* x, const Tensor& attention_scratch) {
     attention_->run(attention_scratch);
     linear(middle_, attended_, parts_.output, x_.tensor);
     norm(parts_.post_norm, middle_);
-    linear(gate_up_, normed_, parts_.gate_up, std::nullopt);
-    if (parts_.activation == "silu") {
-        silu_and_mul(gated_.tensor, gate_up_.tensor);
-    } else {
-        gelu_and_mul(gated_.tensor, gate_up_.tensor, parts_.activation == "gelu" ? "none" : "tanh");
-    }
+    parts_.gate_up.run_gated(gated_.tensor, gate_up_.tensor, normed_.tensor, parts_.activation,
+                             workspace_.tensor);
     linear(out_, gated_, parts_.down, middle_.tensor);
 }
 

@@ -187,12 +187,8 @@ void ExpertMix::run_expert(const Memory& memory, size_t index) const {
         .table_stride = x_.stride(0),
         .dtype = x_.dtype,
     });
-    gate_up.run(projected.tensor, gathered.tensor, std::nullopt, workspace.tensor);
-    if (activation_ == "silu") {
-        silu_and_mul(gated.tensor, projected.tensor);
-    } else {
-        gelu_and_mul(gated.tensor, projected.tensor, activation_ == "gelu" ? "none" : "tanh");
-    }
+    gate_up.run_gated(gated.tensor, projected.tensor, gathered.tensor, activation_,
+                      workspace.tensor);
     down.run(given.tensor, gated.tensor, std::nullopt, workspace.tensor);
     cpu::kernels().add_rows({
         .total = memory.total,

@@ -82,7 +82,30 @@ LinearArgs checked_linear(const char* op, const Tensor& out, const Tensor& x, in
         .residual_stride = residual_rows.stride,
         .dtype = x.dtype,
         .out_dtype = out.dtype,
+        .is_gated = false,
+        .activation = Activation::kSilu,
     };
+}
+
+LinearArgs checked_cpu_linear(const char* op, const Tensor& out, const Tensor& x, int64_t n,
+                              DType weight_dtype, const std::optional<Tensor>& bias,
+                              const std::optional<Tensor>& residual,
+                              const std::optional<std::string>& activation) {
+    cpu::require_cpu(op, x);
+    if (!activation) return checked_linear(op, out, x, n, n, weight_dtype, bias, residual);
+    if (!can_be_gated(n)) {
+        throw std::invalid_argument(std::string(op) +
+                                    ": weight: expected a multiple of 64 rows for an activation, "
+                                    "got " +
+                                    std::to_string(n));
+    }
+    if (residual) Check(op, "residual", *residual).fail("none beside an activation");
+    Check(op, "out", out).dtype(x.dtype);
+    LinearArgs args = checked_linear(op, out, x, n / 2, n, weight_dtype, bias, std::nullopt);
+    args.n = n;
+    args.is_gated = true;
+    args.activation = activation_named(op, *activation);
+    return args;
 }
 
 void attach_workspace(const char* op, LinearArgs& args, int64_t wanted,
@@ -116,11 +139,11 @@ int64_t linear_workspace(const Tensor& x) {
 
 void linear_packed(const Tensor& out, const Tensor& x, const Tensor& storage, int64_t n, int64_t k,
                    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                   const std::optional<Tensor>& workspace) {
+                   const std::optional<Tensor>& workspace,
+                   const std::optional<std::string>& activation) {
     constexpr const char* kOp = "linear";
-    LinearArgs args = checked_linear(kOp, out, x, n, n, storage.dtype, bias, residual);
+    LinearArgs args = checked_cpu_linear(kOp, out, x, n, storage.dtype, bias, residual, activation);
     if (args.k != k) Check(kOp, "x", x).fail(std::to_string(k) + " columns");
-    cpu::require_cpu(kOp, x);
     check_packed(kOp, "weight", storage, n, k);
     Check(kOp, "weight", storage).same_device(x);
     args.packed = storage.data;

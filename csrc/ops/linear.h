@@ -14,6 +14,15 @@ LinearArgs checked_linear(const char* op, const Tensor& out, const Tensor& x, in
                           int64_t weight_rows, DType weight_dtype,
                           const std::optional<Tensor>& bias, const std::optional<Tensor>& residual);
 
+// Arguments of a layer on the CPU whose weight has n rows, gated where there is an activation.
+LinearArgs checked_cpu_linear(const char* op, const Tensor& out, const Tensor& x, int64_t n,
+                              DType weight_dtype, const std::optional<Tensor>& bias,
+                              const std::optional<Tensor>& residual,
+                              const std::optional<std::string>& activation);
+
+// Whether a weight of n rows can be that of a gated layer: gate and up are whole panels.
+inline bool can_be_gated(int64_t n) { return n % 64 == 0; }
+
 // Takes the workspace, which must have at least `wanted` bytes, on the device of `x`.
 void attach_workspace(const char* op, LinearArgs& args, int64_t wanted,
                       const std::optional<Tensor>& workspace, const Tensor& x);

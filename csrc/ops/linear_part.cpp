@@ -25,12 +25,31 @@ double LinearPart::cost(int64_t rows) const {
     return 2.0 * static_cast<double>(rows * n()) * static_cast<double>(k());
 }
 
+void LinearPart::multiply(const Tensor& out, const Tensor& x, const std::optional<Tensor>& residual,
+                          const Tensor& workspace,
+                          const std::optional<std::string>& activation) const {
+    if (const auto* packed = std::get_if<PackedTensors>(&weight)) {
+        linear_packed(out, x, packed->storage, packed->n, packed->k, bias, residual, workspace,
+                      activation);
+    } else {
+        linear_quantized(out, x, std::get<QuantizedTensors>(weight), bias, residual, workspace,
+                         activation);
+    }
+}
+
 void LinearPart::run(const Tensor& out, const Tensor& x, const std::optional<Tensor>& residual,
                      const Tensor& workspace) const {
-    if (const auto* packed = std::get_if<PackedTensors>(&weight)) {
-        linear_packed(out, x, packed->storage, packed->n, packed->k, bias, residual, workspace);
+    multiply(out, x, residual, workspace, std::nullopt);
+}
+
+void LinearPart::run_gated(const Tensor& out, const Tensor& both, const Tensor& x,
+                           const std::string& activation, const Tensor& workspace) const {
+    if (can_be_gated(n())) return multiply(out, x, std::nullopt, workspace, activation);
+    multiply(both, x, std::nullopt, workspace, std::nullopt);
+    if (activation == "silu") {
+        silu_and_mul(out, both);
     } else {
-        linear_quantized(out, x, std::get<QuantizedTensors>(weight), bias, residual, workspace);
+        gelu_and_mul(out, both, activation == "gelu" ? "none" : "tanh");
     }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <variant>
 
 #include "ops.h"
@@ -35,6 +36,14 @@ struct LinearPart {
     // out = x W^T + bias, + residual.
     void run(const Tensor& out, const Tensor& x, const std::optional<Tensor>& residual,
              const Tensor& workspace) const;
+    // out = activation(gate) * up of such an out. both: [rows, n], room for that where the halves
+    // are not whole panels.
+    void run_gated(const Tensor& out, const Tensor& both, const Tensor& x,
+                   const std::string& activation, const Tensor& workspace) const;
+
+  private:
+    void multiply(const Tensor& out, const Tensor& x, const std::optional<Tensor>& residual,
+                  const Tensor& workspace, const std::optional<std::string>& activation) const;
 };
 
 }  // namespace sglite::ops

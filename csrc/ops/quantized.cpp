@@ -167,11 +167,12 @@ int64_t linear_quantized_workspace(const Tensor& x, int64_t group_size) {
 
 void linear_quantized(const Tensor& out, const Tensor& x, const QuantizedTensors& weight,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                      const std::optional<Tensor>& workspace) {
+                      const std::optional<Tensor>& workspace,
+                      const std::optional<std::string>& activation) {
     constexpr const char* kOp = "linear";
     const Layout layout = checked_weight(kOp, weight);
-    cpu::require_cpu(kOp, x);
-    LinearArgs args = checked_linear(kOp, out, x, weight.n, weight.n, x.dtype, bias, residual);
+    LinearArgs args =
+        checked_cpu_linear(kOp, out, x, weight.n, x.dtype, bias, residual, activation);
     if (args.k != weight.k) Check(kOp, "x", x).fail(std::to_string(weight.k) + " columns");
     const int64_t wanted =
         cpu::kernels().linear_quantized_workspace(args.m, args.k, layout.groups, args.dtype);

@@ -53,12 +53,12 @@ static void bind_linear(py::module_& m) {
         "linear_packed",
         [](const Tensor& out, const Tensor& x, const Tensor& storage, int64_t n, int64_t k,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-           const std::optional<Tensor>& workspace) {
+           const std::optional<Tensor>& workspace, const std::optional<std::string>& activation) {
             ReleaseGilIfLong release(2.0 * static_cast<double>(x.numel()) * static_cast<double>(n));
-            ops::linear_packed(out, x, storage, n, k, bias, residual, workspace);
+            ops::linear_packed(out, x, storage, n, k, bias, residual, workspace, activation);
         },
         py::arg("out"), py::arg("x"), py::arg("storage"), py::arg("n"), py::arg("k"),
-        py::arg("bias"), py::arg("residual"), py::arg("workspace"));
+        py::arg("bias"), py::arg("residual"), py::arg("workspace"), py::arg("activation"));
     m.def(
         "linear_plain",
         [](const Tensor& out, const Tensor& x, const std::vector<Tensor>& segments,
@@ -134,14 +134,14 @@ static void bind_quantized(py::module_& m) {
         "linear_quantized",
         [](const Tensor& out, const Tensor& x, const QuantizedWeight& weight,
            const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-           const std::optional<Tensor>& workspace) {
+           const std::optional<Tensor>& workspace, const std::optional<std::string>& activation) {
             const ops::QuantizedTensors tensors = named(weight);
             ReleaseGilIfLong release(2.0 * static_cast<double>(x.numel()) *
                                      static_cast<double>(tensors.n));
-            ops::linear_quantized(out, x, tensors, bias, residual, workspace);
+            ops::linear_quantized(out, x, tensors, bias, residual, workspace, activation);
         },
         py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
-        py::arg("workspace"));
+        py::arg("workspace"), py::arg("activation"));
 }
 
 static void bind_rope(py::module_& m) {

@@ -1,22 +1,25 @@
 """Linear layers together with the norm in front of them and the gated activation behind them.
 
-Each gives the same bits as the ops that it is made of, one after the other. On the CPU it is just
-that; on a GPU a few rows go through one kernel, in which the norm is worked out by every block for
-itself while the first weights are on their way.
+Each gives the same bits as the ops that it is made of, one after the other. On the CPU the gated
+activation is the end of the linear layer. On a GPU a few rows go through one kernel, in which the
+norm is worked out by every block for itself while the first weights are on their way.
 """
 
 from torch import Tensor
 
 from sglite import _C
 from sglite.ops.activation import gelu_and_mul, silu_and_mul
-from sglite.ops.linear import kernel_runs, linear
+from sglite.ops.linear import kernel_runs, linear, linear_of_panels
 from sglite.ops.norm import rms_norm
 from sglite.ops.packed_weight import PackedWeight
+from sglite.ops.quantized_weight import QuantizedWeight
 
 # Every block normalises all rows, which pays while they are few: one, or some short ones.
 _MOST_NORM_ROWS = 8
 _MOST_NORM_ELEMENTS = 4096
 _MOST_NORM_WIDTH = 16384
+# On the CPU gate and up are whole panels of 32 rows each, or the activation is a pass of its own.
+_GATED_ROWS = 64
 
 
 def gated(x: Tensor, activation: str) -> Tensor:
@@ -42,7 +45,7 @@ def norm_linear(
     x: Tensor,
     norm_weight: Tensor,
     epsilon: float,
-    weight: PackedWeight | Tensor,
+    weight: PackedWeight | QuantizedWeight | Tensor,
     bias: Tensor | None = None,
     *,
     weight_offset: float = 0.0,
@@ -70,7 +73,7 @@ def norm_linear(
 
 def gated_linear(
     x: Tensor,
-    weight: PackedWeight | Tensor,
+    weight: PackedWeight | QuantizedWeight | Tensor,
     bias: Tensor | None = None,
     *,
     activation: str,
@@ -88,6 +91,11 @@ def gated_linear(
     Returns:
         [..., width], the dtype of `x`.
     """
+    is_of_panels = isinstance(weight, PackedWeight | QuantizedWeight)
+    if is_of_panels and weight.shape[0] % _GATED_ROWS == 0:
+        out = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+        linear_of_panels(out, x, weight, bias, activation=activation)
+        return out
     if not _kernel_runs(x, weight, batch_invariant):
         return gated(linear(x, weight, bias, batch_invariant=batch_invariant), activation)
     out = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
@@ -99,7 +107,7 @@ def norm_gated_linear(
     x: Tensor,
     norm_weight: Tensor,
     epsilon: float,
-    weight: PackedWeight | Tensor,
+    weight: PackedWeight | QuantizedWeight | Tensor,
     bias: Tensor | None = None,
     *,
     activation: str,
@@ -120,7 +128,9 @@ def norm_gated_linear(
     return out
 
 
-def _kernel_runs(x: Tensor, weight: PackedWeight | Tensor, batch_invariant: bool) -> bool:
+def _kernel_runs(
+    x: Tensor, weight: PackedWeight | QuantizedWeight | Tensor, batch_invariant: bool
+) -> bool:
     return isinstance(weight, Tensor) and kernel_runs(x, (weight,), batch_invariant)
 
 

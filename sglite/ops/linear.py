@@ -60,18 +60,36 @@ def linear(
         out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
     elif out_dtype is not None and out.dtype != out_dtype:
         raise ValueError(f"linear: out: expected {out_dtype} (out_dtype), got {out.dtype}")
-    if kind is PackedWeight:
-        _C.linear_packed(out, x, weight.storage, n, weight.k, bias, residual, _workspace(x))
-    elif kind is QuantizedWeight:
-        if weight.order is not None:
-            x = x.index_select(-1, weight.order)
-        size = _C.linear_quantized_workspace(x, weight.layout.group_size)
-        _C.linear_quantized(out, x, weight.arguments, bias, residual, _bytes(size))
+    if kind is PackedWeight or kind is QuantizedWeight:
+        linear_of_panels(out, x, weight, bias, residual)
     elif x.is_cuda and not kernel_runs(x, weight, batch_invariant):
         _matrix_product(out, x, weight, bias, residual)
     else:
         _C.linear_plain(out, x, weight, bias, residual, _workspace(x))
     return out
+
+
+def linear_of_panels(
+    out: Tensor,
+    x: Tensor,
+    weight: PackedWeight | QuantizedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> None:
+    """`linear` into `out`, over a weight of the CPU's own layout.
+
+    With an activation it is `gated_linear`, whose weight has a multiple of 64 rows; `out` is
+    [..., n / 2] then, and there is no residual.
+    """
+    if type(weight) is PackedWeight:
+        arguments = weight.storage, weight.n, weight.k, bias, residual, _workspace(x), activation
+        _C.linear_packed(out, x, *arguments)
+        return
+    if weight.order is not None:
+        x = x.index_select(-1, weight.order)
+    workspace = _bytes(_C.linear_quantized_workspace(x, weight.layout.group_size))
+    _C.linear_quantized(out, x, weight.arguments, bias, residual, workspace, activation)
 
 
 def kernel_runs(x: Tensor, weight: Sequence[Tensor], batch_invariant: bool) -> bool:

@@ -40,6 +40,37 @@ def test_same_bits_as_the_parts(dtype, packed, rows, with_bias):
         assert torch.equal(actual, wanted)
 
 
+LAYOUTS = {
+    "packed": lambda plain: ops.pack_weight(plain),
+    "int8": lambda plain: ops.quantize_weight(plain, ops.QuantizedLayout(8, 96)),
+    "int4": lambda plain: ops.quantize_weight(plain, ops.QuantizedLayout(4, 32)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [32, 160, 1024])
+def test_gates_at_the_end_give_the_bits_of_the_parts(cpu_path, num_threads, layout, dtype, width):
+    """For every way in which rows and panels are taken: one row, pairs, blocks, passes."""
+    generator = torch.Generator().manual_seed(width)
+    plain, bias = torch.randn(2 * width, 96, generator=generator), torch.randn(2 * width)
+    weight, bias = LAYOUTS[layout](plain.to(dtype)), bias.to(dtype)
+    for rows in (0, 1, 2, 5, 13, 40, 200, 411):
+        x = torch.randn(rows, 96, generator=generator).to(dtype)
+        both = ops.linear(x, weight, bias)
+        for name, activation in ACTIVATIONS.items() if rows == 5 else [("silu", ops.silu_and_mul)]:
+            actual = ops.gated_linear(x, weight, bias, activation=name)
+            assert actual.shape == (rows, width)
+            assert torch.equal(actual, activation(both)), (rows, name)
+    x = torch.randn(2, 3, 96).to(dtype)
+    assert torch.equal(
+        ops.gated_linear(x, weight, activation="silu"), ops.gated(ops.linear(x, weight), "silu")
+    )
+
+
 def test_an_unknown_activation_is_refused_by_name():
+    weight = ops.pack_weight(torch.randn(64, 8))
+    with pytest.raises(ValueError, match="linear: activation: expected .silu., .gelu. or"):
+        ops.gated_linear(torch.randn(2, 8), weight, activation="relu")
     with pytest.raises(ValueError, match="gated: activation: expected 'silu', 'gelu' or"):
         ops.gated(torch.randn(2, 8), "relu")

@@ -29,16 +29,18 @@ class TileLinear {
         : args_(args),
           blocks_((args.m + kBlockRows - 1) / kBlockRows),
           tiles_(tiles_of(args.k)),
+          panels_(args, panels_of(args.n)),
           x_(static_cast<BFloat16*>(laid_out)) {}
 
     void run() {
-        const LinearPlan plan(args_, panels_of(args_.n), blocks_, tiles_ * kTileDepth * 2, 1);
+        const LinearPlan plan(args_, panels_.count, blocks_, tiles_ * kTileDepth * 2, 1);
         plan.for_each_block([&](int64_t block) { lay_out(block); });
         SharedCounter next;
         run_together(plan.threads, [&](int) {
             Tiles tiles;
-            plan.take_units(next, [&](Range panels, Range blocks) {
-                for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            plan.take_units(next, [&](Range turns, Range blocks) {
+                for (int64_t turn = turns.begin; turn < turns.end; ++turn) {
+                    const int64_t panel = panels_.panel(turn);
                     if (args_.packed) {
                         multiply_packed(tiles, panel, blocks);
                     } else {
@@ -137,6 +139,7 @@ class TileLinear {
 
     const LinearArgs& args_;
     const int64_t blocks_, tiles_;
+    const PanelOrder panels_;
     BFloat16* x_;
 };
 
