@@ -33,6 +33,8 @@ void wait_until(const Condition& condition) {
     }
 }
 
+thread_local Crowding crowding;
+
 // A job is open to threads from its start until the first one finds nothing left to take.
 class HeldTeam {
   public:
@@ -40,13 +42,16 @@ class HeldTeam {
     int size() const { return size_; }
 
     void start(int threads, Job job, const void* context) {
+        const Crowding::Clock::time_point began = Crowding::Clock::now();
         threads_ = threads;
         job_ = job;
         context_ = context;
         begin_round(kOpen);
         job(context, 0);
-        state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+        if (!(state_.fetch_and(~kOpen, std::memory_order_acq_rel) & kAtWork)) return;
+        const Crowding::Clock::time_point done = Crowding::Clock::now();
         wait_until([&] { return !(state_.load(std::memory_order_acquire) & kAtWork); });
+        crowding.ended(threads, began, done);
     }
 
     void end() { begin_round(kEnded); }
@@ -86,29 +91,28 @@ class HeldTeam {
 };
 
 thread_local HeldTeam* held_team = nullptr;
-thread_local Crowding crowding;
 
 // Calls `first` in this thread, and meanwhile other(rank) in up to `threads` - 1 others.
 template <typename First, typename Other>
 void run_region(int threads, const First& first, const Other& other) {
-    Attendance attendance(crowding);
+    const Crowding::Clock::time_point began = Crowding::Clock::now();
+    Crowding::Clock::time_point done;
 #pragma omp parallel num_threads(threads)
     if (const int rank = omp_get_thread_num()) {
-        attendance.come();
         other(rank);
     } else {
         first(omp_get_num_threads());
-        attendance.finish(omp_get_num_threads() - 1);
+        done = Crowding::Clock::now();
     }
-    attendance.leave();
+    crowding.ended(threads, began, done);
 }
 
 }  // namespace
 
 void run_job(int threads, Job job, const void* context) {
-    if (threads > 1 && held_team) return held_team->start(threads, job, context);
-    threads = crowding.allowed(threads);
+    if (threads > 1) threads = crowding.allowed(threads);
     if (threads <= 1) return job(context, 0);
+    if (held_team) return held_team->start(threads, job, context);
     run_region(threads, [&](int) { job(context, 0); }, [&](int rank) { job(context, rank); });
 }
 
