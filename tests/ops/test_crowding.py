@@ -1,4 +1,4 @@
-"""Kernels on processors that other processes keep busy; `bench/busy_neighbours.py` measures them."""
+"""Kernels on processors that others keep busy; `bench/busy_neighbours.py` measures them."""
 
 import os
 
