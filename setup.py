@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -102,10 +103,14 @@ def pybind11_headers(folder):
 
     headers = folder / f"pybind11-{pybind11.__version__}"
     if not headers.exists():
-        half = folder / "pybind11-half-copied"
-        shutil.rmtree(half, ignore_errors=True)
-        shutil.copytree(pybind11.get_include(), half)
-        half.rename(headers)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            copy = Path(shutil.copytree(pybind11.get_include(), Path(place) / "headers"))
+            try:
+                copy.rename(headers)
+            except OSError:
+                if not headers.exists():  # else another build was first
+                    raise
     return headers
 
 

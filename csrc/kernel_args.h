@@ -49,7 +49,7 @@ struct WeightSegment {
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh };
 
 struct LinearArgs {
-    void* out;             // [m, n]
+    void* out;             // [m, n]; see is_gated
     const void* x;         // [m, k]
     const void* bias;      // [n] or null
     const void* residual;  // [m, n] of out_dtype or null; may be `out`

@@ -102,11 +102,13 @@ static inline void score(Block& block, const Rows& rows, int key, float* scores)
 template <typename T, typename Reading, int kRows>
 static inline void score(Block& block, const Rows& rows, int from, int to, float* scores) {
     constexpr int kColumns = kScoreColumns<Reading, kRows>;
-    constexpr int kLeast = std::min(kColumns, 2);
     for (; from + kColumns * Vec::kSize <= to; from += kColumns * Vec::kSize)
         score<T, Reading, kRows, kColumns>(block, rows, from, scores);
-    for (; from < to; from += kLeast * Vec::kSize)
-        score<T, Reading, kRows, kLeast>(block, rows, from, scores);
+    for (; from + 2 * Vec::kSize <= to; from += 2 * Vec::kSize)
+        score<T, Reading, kRows, 2>(block, rows, from, scores);
+    if constexpr (kColumns % 2) {
+        if (from < to) score<T, Reading, kRows, 1>(block, rows, from, scores);
+    }
 }
 
 // Turns the scores of keys [begin, end) into weights relative to the row's largest score so far,

@@ -99,8 +99,7 @@ class Linear {
         const int64_t passes = (steps_ + pass_steps - 1) / pass_steps;
         for (int64_t turn = turns.begin; turn < turns.end; ++turn) {
             const uint32_t* weights = packed_panel(turn);
-            const uint32_t* next =
-                turn + 1 < turns.end ? packed_panel(turn + 1) : weights + panel_words();
+            const uint32_t* next = packed_panel(smaller(turn + 1, panels_.count - 1));
             for (int64_t first = blocks.begin; first < blocks.end; first += kBlocksAtOnce) {
                 const int64_t end = smaller(first + kBlocksAtOnce, blocks.end);
                 for (int64_t pass = 0; pass < passes; ++pass) {

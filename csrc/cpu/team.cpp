@@ -3,6 +3,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -39,7 +40,6 @@ thread_local Crowding crowding;
 class HeldTeam {
   public:
     void open(int size) { size_ = size; }
-    int size() const { return size_; }
 
     void start(int threads, Job job, const void* context) {
         const Crowding::Clock::time_point began = Crowding::Clock::now();
@@ -51,7 +51,7 @@ class HeldTeam {
         if (!(state_.fetch_and(~kOpen, std::memory_order_acq_rel) & kAtWork)) return;
         const Crowding::Clock::time_point done = Crowding::Clock::now();
         wait_until([&] { return !(state_.load(std::memory_order_acquire) & kAtWork); });
-        crowding.ended(threads, began, done);
+        crowding.ended(std::min(threads, size_), began, done);
     }
 
     void end() { begin_round(kEnded); }
@@ -103,6 +103,7 @@ void run_region(int threads, const First& first, const Other& other) {
     } else {
         first(omp_get_num_threads());
         done = Crowding::Clock::now();
+        threads = omp_get_num_threads();  // there may be fewer
     }
     crowding.ended(threads, began, done);
 }

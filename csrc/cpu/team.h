@@ -13,12 +13,14 @@ namespace sglite::cpu {
 using Job = void (*)(const void* context, int rank);
 
 // Calls `job` in at most `threads` threads, this one with rank 0, and returns when all that were
-// called are done. Nobody waits for a thread that has not begun: another process may have its
-// processor, and this one may take all pieces. The job must not throw, nor start another.
+// called are done. Within a held team nobody waits for a thread that has not begun: another process
+// may have its processor, and this one may take all pieces. After long waits it is this thread
+// alone for a while (cpu/crowding.h). The job must not throw, nor start another.
 void run_job(int threads, Job job, const void* context);
 
-// Calls `body`, and holds a team of at most `threads` threads meanwhile: they do what jobs this
-// thread starts in it. What `body` throws is thrown on.
+// Calls `body`, and holds a team of at most `threads` threads meanwhile, if there are to be others
+// now (cpu/crowding.h): they do what jobs this thread starts in it. What `body` throws is thrown
+// on.
 void hold_team(int threads, void (*body)(const void* context), const void* context);
 
 // Whether this thread holds a team of several. Little work is then worth sharing.

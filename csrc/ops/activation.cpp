@@ -6,8 +6,7 @@
 
 namespace sglite::ops {
 
-static void gated_activation(const char* op, const Tensor& out, const Tensor& x,
-                             Activation activation) {
+void gated_activation(const char* op, const Tensor& out, const Tensor& x, Activation activation) {
     Check(op, "x", x).ndim(2).dtype_in(kFloatTypes).dense_rows();
     const int64_t rows = x.size(0), width = x.size(1) / 2;
     if (x.size(1) % 2) Check(op, "x", x).fail("an even number of columns (gate, then up)");

@@ -42,7 +42,7 @@ DecoderLayer::DecoderLayer(const Tensor& x, const LayerBatch& batch, LayerParts 
     attended_.set(nullptr, x, {tokens, width});
     attended_heads_.set(nullptr, x, {tokens, heads, head_dim});
     middle_.set(nullptr, x, {tokens, hidden});
-    gate_up_.set(nullptr, x, {tokens, 2 * gated});
+    gate_up_.set(nullptr, x, {parts.gate_up.needs_both() ? tokens : 0, 2 * gated});
     gated_.set(nullptr, x, {tokens, gated});
 
     int64_t workspace = 0;

@@ -90,7 +90,9 @@ ExpertMix::ExpertMix(const Tensor& out, const Tensor& x, const Tensor& weights,
         const int64_t own = starts_[i + 1] - starts_[i];
         most_rows_ = std::max(most_rows_, own);
         const auto& [number, gate_up, down] = used_[i];
-        gate_up_size_ = std::max(gate_up_size_, aligned(own * gate_up.n() * element));
+        if (gate_up.needs_both()) {
+            gate_up_size_ = std::max(gate_up_size_, aligned(own * gate_up.n() * element));
+        }
         gated_size_ = std::max(gated_size_, aligned(own * down.k() * element));
         for (const LinearPart* part : {&gate_up, &down}) {
             workspace_size_ = std::max(workspace_size_, part->workspace_size(kOp, own, x.dtype));

@@ -1,6 +1,7 @@
 #include "ops/linear_part.h"
 
 #include "cpu/kernels.h"
+#include "ops/activation.h"
 #include "ops/linear.h"
 
 namespace sglite::ops {
@@ -42,15 +43,14 @@ void LinearPart::run(const Tensor& out, const Tensor& x, const std::optional<Ten
     multiply(out, x, residual, workspace, std::nullopt);
 }
 
+bool LinearPart::needs_both() const { return !can_be_gated(n()); }
+
 void LinearPart::run_gated(const Tensor& out, const Tensor& both, const Tensor& x,
                            const std::string& activation, const Tensor& workspace) const {
-    if (can_be_gated(n())) return multiply(out, x, std::nullopt, workspace, activation);
+    if (!needs_both()) return multiply(out, x, std::nullopt, workspace, activation);
     multiply(both, x, std::nullopt, workspace, std::nullopt);
-    if (activation == "silu") {
-        silu_and_mul(out, both);
-    } else {
-        gelu_and_mul(out, both, activation == "gelu" ? "none" : "tanh");
-    }
+    constexpr const char* kOp = "gated linear";
+    gated_activation(kOp, out, both, activation_named(kOp, activation));
 }
 
 }  // namespace sglite::ops

@@ -36,8 +36,9 @@ struct LinearPart {
     // out = x W^T + bias, + residual.
     void run(const Tensor& out, const Tensor& x, const std::optional<Tensor>& residual,
              const Tensor& workspace) const;
-    // out = activation(gate) * up of such an out. both: [rows, n], room for that where the halves
-    // are not whole panels.
+    // Whether a gated layer needs room for the product: its halves are not whole panels.
+    bool needs_both() const;
+    // out = activation(gate) * up of such an out. both: [rows, n], where needs_both().
     void run_gated(const Tensor& out, const Tensor& both, const Tensor& x,
                    const std::string& activation, const Tensor& workspace) const;
 

@@ -137,6 +137,8 @@ class DecodeState:
                 added = slice(count, request.num_pages)
                 self._host_page_table[row, added] = request.pages[added]
             return
+        if not grown:
+            return
         rows, columns, pages = [], [], []
         for row, count, request in grown:
             columns += range(count, request.num_pages)

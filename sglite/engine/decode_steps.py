@@ -76,6 +76,7 @@ class DecodeSteps(DecodeRunner):
     def rest(self) -> None:
         """As `DecodeRunner` has it."""
         self._requests, self._sampling = [], []
+        self._rows, self._num_rows = None, 0  # whose batch knows the layers that it went through
         self._state.forget()
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ def norm_linear(
     Args:
         x: [..., k], float32, bfloat16 or float16; rows evenly apart, a row's elements side by side.
         norm_weight, epsilon, weight_offset: see `rms_norm`.
-        weight: [n, k] of the dtype of `x`, packed or plain.
+        weight: [n, k] of the dtype of `x`, packed, quantised or plain.
         bias: [n], the dtype of `x`.
         batch_invariant: see `linear`.
 
@@ -83,7 +83,7 @@ def gated_linear(
 
     Args:
         x: [..., k], float32, bfloat16 or float16; rows evenly apart, a row's elements side by side.
-        weight: [2 * width, k] of the dtype of `x`, packed or plain: gate, then up.
+        weight: [2 * width, k] of the dtype of `x`, packed, quantised or plain: gate, then up.
         bias: [2 * width], the dtype of `x`.
         activation: "silu", "gelu" or "gelu_tanh".
         batch_invariant: see `linear`.

@@ -58,7 +58,7 @@ def layer_norm(
     Arithmetic is float32 and the result is rounded once. (Ba et al., 2016.) On a GPU it is torch's.
 
     Args:
-        x: [..., width], float32, bfloat16 or float16; elements of a row side by side.
+        x: [..., width], float32, bfloat16 or float16.
         weight: [width], the dtype of `x`.
         bias: [width], the dtype of `x`; None: there is none.
         epsilon: added to the variance, the mean square of the distances from the mean.
@@ -72,6 +72,6 @@ def layer_norm(
         normed = functional.layer_norm(x, (width,), weight, bias, epsilon)
         return normed if out is None else out.copy_(normed)
     if out is None:
-        out = torch.empty_like(x)
-    _C.layer_norm(out.view(-1, width), x.view(-1, width), weight, bias, epsilon)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _C.layer_norm(out.view(-1, width), x.reshape(-1, width), weight, bias, epsilon)
     return out

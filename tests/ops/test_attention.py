@@ -230,6 +230,8 @@ def test_same_bits_however_the_work_is_cut(dtype, data):
         (1, 80, None),
         (2, 128, 100),
         (3, 64, None),
+        (3, 64, 20),
+        (3, 128, 100),
         (4, 24, None),
         (5, 48, 70),
         (6, 96, None),

@@ -53,8 +53,8 @@ LAYOUTS = {
 def test_gates_at_the_end_give_the_bits_of_the_parts(cpu_path, num_threads, layout, dtype, width):
     """For every way in which rows and panels are taken: one row, pairs, blocks, passes."""
     generator = torch.Generator().manual_seed(width)
-    plain, bias = torch.randn(2 * width, 96, generator=generator), torch.randn(2 * width)
-    weight, bias = LAYOUTS[layout](plain.to(dtype)), bias.to(dtype)
+    plain, bias = torch.randn(2 * width, 97, generator=generator).split([96, 1], dim=1)
+    weight, bias = LAYOUTS[layout](plain.to(dtype)), bias.flatten().to(dtype)
     for rows in (0, 1, 2, 5, 13, 40, 200, 411):
         x = torch.randn(rows, 96, generator=generator).to(dtype)
         both = ops.linear(x, weight, bias)
@@ -62,7 +62,7 @@ def test_gates_at_the_end_give_the_bits_of_the_parts(cpu_path, num_threads, layo
             actual = ops.gated_linear(x, weight, bias, activation=name)
             assert actual.shape == (rows, width)
             assert torch.equal(actual, activation(both)), (rows, name)
-    x = torch.randn(2, 3, 96).to(dtype)
+    x = torch.randn(2, 3, 96, generator=generator).to(dtype)
     assert torch.equal(
         ops.gated_linear(x, weight, activation="silu"), ops.gated(ops.linear(x, weight), "silu")
     )

@@ -121,6 +121,12 @@ class TestLayerNorm:
         for row in (0, 66):
             assert torch.equal(ops.layer_norm(x[1, row], weight, bias, 1e-5), together[1, row])
 
+    def test_rows_in_any_order(self):
+        x = torch.randn(5, 7, 16).transpose(0, 1)
+        weight, bias = torch.randn(2, 16)
+        actual = ops.layer_norm(x, weight, bias, 1e-5)
+        assert torch.equal(actual, ops.layer_norm(x.contiguous(), weight, bias, 1e-5))
+
     def test_names_the_argument(self):
         with pytest.raises(ValueError, match=r"layer_norm: bias: expected shape \[16\]"):
             ops.layer_norm(torch.randn(3, 16), torch.ones(16), torch.ones(8), 1e-5)
