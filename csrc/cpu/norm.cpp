@@ -96,29 +96,38 @@ static float mean_of(const T* x, int64_t width) {
     return reduce_sum(total) / static_cast<float>(width);
 }
 
+// Of the distances of a row's values from `mean`: their mean, which is what rounding took from
+// `mean` (and what counts where that is large), and their variance.
+struct Distances {
+    float mean, variance;
+};
+
 template <typename T>
-static float variance_of(const T* x, int64_t width, float mean) {
-    Vec squares = splat(0.0f);
+static Distances distances_from(const T* x, int64_t width, float mean) {
+    Vec total = splat(0.0f), squares = splat(0.0f);
     for_each_vector(width, [&](int64_t i, int count) {
         // Places that hold nothing are no distance away.
         const Vec value = count < Vec::kSize ? load_partial(x + i, count, mean) : load(x + i);
         const Vec distance = value - splat(mean);
+        total = total + distance;
         squares = fma(distance, distance, squares);
     });
-    return reduce_sum(squares) / static_cast<float>(width);
+    const float count = static_cast<float>(width), rest = reduce_sum(total) / count;
+    return {rest, reduce_sum(squares) / count - rest * rest};
 }
 
 template <typename T>
 static void layer_norm_row(T* out, const T* x, const T* weight, const T* bias, int64_t width,
                            float epsilon) {
     const float mean = mean_of(x, width);
-    const float scale = 1.0f / std::sqrt(variance_of(x, width, mean) + epsilon);
+    const Distances distances = distances_from(x, width, mean);
+    const float scale = 1.0f / std::sqrt(distances.variance + epsilon);
     for_each_vector(width, [&](int64_t i, int count) {
         const bool is_whole = count == Vec::kSize;
         const auto take = [&](const T* from) {
             return is_whole ? load(from + i) : load_partial(from + i, count);
         };
-        const Vec normed = (take(x) - splat(mean)) * splat(scale);
+        const Vec normed = (take(x) - splat(mean) - splat(distances.mean)) * splat(scale);
         const Vec result = fma(normed, take(weight), bias ? take(bias) : splat(0.0f));
         if (is_whole) {
             store(out + i, result);

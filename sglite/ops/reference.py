@@ -37,11 +37,11 @@ def rms_norm(
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
     """See `sglite.ops.layer_norm`."""
-    wide = x.float()
+    wide = x.double()
     centred = wide - wide.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + epsilon)
-    scaled = normed * weight.float()
-    return (scaled if bias is None else scaled + bias.float()).to(x.dtype)
+    scaled = normed * weight.double()
+    return (scaled if bias is None else scaled + bias.double()).to(x.dtype)
 
 
 def linear(
