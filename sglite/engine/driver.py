@@ -35,6 +35,7 @@ class Driver:
         self._lock = threading.RLock()
         self._inbox: list[Call] = []
         self._thread: threading.Thread | None = None
+        self._last_thread: threading.Thread | None = None  # which may still be ending
         self._closed = False
         self._at_the_end: Callable[[], None] | None = None
         self._process = os.getpid()
@@ -60,7 +61,7 @@ class Driver:
                 # wherever they are, in the middle of a kernel too.
                 thread = threading.Thread(target=self._run, name="sglite-driver", daemon=False)
                 thread.start()  # waits for the lock, and for the call
-                self._thread = thread
+                self._thread = self._last_thread = thread
             self._inbox.append(call)
             call.is_submitted = True
 
@@ -109,8 +110,9 @@ class Driver:
         """
         with self._lock:
             self._closed = True
-            thread = self._thread
-        if thread is not None and not self._is_this_thread:
+            thread = self._last_thread
+        # One that has nothing left to do too: what it frees as it ends is then freed.
+        if thread is not None and thread is not threading.current_thread():
             thread.join(patience)
         with self._lock:
             if self._thread is not None and self._thread.is_alive():

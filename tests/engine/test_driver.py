@@ -250,6 +250,24 @@ def test_a_step_may_abort_a_call_and_does_not_wait():
     assert call.ended_as == "it was aborted"
 
 
+def test_close_waits_for_a_thread_that_has_nothing_left_to_do():
+    """What it still frees as it ends is then freed as well."""
+    events = []
+
+    @contextlib.contextmanager
+    def state():
+        yield
+        time.sleep(0.2)
+        events.append("thread")
+
+    driver = Driver(make_engine(), state)
+    call = Call([make_request([1, 2, 3])])
+    driver.submit(call)
+    finish(call)
+    driver.close(lambda: events.append("end"))
+    assert events == ["thread", "end"]
+
+
 def test_a_step_may_close_the_driver_which_ends_behind_it():
     engine = make_engine()
     driver = make_driver(engine)
