@@ -2,25 +2,12 @@
 #pragma once
 
 #include "cpu/math.h"
+#include "cpu/partial.h"
 #include "cpu/simd.h"
 #include "cpu/weight_panels.h"
 #include "kernel_args.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
-
-template <typename T>
-static inline Vec load_some(const T* p, int64_t count) {
-    return count >= Vec::kSize ? load(p) : load_partial(p, static_cast<int>(count));
-}
-
-template <typename T>
-static inline void store_some(T* p, Vec value, int64_t count) {
-    if (count >= Vec::kSize) {
-        store(p, value);
-    } else {
-        store_partial(p, value, static_cast<int>(count));
-    }
-}
 
 // Where sums of a panel, whose rows lie `stride` apart, belong in the product.
 struct OutputTile {

@@ -4,6 +4,7 @@
 // value before it meets the weight, both to the tensors' own type.
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/partial.h"
 #include "cpu/simd.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
@@ -79,20 +80,10 @@ static void norm_rows(const RmsNormArgs& args) {
     });
 }
 
-// Calls body(i, count) for all vectors of a row, the last of which may be partly filled.
-template <typename Body>
-static inline void for_each_vector(int64_t width, const Body& body) {
-    for (int64_t i = 0; i < width; i += Vec::kSize) {
-        body(i, static_cast<int>(width - i < Vec::kSize ? width - i : Vec::kSize));
-    }
-}
-
 template <typename T>
 static float mean_of(const T* x, int64_t width) {
     Vec total = splat(0.0f);
-    for_each_vector(width, [&](int64_t i, int count) {
-        total = total + (count < Vec::kSize ? load_partial(x + i, count) : load(x + i));
-    });
+    for (int64_t i = 0; i < width; i += Vec::kSize) total = total + load_some(x + i, width - i);
     return reduce_sum(total) / static_cast<float>(width);
 }
 
@@ -105,13 +96,12 @@ struct Distances {
 template <typename T>
 static Distances distances_from(const T* x, int64_t width, float mean) {
     Vec total = splat(0.0f), squares = splat(0.0f);
-    for_each_vector(width, [&](int64_t i, int count) {
+    for (int64_t i = 0; i < width; i += Vec::kSize) {
         // Places that hold nothing are no distance away.
-        const Vec value = count < Vec::kSize ? load_partial(x + i, count, mean) : load(x + i);
-        const Vec distance = value - splat(mean);
+        const Vec distance = load_some(x + i, width - i, mean) - splat(mean);
         total = total + distance;
         squares = fma(distance, distance, squares);
-    });
+    }
     const float count = static_cast<float>(width), rest = reduce_sum(total) / count;
     return {rest, reduce_sum(squares) / count - rest * rest};
 }
@@ -122,19 +112,12 @@ static void layer_norm_row(T* out, const T* x, const T* weight, const T* bias, i
     const float mean = mean_of(x, width);
     const Distances distances = distances_from(x, width, mean);
     const float scale = 1.0f / std::sqrt(distances.variance + epsilon);
-    for_each_vector(width, [&](int64_t i, int count) {
-        const bool is_whole = count == Vec::kSize;
-        const auto take = [&](const T* from) {
-            return is_whole ? load(from + i) : load_partial(from + i, count);
-        };
+    for (int64_t i = 0; i < width; i += Vec::kSize) {
+        const auto take = [&](const T* from) { return load_some(from + i, width - i); };
         const Vec normed = (take(x) - splat(mean) - splat(distances.mean)) * splat(scale);
-        const Vec result = fma(normed, take(weight), bias ? take(bias) : splat(0.0f));
-        if (is_whole) {
-            store(out + i, result);
-        } else {
-            store_partial(out + i, result, count);
-        }
-    });
+        const Vec shift = bias ? take(bias) : splat(0.0f);
+        store_some(out + i, fma(normed, take(weight), shift), width - i);
+    }
 }
 
 void layer_norm(const LayerNormArgs& args) {

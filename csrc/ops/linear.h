@@ -5,6 +5,7 @@
 
 #include "kernel_args.h"
 #include "ops.h"
+#include "ops/packed_weight.h"
 
 namespace sglite::ops {
 
@@ -21,7 +22,7 @@ LinearArgs checked_cpu_linear(const char* op, const Tensor& out, const Tensor& x
                               const std::optional<std::string>& activation);
 
 // Whether a weight of n rows can be that of a gated layer: gate and up are whole panels.
-inline bool can_be_gated(int64_t n) { return n % 64 == 0; }
+inline bool can_be_gated(int64_t n) { return n % (2 * kPanelColumns) == 0; }
 
 // Takes the workspace, which must have at least `wanted` bytes, on the device of `x`.
 void attach_workspace(const char* op, LinearArgs& args, int64_t wanted,

@@ -13,7 +13,6 @@ namespace sglite::ops {
 void check_packed(const char* op, const char* name, const Tensor& storage, int64_t n, int64_t k) {
     const Check check(op, name, storage);
     check.dtype_in(kFloatTypes);
-    constexpr int64_t kPanelColumns = 32;
     const int64_t depth = storage.dtype == DType::kFloat32 ? 1 : 2;
     const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns, steps = (k + depth - 1) / depth;
     if (depth == 1) {

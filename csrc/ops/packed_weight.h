@@ -8,6 +8,9 @@
 
 namespace sglite::ops {
 
+// Rows of a weight, which are columns of the result, in one panel.
+constexpr int64_t kPanelColumns = 32;
+
 // Refuses a tensor that is not the storage of a packed weight [n, k].
 void check_packed(const char* op, const char* name, const Tensor& storage, int64_t n, int64_t k);
 

@@ -15,7 +15,7 @@ struct Layout {
 };
 
 Layout checked_weight(const char* op, const QuantizedTensors& weight) {
-    constexpr int64_t kPanelColumns = 32, kDepth = 8;
+    constexpr int64_t kDepth = 8;
     const Tensor& codes = weight.codes;
     const Check check(op, "codes", codes);
     cpu::require_cpu(op, codes);

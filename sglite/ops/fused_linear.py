@@ -9,17 +9,15 @@ from torch import Tensor
 
 from sglite import _C
 from sglite.ops.activation import gelu_and_mul, silu_and_mul
-from sglite.ops.linear import kernel_runs, linear, linear_of_panels
+from sglite.ops.linear import is_of_panels, kernel_runs, linear, linear_of_panels
 from sglite.ops.norm import rms_norm
-from sglite.ops.packed_weight import PackedWeight
+from sglite.ops.packed_weight import PANEL_COLUMNS, PackedWeight
 from sglite.ops.quantized_weight import QuantizedWeight
 
 # Every block normalises all rows, which pays while they are few: one, or some short ones.
 _MOST_NORM_ROWS = 8
 _MOST_NORM_ELEMENTS = 4096
 _MOST_NORM_WIDTH = 16384
-# On the CPU gate and up are whole panels of 32 rows each, or the activation is a pass of its own.
-_GATED_ROWS = 64
 
 
 def gated(x: Tensor, activation: str) -> Tensor:
@@ -91,9 +89,9 @@ def gated_linear(
     Returns:
         [..., width], the dtype of `x`.
     """
-    is_of_panels = isinstance(weight, PackedWeight | QuantizedWeight)
-    if is_of_panels and weight.shape[0] % _GATED_ROWS == 0:
-        out = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+    # Gate and up are whole panels, or the activation is a pass of its own.
+    if is_of_panels(weight) and weight.n % (2 * PANEL_COLUMNS) == 0:
+        out = x.new_empty((*x.shape[:-1], weight.n // 2))
         linear_of_panels(out, x, weight, bias, activation=activation)
         return out
     if not _kernel_runs(x, weight, batch_invariant):

@@ -48,8 +48,7 @@ def linear(
     Raises:
         ValueError: a shape, stride or dtype differs from the above; the message names it.
     """
-    kind = type(weight)
-    if kind is PackedWeight or kind is QuantizedWeight:
+    if is_of_panels(weight):
         n = weight.n
     elif isinstance(weight, Tensor):
         n = weight.shape[0]
@@ -60,13 +59,19 @@ def linear(
         out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
     elif out_dtype is not None and out.dtype != out_dtype:
         raise ValueError(f"linear: out: expected {out_dtype} (out_dtype), got {out.dtype}")
-    if kind is PackedWeight or kind is QuantizedWeight:
+    if is_of_panels(weight):
         linear_of_panels(out, x, weight, bias, residual)
     elif x.is_cuda and not kernel_runs(x, weight, batch_invariant):
         _matrix_product(out, x, weight, bias, residual)
     else:
         _C.linear_plain(out, x, weight, bias, residual, _workspace(x))
     return out
+
+
+def is_of_panels(weight: object) -> bool:
+    """Whether a weight is stored in the CPU's own layout."""
+    kind = type(weight)
+    return kind is PackedWeight or kind is QuantizedWeight
 
 
 def linear_of_panels(

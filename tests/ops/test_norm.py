@@ -12,6 +12,12 @@ from sglite.ops import reference
 from tests.ops.closeness import DTYPES, assert_close
 
 
+def drawing(seed, dtype):
+    """Gives tensors of a shape, one after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -23,11 +29,7 @@ from tests.ops.closeness import DTYPES, assert_close
     seed=st.integers(0, 2**31),
 )
 def test_matches_reference(dtype, rows, width, padding, with_residual, weight_offset, seed):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
+    draw = drawing(seed, dtype)
     x, weight = draw(rows, width + padding)[:, :width], draw(width)
     residual = draw(rows, width) if with_residual else None
     wide_residual = residual.float().clone() if with_residual else None
@@ -94,11 +96,7 @@ class TestLayerNorm:
         seed=st.integers(0, 2**31),
     )
     def test_matches_reference(self, dtype, rows, width, padding, with_bias, offset, seed):
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape):
-            return torch.randn(shape, generator=generator).to(dtype)
-
+        draw = drawing(seed, dtype)
         # Far from zero, where a variance of sums of squares would have no digits left.
         x = (draw(rows, width + padding) + offset)[:, :width]
         weight, bias = draw(width), draw(width) if with_bias else None
