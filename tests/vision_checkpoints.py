@@ -292,7 +292,7 @@ class Oracle:
         kind = getattr(transformers, self.config.architectures[0])
         self.model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.image_processor = AutoImageProcessor.from_pretrained(folder)
+        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     def inputs(self, text: str, images: Sequence[Any], videos: Sequence[Any]) -> dict[str, Any]:
         """What the model takes for a prompt in which `<image>` and `<video>` are placeholders."""

@@ -243,6 +243,8 @@ class TransformersVisionModel(SeesImages, TransformersModel):
             left=found.parts,
             **options,
         )
+        # What was fused is there already; a picture goes through all parts.
+        self.to(options["device"])
         self.watch(found)
 
 

@@ -99,6 +99,10 @@ CALLS = {
         lambda x, weight, residual: ops.rms_norm(x, weight, 1e-5, residual=residual),
         lambda: [random(5, 2048), random(2048), random(5, 2048)],
     ),
+    "layer_norm": (
+        lambda x, weight, bias: ops.layer_norm(x, weight, bias, 1e-5),
+        lambda: [random(5, 2048), random(2048), random(2048)],
+    ),
     "silu_and_mul": (ops.silu_and_mul, lambda: [random(5, 128)]),
     "gelu_and_mul": (ops.gelu_and_mul, lambda: [random(5, 128)]),
     "apply_rope": (rotate, lambda: [random(5, 4, 64), random(5, 2, 64), *rope_inputs()]),

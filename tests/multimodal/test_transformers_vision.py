@@ -22,14 +22,14 @@ def prompts():
     return [{"text": t, "images": i, "videos": []} for t, i in zip(texts, images, strict=True)]
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_hugging_faces_logits_and_tokens(name, tmp_path):
-    folder = make_stranger(tmp_path, RUN[name])
+def check_logits_and_tokens(name, folder, **options):
+    """Prompts of several kinds, computed and out of the cache; `options` are of the LLM."""
+    make_stranger(folder, RUN[name])
     oracle = StrangerOracle(folder, RUN[name])
     inputs = [oracle.inputs(**prompt) for prompt in prompts()]
     expected = [oracle.logits(one).log_softmax(-1) for one in inputs]
     tokens = [oracle.greedy(one, COUNT) for one in inputs]
-    with LLM(folder, kv_cache_tokens=8192, chunked_prefill_size=23) as llm:
+    with LLM(folder, kv_cache_tokens=8192, chunked_prefill_size=23, **options) as llm:
         for is_again in (False, True):
             # Whole rows of text alone and of a picture, which are slow to hand over.
             vocab_size = expected[0].shape[1]
@@ -54,6 +54,11 @@ def test_hugging_faces_logits_and_tokens(name, tmp_path):
                     if actual != token:
                         assert gap < TOLERANCE
                         break
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_hugging_faces_logits_and_tokens(name, tmp_path):
+    check_logits_and_tokens(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["idefics3", "internvl"])
