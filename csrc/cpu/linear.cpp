@@ -137,14 +137,15 @@ class Linear {
     }
 
     // What to fetch ahead while a block of rows is at work on a panel. Where there is one block, it
-    // is the panel itself (the processor's own prefetch is best while memory is all that counts).
-    // Otherwise later blocks find the panel in the cache, and the next one, where there is one,
-    // comes in, half of it during each of the first two blocks.
+    // is the panel itself. Otherwise later blocks find the panel in the cache, and the next one,
+    // where there is one, comes in, half of it during each of the first two blocks.
     Prefetch prefetch(const uint32_t* panel, const uint32_t* next, int64_t order) const {
         constexpr int64_t kDistance = 8192;
         if (blocks_.count == 1) {
-            if (args_.m < kMinPrefetchRows) return {};
             const char* address = reinterpret_cast<const char*>(panel);
+            if (args_.m < kMinPrefetchRows) {
+                return kNearDistance ? Prefetch{address + kNearDistance, 128} : Prefetch{};
+            }
             return {address + kDistance / (args_.m <= kMaxPairRows ? 2 : 1), 128};
         }
         if (!next || order > 1) return {};

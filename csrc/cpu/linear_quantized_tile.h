@@ -174,6 +174,20 @@ struct PairSums {
 };
 #endif
 
+// Fetches the steps that are kNearDistance ahead of these.
+template <typename Source, int kPanels>
+static inline __attribute__((always_inline)) void fetch_step(
+    const uint8_t* const (&step)[kPanels]) {
+    constexpr int64_t kLine = 64;
+#pragma GCC unroll 2
+    for (int panel = 0; panel < kPanels; ++panel) {
+#pragma GCC unroll 4
+        for (int64_t line = 0; line < Source::kStepBytes; line += kLine) {
+            __builtin_prefetch(step[panel] + kNearDistance + line);
+        }
+    }
+}
+
 template <typename Sums, typename Source, int kRows, int kPanels>
 static void multiply_codes(const CodeArgs& args) {
     constexpr int kTileColumns = kPanels * kPanelColumns, kVectors = Sums::kVectors;
@@ -198,6 +212,7 @@ static void multiply_codes(const CodeArgs& args) {
                 }
             }
             for (int64_t i = 0; i < count; ++i) {
+                if constexpr (kRows == 1 && kNearDistance) fetch_step<Source, kPanels>(step);
                 Sums::add_step(sums, x, step, first);
                 x += Sums::kStepElements;
 #pragma GCC unroll 2
