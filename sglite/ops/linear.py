@@ -11,6 +11,10 @@ from sglite.ops.quantized_weight import QuantizedWeight
 
 __all__ = ["PackedWeight", "linear", "pack_weight"]
 
+# More than that glibc takes from the system every time, and gives back. Logits of 64 rows can be:
+# their pages had better be large, since each is cleared for them.
+_ALWAYS_MAPPED = 32 << 20
+
 
 def linear(
     x: Tensor,
@@ -57,6 +61,8 @@ def linear(
         n = sum(segment.shape[0] for segment in weight)
     if out is None:
         out = x.new_empty((*x.shape[:-1], n), dtype=out_dtype)
+        if out.nbytes > _ALWAYS_MAPPED and not out.is_cuda:
+            _C.advise_huge_pages(out)
     elif out_dtype is not None and out.dtype != out_dtype:
         raise ValueError(f"linear: out: expected {out_dtype} (out_dtype), got {out.dtype}")
     if is_of_panels(weight):
