@@ -145,6 +145,7 @@ class TransformersModel(nn.Module):
         self.can_be_batch_invariant = device.type == "cpu" and "Conv1D" not in fusions.kept
         if not shared:
             _leave_files(inner)
+            inner.to(device)  # where what was fused is already
         self.inner = inner
         self._arguments = forward_arguments(inner)
         self._has_head = inner.get_output_embeddings() is not None
@@ -243,8 +244,6 @@ class TransformersVisionModel(SeesImages, TransformersModel):
             left=found.parts,
             **options,
         )
-        # What was fused is there already; a picture goes through all parts.
-        self.to(options["device"])
         self.watch(found)
 
 

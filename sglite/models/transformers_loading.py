@@ -78,7 +78,7 @@ def load_unregistered(
     # Not earlier: transformers' modules must not be imported on two threads at once.
     if before_reading is not None:
         before_reading()
-    model = build(inner, limit, shared=False, device=device, quantization=quantization).to(device)
+    model = build(inner, limit, shared=False, device=device, quantization=quantization)
     defaults = GenerationDefaults.from_generation_config(checkpoint.generation_config)
     return _loaded(
         model.requires_grad_(False), config, name, run_dtype, quantization, limit, defaults

@@ -45,7 +45,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def image_processor():
-    return AutoImageProcessor.from_pretrained(CHECKPOINT)
+    return AutoImageProcessor.from_pretrained(CHECKPOINT, backend="pil")
 
 
 # -- the checkpoint -----------------------------------------------------------------------------
