@@ -66,16 +66,25 @@ class RotaryTable:
             self.cos_sin = self._first_rows(device)
 
     def grow_for(self, positions: Tensor) -> None:
-        """Adds rows until all positions have one; raises IndexError for one that cannot have."""
+        """Adds rows until all positions have one, and a few more; none where all have one already.
+
+        Several layers share a table, and each of them may ask.
+
+        Raises:
+            IndexError: a position is outside the context.
+        """
         smallest, largest = (int(value) for value in positions.aminmax())
         if smallest < 0 or largest >= self.context_length:
             raise IndexError(
                 f"positions run from {smallest} to {largest}, but must be from 0 to "
                 f"{self.context_length - 1}, one less than the context length"
             )
-        rows = max(largest + 1, 2 * self.cos_sin.shape[0])
-        blocks = [self._block(start) for start in range(0, rows, _BLOCK)]
-        self.cos_sin = torch.cat(blocks)[: self.context_length].contiguous()
+        present = self.cos_sin.shape[0]  # whole blocks, as it is less than the context
+        if largest < present:
+            return
+        rows = min(max(largest + 1, 2 * present), self.context_length)
+        blocks = [self._block(start) for start in range(present, rows, _BLOCK)]
+        self.cos_sin = torch.cat([self.cos_sin, *blocks])[: self.context_length].contiguous()
 
     def _first_rows(self, device: torch.device) -> Tensor:
         """The rows that are there from the beginning: none, or on a GPU all."""

@@ -154,6 +154,22 @@ class TestTable:
         rope.with_table(torch.tensor([99]), lambda _, table: rows.append(table[99]))
         assert len(rows) == 1
 
+    def test_it_grows_no_further_than_is_asked(self):
+        """Layers that share a table all ask; each of them used to double it."""
+        table = get_rope(24, 24, 100_000).table
+        sizes = []
+        for largest in [0, 0, 4095, 4096, 4096, 50_000, 99_999, 99_999]:
+            table.grow_for(torch.tensor([largest]))
+            sizes.append(table.cos_sin.shape[0])
+        assert sizes == [4096, 4096, 4096, 8192, 8192, 53_248, 100_000, 100_000]
+
+    def test_a_row_does_not_depend_on_how_the_table_grew(self):
+        at_once, by_pieces = (get_rope(24, 24, 10_000).table for _ in range(2))
+        at_once.grow_for(torch.tensor([9999]))
+        for largest in (3, 4096, 9999):
+            by_pieces.grow_for(torch.tensor([largest]))
+        assert torch.equal(at_once.cos_sin, by_pieces.cos_sin)
+
     @pytest.mark.parametrize("default", ["cpu", "meta"])
     def test_the_default_device_changes_no_frequency(self, default):
         with torch.device(default):
