@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sglite.llm import LLM
     from sglite.models.registry import ModelRegistry, register
     from sglite.tools.compare import ComparisonReport, compare
+    from sglite.tools.pack import pack
     from sglite.tools.show_config import show_config
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ _HOMES = {
     "register": "sglite.models.registry",
     "compare": "sglite.tools.compare",
     "ComparisonReport": "sglite.tools.compare",
+    "pack": "sglite.tools.pack",
     "show_config": "sglite.tools.show_config",
     "SGLiteError": "sglite.interface.errors",
     "ConfigError": "sglite.interface.errors",
@@ -84,6 +86,7 @@ __all__ = [
     "StreamChunk",
     "UnsupportedModelError",
     "compare",
+    "pack",
     "register",
     "show_config",
 ]

@@ -103,6 +103,7 @@ def _resolve_config(
             device,
             options,
             options.context_length or loaded.max_positions,
+            loaded.mapped_bytes,
         )
     return EngineConfig.resolve(
         options,

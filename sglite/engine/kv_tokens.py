@@ -18,6 +18,7 @@ def kv_tokens(
     device: torch.device,
     options: LLMOptions,
     context_length: int | None,
+    mapped_bytes: int,
 ) -> int:
     """What the caller asked for, or as many as `options.mem_fraction` of the free memory holds.
 
@@ -29,6 +30,7 @@ def kv_tokens(
         device: where it lies.
         options: with the defaults of the device.
         context_length: tokens of a request at most; None: no limit.
+        mapped_bytes: of files that the model's weights lie in.
 
     Raises:
         OutOfMemoryError: there is no room, or less than was asked for.
@@ -38,9 +40,9 @@ def kv_tokens(
         if device.type == "cuda":
             check_kv_cache_fits(options.kv_cache_tokens, bytes_per_token, device)
             return options.kv_cache_tokens
-        return check_kv_tokens(options.kv_cache_tokens, bytes_per_token)
+        return check_kv_tokens(options.kv_cache_tokens, bytes_per_token, mapped_bytes)
     if device.type == "cpu":
-        return kv_tokens_that_fit(options.mem_fraction, bytes_per_token)
+        return kv_tokens_that_fit(options.mem_fraction, bytes_per_token, mapped_bytes)
     step_bytes = step_memory(
         model,
         layers,

@@ -11,18 +11,27 @@ _CGROUP = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def available_memory() -> int:
-    """Bytes that this process can take without swapping or meeting its control group's limit."""
-    return min(_machine_available(), _control_group_available())
+def available_memory(mapped_bytes: int = 0) -> int:
+    """Bytes that this process can take without swapping or meeting its control group's limit.
+
+    Args:
+        mapped_bytes: of files that are to stay in memory, though the system could drop them.
+    """
+    return max(0, min(_machine_available(), _control_group_available()) - mapped_bytes)
 
 
-def kv_tokens_that_fit(mem_fraction: float, bytes_per_token: int) -> int:
+def kv_tokens_that_fit(mem_fraction: float, bytes_per_token: int, mapped_bytes: int = 0) -> int:
     """How many tokens' keys and values fit into a share of the memory that is still available.
+
+    Args:
+        mem_fraction: the share.
+        bytes_per_token: of keys and values.
+        mapped_bytes: as for `available_memory`.
 
     Raises:
         OutOfMemoryError: not even one.
     """
-    available = available_memory()
+    available = available_memory(mapped_bytes)
     tokens = int(available * mem_fraction) // bytes_per_token
     if tokens < 1:
         raise OutOfMemoryError(
@@ -33,13 +42,17 @@ def kv_tokens_that_fit(mem_fraction: float, bytes_per_token: int) -> int:
     return tokens
 
 
-def check_kv_tokens(tokens: int, bytes_per_token: int) -> int:
+def check_kv_tokens(tokens: int, bytes_per_token: int, mapped_bytes: int = 0) -> int:
     """Gives back `tokens` if the memory that is available holds so many tokens' keys and values.
+
+    Args:
+        tokens, bytes_per_token: how many, and the size of each.
+        mapped_bytes: as for `available_memory`.
 
     Raises:
         OutOfMemoryError: it does not.
     """
-    available = available_memory()
+    available = available_memory(mapped_bytes)
     if tokens * bytes_per_token > available:
         raise OutOfMemoryError(
             f"kv_cache_tokens={tokens} needs {tokens * bytes_per_token} bytes, {bytes_per_token} "

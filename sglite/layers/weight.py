@@ -89,6 +89,21 @@ class Weight:
         """
         self._stored = tuple(segments)
 
+    def adopt(self, stored: PackedWeight | QuantizedWeight) -> None:
+        """Has the ops read what is packed already, where it lies; its dtype is the weight's.
+
+        Raises:
+            ValueError: it is of another shape.
+        """
+        if tuple(stored.shape) != self.shape:
+            raise ValueError(
+                f"{self.name or 'a weight'}: expected {list(self.shape)}, got {list(stored.shape)}"
+            )
+        self.dtype = stored.dtype
+        if isinstance(stored, QuantizedWeight):
+            self.layout, self._order = stored.layout, stored.order
+        self._stored = stored
+
     def give_back(self) -> None:
         """Forgets what it has borrowed; it is to be written now."""
         self._stored = None
@@ -181,7 +196,9 @@ class Weight:
 
     def _allocate(self) -> PackedWeight | QuantizedWeight | Tensor:
         if self.layout is not None:
-            return QuantizedWeight(*self.shape, self.layout, self.dtype, self._order, self.memory)
+            return QuantizedWeight.empty(
+                *self.shape, self.layout, self.dtype, self._order, self.memory
+            )
         if self.device.type == "cpu":
             return PackedWeight.empty(*self.shape, self.dtype, self.memory)
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)

@@ -13,7 +13,13 @@ from transformers import PreTrainedTokenizerFast
 from sglite.interface.errors import CheckpointError, UnsupportedModelError
 from sglite.interface.files import read_json
 from sglite.models.hub import download_checkpoint, download_tokenizer
-from sglite.models.safetensors_file import INDEX_FILE, WEIGHT_FILE, no_weights, read_index
+from sglite.models.safetensors_file import (
+    INDEX_FILE,
+    PACKED_FILE,
+    WEIGHT_FILE,
+    no_weights,
+    read_index,
+)
 
 _SHIPPED = Path(__file__).parent.parent / "checkpoints"
 _SHIPPED_NAMES = ("demo", "demo-vl")  # a language model; one that takes pictures as well
@@ -216,6 +222,8 @@ def _find_folder(name: str, *, is_path: bool) -> Path | None:
 
 
 def _find_weight_files(folder: Path) -> tuple[Path, ...]:
+    if (folder / PACKED_FILE).exists():
+        return (folder / PACKED_FILE,)
     if (folder / INDEX_FILE).exists():
         files = [folder / name for name in sorted(read_index(folder / INDEX_FILE))]
         missing = [file.name for file in files if not file.exists()]

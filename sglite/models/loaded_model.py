@@ -31,6 +31,7 @@ class LoadedModel:
         whole_config: the Hugging Face config of all parts, where there are several.
         can_be_batch_invariant: whether a row's bits need not depend on what shares its batch, as
             far as the model's parts are concerned.
+        mapped_bytes: of files that weights lie in, which the system still counts as free memory.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class LoadedModel:
     end_token_ids: tuple[int, ...]
     whole_config: Any = None
     can_be_batch_invariant: bool = True
+    mapped_bytes: int = 0
 
 
 def check_room(needed: int, device: torch.device, room: int) -> None:

@@ -29,6 +29,7 @@ from sglite.models.config import (
     resolve_dtype,
 )
 from sglite.models.loaded_model import LoadedModel, check_room
+from sglite.models.packed_checkpoint import entries_of, map_weights, packed_settings
 from sglite.models.quantization import AT_LOAD, quantize_at_load, resolve_quantization
 from sglite.models.registry import ModelRegistry
 from sglite.models.safetensors_file import SafetensorsFile, TensorEntry
@@ -78,11 +79,16 @@ def load_model(
     Raises:
         CheckpointError: a file cannot be read, or does not fit the model.
         UnsupportedModelError: something that the checkpoint asks for is not implemented.
-        ConfigError: `context_length` is above the model's limit, `batch_invariant` asked for with
+        ConfigError: a packed checkpoint is asked for in another way than it was packed;
+            `context_length` is above the model's limit, `batch_invariant` asked for with
             float32 on a GPU, or `quantization` unknown, or not what the checkpoint holds.
         OutOfMemoryError: the weights do not fit into the room.
     """
-    quantization, quantized_format = resolve_quantization(quantization, checkpoint)
+    packed = packed_settings(checkpoint, dtype=dtype, quantization=quantization, device=device)
+    if packed is None:
+        quantization, quantized_format = resolve_quantization(quantization, checkpoint)
+    else:
+        dtype, quantization, quantized_format = packed.dtype, packed.quantization, None
     if quantization is not None and device.type != "cpu":
         raise UnsupportedModelError(
             f"quantised weights ({quantization}) run on the CPU alone: pass device='cpu'"
@@ -90,7 +96,13 @@ def load_model(
     by_hugging_face = architecture == BY_HUGGING_FACE
     names = architectures_of(checkpoint, None if by_hugging_face else architecture)
     registered = ModelRegistry.find(names)
-    if by_hugging_face or registered is None or _is_hugging_face(registered):
+    if by_hugging_face or registered is None or is_hugging_face(registered):
+        if packed is not None:
+            raise UnsupportedModelError(
+                f"{' or '.join(names)} runs by Hugging Face's class here, which takes no packed "
+                f"weights: register the class that they were packed for, or pass the original "
+                f"checkpoint"
+            )
         # Imported here, since few need it: it imports Hugging Face's modelling code.
         from sglite.models.transformers_loading import load_unregistered
 
@@ -116,7 +128,10 @@ def load_model(
     generation_defaults = GenerationDefaults.from_generation_config(checkpoint.generation_config)
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in checkpoint.weight_files]
-        entries = {entry.name: entry for file in files for entry in file.entries.values()}
+        if packed is None:
+            entries = {entry.name: entry for file in files for entry in file.entries.values()}
+        else:
+            entries = entries_of(files[0])
         check_counts(whole_config, entries)
         takes_whole = getattr(model_class, "takes_whole_config", False)
         model = _build(model_class, name, whole_config if takes_whole else config, checkpoint)
@@ -128,7 +143,7 @@ def load_model(
                 "run in float32: pass another dtype"
             )
         _set_dtype(model, run_dtype)
-        if quantization in AT_LOAD:
+        if packed is None and quantization in AT_LOAD:
             quantize_at_load(model, quantization)
         if room is not None:
             _check_room(model, device, room)
@@ -139,7 +154,11 @@ def load_model(
         kv_layers = kv_layers_of(model)
         if before_reading is not None:
             before_reading()
-        load_weights(model, files, quantized_format)
+        mapped_bytes = 0
+        if packed is None:
+            load_weights(model, files, quantized_format)
+        else:
+            mapped_bytes = map_weights(model, files[0], run_dtype)
     for module in model.modules():
         if hasattr(module, "batch_invariant"):
             module.batch_invariant = batch_invariant
@@ -155,10 +174,11 @@ def load_model(
         kv_layers=kv_layers,
         generation_defaults=generation_defaults,
         end_token_ids=generation_defaults.eos_token_ids or end_token_ids_of(config),
+        mapped_bytes=mapped_bytes,
     )
 
 
-def _is_hugging_face(model_class: type[nn.Module]) -> bool:
+def is_hugging_face(model_class: type[nn.Module]) -> bool:
     """Whether a class is one for transformers; told by name, as the import takes a second."""
     return any(base.__name__ == "PreTrainedModel" for base in model_class.__mro__)
 

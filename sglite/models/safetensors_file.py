@@ -24,6 +24,8 @@ from sglite.interface.errors import CheckpointError
 INDEX_FILE = "model.safetensors.index.json"
 #: The weights, where they are one file.
 WEIGHT_FILE = "model.safetensors"
+#: The weights, where `sglite.pack` has written them.
+PACKED_FILE = "packed.safetensors"
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,6 +41,8 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+#: The format's names of dtypes.
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LONGEST_HEADER = 100_000_000  # as the format's own library has it
 _MOST_DIMENSIONS = 64  # torch's limit
@@ -74,6 +78,7 @@ class SafetensorsFile:
     Attributes:
         path: the file.
         entries: name to entry, in the order of the data.
+        metadata: what else the header says, by names of its writer's choice.
 
     Raises:
         CheckpointError: the file cannot be opened, is cut short, or its header is no sound one; the
@@ -89,9 +94,11 @@ class SafetensorsFile:
                 size = file.seek(0, 2)
                 file.seek(0)
                 header, data_start = self._read_header(file, size)
+                self.metadata = self._read_metadata(header)
                 self.entries = self._read_entries(header, data_start, size)
                 # Private and writable, since torch takes no read-only memory; nothing is written.
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._is_kept = False
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -102,8 +109,13 @@ class SafetensorsFile:
         self.close()
 
     def close(self) -> None:
-        """Unmaps the file. Tensors that it gave out must be gone."""
-        self._map.close()
+        """Unmaps the file, unless it is kept. Tensors that it gave out must be gone."""
+        if not self._is_kept:
+            self._map.close()
+
+    def keep_mapped(self) -> None:
+        """Has the mapping live as long as any tensor that was read, whatever is closed."""
+        self._is_kept = True
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor, over the mapped file: no copy, and valid until `release` or `close`.
@@ -158,8 +170,13 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: the header is no JSON: {error}") from error
         if not isinstance(header, dict):
             raise CheckpointError(f"{self.path}: the header is no JSON object")
-        header.pop("__metadata__", None)
         return header, 8 + length
+
+    def _read_metadata(self, header: dict) -> dict[str, str]:
+        metadata = header.pop("__metadata__", None)
+        if not isinstance(metadata, dict):
+            return {}
+        return {name: text for name, text in metadata.items() if isinstance(text, str)}
 
     def _read_entries(self, header: dict, data_start: int, size: int) -> dict[str, TensorEntry]:
         entries = [self._entry(name, fields, data_start) for name, fields in header.items()]

@@ -80,13 +80,12 @@ class QuantizedWeight:
 
     Panels are as those of `PackedWeight`, and a step holds 8 values of k: `codes` is
     [ceil(n / 32), ceil(k / 8), 8, 32] int8 for 8 bits, and [ceil(n / 32), ceil(k / 8), 32] int32
-    for 4 bits, each word 8 nibbles. The CPU alone takes it. Codes lie in `memory`, or in memory of
-    their own.
+    for 4 bits, each word 8 nibbles. Rows beyond n are zero. The CPU alone takes it.
 
     Attributes:
         codes: the tensor with the panels.
         scales: [ceil(n / 32), groups, 32].
-        zeros: like `scales`, int8; or None.
+        zeros: like `scales`, int8; None where the layout has none.
         layout: bits, group size and so on.
         order: [k] int64 where columns are stored in another order, as groups of columns that are
             no neighbours need: stored column i is the weight's column `order[i]`. None: as they
@@ -94,41 +93,67 @@ class QuantizedWeight:
         n: rows of the weight (outputs of the layer).
         k: columns of the weight (inputs of the layer).
         dtype: what x has to be, and what the weight reads back as.
+
+    Raises:
+        ValueError: the layout does not fit, or a tensor is not as said above.
     """
 
     __slots__ = ("arguments", "codes", "dtype", "k", "layout", "n", "order", "scales", "zeros")
 
     def __init__(
         self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        layout: QuantizedLayout,
         n: int,
         k: int,
-        layout: QuantizedLayout,
         dtype: torch.dtype,
         order: Tensor | None = None,
-        memory: WeightMemory | None = None,
     ):
-        if n < 1 or k < 1:
-            raise ValueError(f"QuantizedWeight: expected n and k of 1 or more, got n={n}, k={k}")
-        if problem := layout.problem(k):
-            raise ValueError(f"QuantizedWeight [{n}, {k}]: {problem}")
-        panels, steps = -(-n // PANEL_COLUMNS), -(-k // STEP_DEPTH)
-        if layout.bits == 8:
-            codes = new_panels((panels, steps, STEP_DEPTH, PANEL_COLUMNS), torch.int8, memory)
-        else:
-            codes = new_panels((panels, steps, PANEL_COLUMNS), torch.int32, memory)
-        if n % PANEL_COLUMNS:
-            codes[-1].zero_()
-        shape = (panels, layout.num_groups(k), PANEL_COLUMNS)
+        expected = quantized_shapes(n, k, layout)
+        given = {"codes": codes, "scales": scales, "zeros": zeros, "order": order}
+        for name, (shape, kind) in expected.items():
+            tensor = given[name]
+            found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+            if found != (shape, kind):
+                raise ValueError(
+                    f"QuantizedWeight [{n}, {k}]: {name}: expected {list(shape)} of {kind}, got "
+                    f"{'none' if found is None else f'{list(found[0])} of {found[1]}'}"
+                )
+        if zeros is not None and not layout.has_zeros:
+            raise ValueError(f"QuantizedWeight [{n}, {k}]: zeros: the layout has no zero points")
         self.codes = codes
-        self.scales = torch.zeros(shape, dtype=layout.scale_dtype)
-        self.zeros = torch.zeros(shape, dtype=torch.int8) if layout.has_zeros else None
+        self.scales = scales
+        self.zeros = zeros
         self.layout = layout
         self.order = order
         self.n = n
         self.k = k
         self.dtype = dtype
         #: What the kernels take.
-        self.arguments = (codes, self.scales, self.zeros, n, k, layout.group_size)
+        self.arguments = (codes, scales, zeros, n, k, layout.group_size)
+
+    @classmethod
+    def empty(
+        cls,
+        n: int,
+        k: int,
+        layout: QuantizedLayout,
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+        memory: WeightMemory | None = None,
+    ) -> "QuantizedWeight":
+        """A weight whose rows are still to be written; its codes lie in `memory` if given."""
+        shapes = quantized_shapes(n, k, layout)
+        codes = new_panels(*shapes["codes"], memory)
+        if n % PANEL_COLUMNS:
+            codes[-1].zero_()
+        scales, zeros = (
+            torch.zeros(shapes[name][0], dtype=shapes[name][1]) if name in shapes else None
+            for name in ("scales", "zeros")
+        )
+        return cls(codes, scales, zeros, layout, n, k, dtype, order)
 
     @property
     def shape(self) -> torch.Size:
@@ -214,12 +239,36 @@ class QuantizedWeight:
         )
 
 
+def quantized_shapes(
+    n: int, k: int, layout: QuantizedLayout
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the tensors that a quantised weight [n, k] consists of.
+
+    Raises:
+        ValueError: there is no such weight.
+    """
+    if n < 1 or k < 1:
+        raise ValueError(f"QuantizedWeight: expected n and k of 1 or more, got n={n}, k={k}")
+    if problem := layout.problem(k):
+        raise ValueError(f"QuantizedWeight [{n}, {k}]: {problem}")
+    panels, steps = -(-n // PANEL_COLUMNS), -(-k // STEP_DEPTH)
+    groups = (panels, layout.num_groups(k), PANEL_COLUMNS)
+    shapes = {"scales": (groups, layout.scale_dtype)}
+    if layout.bits == 8:
+        shapes["codes"] = (panels, steps, STEP_DEPTH, PANEL_COLUMNS), torch.int8
+    else:
+        shapes["codes"] = (panels, steps, PANEL_COLUMNS), torch.int32
+    if layout.has_zeros:
+        shapes["zeros"] = groups, torch.int8
+    return shapes
+
+
 def quantize_weight(weight: Tensor, layout: QuantizedLayout) -> QuantizedWeight:
     """Quantises a plain weight [n, k] of float32, bfloat16 or float16."""
     if weight.ndim != 2:
         raise ValueError(
             f"quantize_weight: weight: expected [n, k], got shape {list(weight.shape)}"
         )
-    quantized = QuantizedWeight(*weight.shape, layout, weight.dtype)
+    quantized = QuantizedWeight.empty(*weight.shape, layout, weight.dtype)
     quantized.quantize_rows(0, weight)
     return quantized

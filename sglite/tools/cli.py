@@ -1,4 +1,4 @@
-"""The command line, for a first try and for bug reports: generate, chat, compare, eval, config."""
+"""The command line, for a first try and bug reports: generate, chat, compare, eval, pack, ..."""
 
 import argparse
 import ast
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sglite.interface.errors import InvalidRequestError, SGLiteError
 from sglite.llm import LLM
+from sglite.tools.pack import pack
 from sglite.tools.show_config import show_config
 
 _PLACE = "<image>"  # of a picture in a prompt, with every model
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_compare(commands)
     _add_eval(commands)
+    _add_pack(commands)
 
     config = commands.add_parser("config", help="print versions and what was built in")
     config.set_defaults(run=lambda options: show_config())
@@ -144,6 +146,18 @@ def _add_eval(commands: Any) -> None:
         help="an argument of LLM(...), such as --llm dtype=float32; may be repeated",
     )
     evaluate.set_defaults(run=_evaluate)
+
+
+def _add_pack(commands: Any) -> None:
+    pack = commands.add_parser(
+        "pack", help="write a checkpoint that starts at once on a CPU, whatever its size"
+    )
+    pack.add_argument("model", help='a folder, a hub id or "demo"')
+    pack.add_argument("folder", help="to be made")
+    pack.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16")
+    pack.add_argument("--quantization", help="int8 or int4: quantise the weights as well")
+    pack.add_argument("--architecture", help="a registered class instead of config.json's")
+    pack.set_defaults(run=_pack)
 
 
 def _settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
@@ -222,6 +236,17 @@ def _compare(options: argparse.Namespace) -> int:
     # One line of its own, which stays whole however narrow the terminal is.
     print(report.verdict, file=sys.stderr if options.json else sys.stdout)
     return 0 if report.passed else 1
+
+
+def _pack(options: argparse.Namespace) -> None:
+    folder = pack(
+        options.model,
+        options.folder,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        architecture=options.architecture,
+    )
+    print(f'{folder} is ready: LLM("{folder}")')
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -163,13 +163,6 @@ class TestTable:
             sizes.append(table.cos_sin.shape[0])
         assert sizes == [4096, 4096, 4096, 8192, 8192, 53_248, 100_000, 100_000]
 
-    def test_a_row_does_not_depend_on_how_the_table_grew(self):
-        at_once, by_pieces = (get_rope(24, 24, 10_000).table for _ in range(2))
-        at_once.grow_for(torch.tensor([9999]))
-        for largest in (3, 4096, 9999):
-            by_pieces.grow_for(torch.tensor([largest]))
-        assert torch.equal(at_once.cos_sin, by_pieces.cos_sin)
-
     @pytest.mark.parametrize("default", ["cpu", "meta"])
     def test_the_default_device_changes_no_frequency(self, default):
         with torch.device(default):

@@ -274,7 +274,7 @@ def test_weights_that_do_not_fit_each_other_are_refused(arguments, name, message
 
 def test_a_weight_whose_columns_are_in_another_order_is_not_taken():
     layout, order = ops.QuantizedLayout(8, 8), torch.randperm(16)
-    weight = ops.QuantizedWeight(32, 16, layout, torch.float32, order)
+    weight = ops.QuantizedWeight.empty(32, 16, layout, torch.float32, order)
     assert ops.LinearPart.of(weight, None) is None
 
 

@@ -280,7 +280,7 @@ def test_columns_in_another_order_are_left_to_single_ops():
     layout = ops.QuantizedLayout(8, 8)
     ordered = []
     for matrix in gate_up:
-        ordered.append(ops.QuantizedWeight(*matrix.shape, layout, matrix.dtype, order))
+        ordered.append(ops.QuantizedWeight.empty(*matrix.shape, layout, matrix.dtype, order))
         ordered[-1].quantize_rows(0, matrix[:, order])
     down = store(down, None)
     actual = ops.mix_experts(x, weights, experts, ordered, down, activation="silu")

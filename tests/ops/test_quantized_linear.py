@@ -38,7 +38,7 @@ def numbers(rows, layout):
 
 def make(generator, n, k, layout, dtype):
     rows = draw_rows(generator, n, k, layout)
-    weight = QuantizedWeight(n, k, layout, dtype)
+    weight = QuantizedWeight.empty(n, k, layout, dtype)
     weight.write_rows(0, rows)
     return weight, numbers(rows, layout)
 
@@ -118,7 +118,7 @@ def test_a_row_keeps_its_bits_whatever_surrounds_it(
     zeros = half.zeros
     if has_zeros:
         zeros = torch.cat([half.zeros, half.zeros], -1)[:, : layout.num_groups(k)]
-    weight = QuantizedWeight(n, k, layout, dtype)
+    weight = QuantizedWeight.empty(n, k, layout, dtype)
     weight.write_rows(0, QuantizedRows(codes, scales, zeros))
     x = torch.randn(230, k // 2, generator=generator).to(dtype)
     x = torch.cat([x, x], -1)
@@ -157,7 +157,7 @@ def test_reads_back_what_the_codes_stand_for(dtype, n, k, layout, cut, path, see
     """Written in two parts whose border may be in a panel; rounded once, from float32."""
     generator = torch.Generator().manual_seed(seed)
     rows = draw_rows(generator, n, k, layout)
-    weight = QuantizedWeight(n, k, layout, dtype)
+    weight = QuantizedWeight.empty(n, k, layout, dtype)
     border = int(cut * n)
     zeros = [None, None] if rows.zeros is None else [rows.zeros[:border], rows.zeros[border:]]
     before = _C.cpu_path()
@@ -185,7 +185,7 @@ def test_columns_in_another_order():
     layout = QuantizedLayout(4, 32)
     order = torch.randperm(96, generator=generator)
     stored = draw_rows(generator, 50, 96, layout)
-    weight = QuantizedWeight(50, 96, layout, torch.float32, order)
+    weight = QuantizedWeight.empty(50, 96, layout, torch.float32, order)
     weight.write_rows(0, stored)
     expected = torch.empty(50, 96)
     expected[:, order] = stored.dequantize(32)
@@ -204,7 +204,7 @@ def test_quantising_rounds_to_the_nearest_code(cpu_path, dtype, bits, k, group_s
     rows[3] = 0
     layout = QuantizedLayout(bits, group_size, scale_dtype=scale_dtype)
     weight = ops.quantize_weight(rows, layout)
-    expected = QuantizedWeight(37, k, layout, dtype)
+    expected = QuantizedWeight.empty(37, k, layout, dtype)
     expected.write_rows(0, reference.quantize_rows(rows, layout))
     assert torch.equal(weight.codes, expected.codes)
     assert torch.equal(weight.scales, expected.scales)
@@ -244,6 +244,6 @@ def test_errors_name_what_is_wrong():
         ({"scale_dtype": torch.float64}, "scales of torch.float64"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
-            QuantizedWeight(10, 300, dataclasses.replace(layout, **bad), torch.float32)
+            QuantizedWeight.empty(10, 300, dataclasses.replace(layout, **bad), torch.float32)
     with pytest.raises(ValueError, match="rows 5 to 15 of a weight with 10 rows"):
         weight.write_rows(5, reference.quantize_rows(torch.randn(10, 128), layout))

@@ -45,7 +45,7 @@ def test_quantises_as_one_at_a_time(dtype, bits, group_size):
     layout = QuantizedLayout(bits, group_size)
     writer, memory = WeightWriter(), WeightMemory()
     plain = [torch.randn(shape).to(dtype) for shape in SHAPES]
-    written = [QuantizedWeight(*w.shape, layout, dtype, memory=memory) for w in plain]
+    written = [QuantizedWeight.empty(*w.shape, layout, dtype, memory=memory) for w in plain]
     for quantized, weight in zip(written, plain, strict=True):
         middle = len(weight) // 3
         writer.add(quantized, middle, weight[middle:])
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused_when_it_is_noted():
         writer.add(packed, 0, torch.zeros(8, 16))
     with pytest.raises(ValueError, match="rows 4 to 12 of a weight with 8 rows"):
         writer.add(packed, 4, torch.zeros(8, 16).bfloat16())
-    with_zeros = QuantizedWeight(8, 16, QuantizedLayout(8, 16, has_zeros=True), torch.float32)
+    with_zeros = QuantizedWeight.empty(8, 16, QuantizedLayout(8, 16, has_zeros=True), torch.float32)
     with pytest.raises(ValueError, match="without zero points"):
         writer.add(with_zeros, 0, torch.zeros(8, 16))
     writer.run()

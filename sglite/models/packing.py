@@ -1,0 +1,118 @@
+"""Writing a checkpoint whose weights lie as the kernels of the CPU read them."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sglite.interface.errors import ConfigError, UnsupportedModelError
+from sglite.models.checkpoint import Checkpoint
+from sglite.models.config import architectures_of
+from sglite.models.loaded_model import LoadedModel
+from sglite.models.loader import BY_HUGGING_FACE, is_hugging_face
+from sglite.models.packed_checkpoint import SETTINGS, PackedSettings, packed_tensors
+from sglite.models.registry import ModelRegistry
+from sglite.models.safetensors_file import DTYPE_NAMES, PACKED_FILE
+
+# What a folder may hold beside config, tokenizer and processors: weights, in whatever form.
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".onnx")
+# The one folder in a checkpoint that is no second set of weights.
+_TEMPLATES = "additional_chat_templates"
+_CACHE_LINE = 64
+
+
+def check_can_be_packed(checkpoint: Checkpoint, architecture: str | None, folder: Path) -> None:
+    """Refuses what `write_packed` could not write or nobody could read, before weights are read.
+
+    Raises:
+        ConfigError: something is in `folder` already.
+        UnsupportedModelError: the checkpoint is packed already, or runs by Hugging Face's class.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already: pass a new folder for the packed checkpoint")
+    if checkpoint.weight_files[0].name == PACKED_FILE:
+        raise UnsupportedModelError(f"{checkpoint.folder} is packed already")
+    by_hugging_face = architecture == BY_HUGGING_FACE
+    names = architectures_of(checkpoint, None if by_hugging_face else architecture)
+    found = ModelRegistry.find(names)
+    if by_hugging_face or found is None or is_hugging_face(found):
+        raise UnsupportedModelError(
+            f"{' or '.join(names)} runs by Hugging Face's class, whose weights are not packed; "
+            f"`sglite.ModelRegistry.models` lists the architectures that are"
+        )
+
+
+def write_packed(
+    checkpoint: Checkpoint, loaded: LoadedModel, architecture: str | None, folder: Path
+) -> None:
+    """Writes the packed checkpoint of a model that was loaded, all of it or nothing.
+
+    Args:
+        checkpoint: whose config, tokenizer and so on are copied.
+        loaded: its model, on the CPU.
+        architecture: to be named in the new `config.json`; None: as the checkpoint has it.
+        folder: to be made.
+    """
+    config = dict(checkpoint.config)
+    if architecture is not None:
+        config["architectures"] = [architecture]
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    config[SETTINGS] = asdict(PackedSettings(dtype, loaded.quantization))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+        made = Path(unfinished) / folder.name
+        shutil.copytree(checkpoint.folder, made, ignore=_ignored(checkpoint.folder))
+        # A new file: what was copied may be a link, or not be writable.
+        (made / "config.json").unlink()
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_aligned(made / PACKED_FILE, *packed_tensors(loaded.model))
+        os.replace(made, folder)
+
+
+def write_aligned(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file in which tensors of whole cache lines begin at one.
+
+    The format's own library sorts tensors by dtype, and puts the first of them anywhere.
+
+    Args:
+        path: the file, written anew.
+        tensors: on the CPU, contiguous.
+        metadata: for the header.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: item[1].nbytes % _CACHE_LINE > 0)
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, tensor in ordered:
+        stop = position + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _CACHE_LINE)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, tensor in ordered:
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _ignored(folder: Path):
+    def choose(here: str, names: list[str]) -> list[str]:
+        return [
+            name
+            for name in names
+            if name.endswith(_WEIGHTS)
+            or name.startswith(".")
+            or (Path(here) == folder and (folder / name).is_dir() and name != _TEMPLATES)
+        ]
+
+    return choose
