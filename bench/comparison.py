@@ -34,6 +34,7 @@ def compare(
     repeats: int,
     startups: int,
     say: Callable[[str], None],
+    packed: bool = False,
 ) -> dict:
     """Runs every workload on every engine, and gives all that was measured, ready for JSON.
 
@@ -50,6 +51,8 @@ def compare(
         repeats: how often each workload runs, every time with other prompts.
         startups: how often each engine starts; the last time it stays for the workloads.
         say: is told what is happening.
+        packed: whether our engine gets the checkpoint packed, as peers get it converted; its start
+            from the checkpoint itself is measured as well.
 
     Raises:
         EngineError: our engine failed.
@@ -66,6 +69,8 @@ def compare(
         "num_threads": num_threads,
         "dtype": dtype,
         "quantization": quantization,
+        "packed": packed,
+        "startup_seconds_not_packed": [],
         "weights": dataclasses.asdict(weights),
         "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "kv_bytes": kv_bytes_per_token(folder, dtype) * kv_tokens,
@@ -90,12 +95,18 @@ def compare(
 
     with contextlib.ExitStack() as stack:
         for startup in range(startups):
+            if packed:
+                with EngineProcess(ours, engines[ours], num_threads) as engine:
+                    loaded = engine.load(folder, dtype, kv_tokens, quantization)
+                    say(f"{ours}, not packed: first token after {loaded['seconds']:.2f} s")
+                    result["startup_seconds_not_packed"].append(loaded["seconds"])
+                    engine.quit()
             for name, python in engines.items():
                 if name in result["failures"]:
                     continue
                 with unless_a_peer_fails(name, "start"), contextlib.ExitStack() as one:
                     model = converted_folder(
-                        name,
+                        "sglite_packed" if name == ours and packed else name,
                         python,
                         folder,
                         dtype=dtype,
@@ -125,7 +136,8 @@ def compare(
             }
         for repeat in range(repeats):
             result["limits"].append(limits_now(num_threads))
-            for workload in workloads:
+            # To and fro, so that what drifts does not always fall on the last.
+            for workload in workloads if repeat % 2 == 0 else reversed(workloads):
                 prompts = workload.prompts(repeat, vocab_size_of(folder))
                 record = result["workloads"][workload.name]
                 for name, engine in list(alive.items()):

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -59,3 +60,18 @@ def converted_folder(
         raise ConversionError(f"{name} does not convert {folder.name}:\n{done.stdout[-4000:]}")
     unfinished.rename(output)
     return output
+
+
+def packed_folder(folder: Path, dtype: str, quantization: str | None, cache_folder: Path) -> Path:
+    """What `sglite.pack` makes of a checkpoint, likewise.
+
+    Args: as those of `converted_folder`.
+    """
+    return converted_folder(
+        "sglite_packed",
+        sys.executable,
+        folder,
+        dtype=dtype,
+        quantization=quantization,
+        cache_folder=cache_folder,
+    )

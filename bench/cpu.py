@@ -45,7 +45,11 @@ def goals(result: dict) -> Iterator[list[str]]:
         wanted = f"{READING_SHARE:.0%}"
         yield ["single, share of the limit", f"{share:.0%}", "", "", wanted, _mark(share >= 0.85)]
     if not quantized:
-        yield _startup_goal(result)
+        mine = result["engines"][next(iter(result["engines"]))]["startup_seconds"]
+        if result.get("packed"):
+            yield _startup_goal(result, "start-up to first token, packed, s", mine)
+            mine = result["startup_seconds_not_packed"]
+        yield _startup_goal(result, "start-up to first token, s", mine)
     yield _memory_goal(result)
 
 
@@ -69,23 +73,15 @@ def _rate_goal(result: dict, name: str, factor: float) -> list[str]:
     ]
 
 
-def _startup_goal(result: dict) -> list[str]:
+def _startup_goal(result: dict, label: str, seconds: list[float]) -> list[str]:
     """Start-up beside llama.cpp, which maps its file and starts faster than every other peer."""
-    ours, *peers = result["engines"]
-    mine = median(result["engines"][ours]["startup_seconds"])
-    label = "start-up to first token, s"
-    if "llama_cpp" not in peers:
+    mine = median(seconds)
+    if "llama_cpp" not in result["engines"]:
         return [label, f"{mine:.2f}", "no llama_cpp", "", "1.00", ""]
     theirs = median(result["engines"]["llama_cpp"]["startup_seconds"])
     ratio = theirs / mine
-    return [
-        label,
-        f"{mine:.2f}",
-        f"llama_cpp {theirs:.2f}",
-        f"{ratio:.2f}",
-        "1.00",
-        _mark(ratio >= 1),
-    ]
+    reached = _mark(ratio >= 1)
+    return [label, f"{mine:.2f}", f"llama_cpp {theirs:.2f}", f"{ratio:.2f}", "1.00", reached]
 
 
 def _memory_goal(result: dict) -> list[str]:
@@ -118,7 +114,8 @@ def _page(rows: Rows, results: list[dict]) -> str:
     lines += [
         "Ratios are ours over the best peer's of that workload (start-up: its time over ours), of "
         "medians; the bracket holds those of single turns. The limit of one stream is reading all "
-        "weights once a token at the machine's streaming rate. Memory may be the checkpoint (half "
+        'weights once a token at the machine\'s streaming rate. "Packed" starts from what `sglite '
+        "pack` wrote, as llama.cpp from a converted file. Memory may be the checkpoint (half "
         "of it in int8), the KV pool and 200 MB.",
         "",
     ]
@@ -148,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             files.append(options.output_folder / f"throughput-{name}.json")
             if options.summary:
                 continue
-            command = ["--model", model, "--output", str(files[-1])]
+            command = ["--model", model, "--packed", "--output", str(files[-1])]
             command += ["--repeats", str(options.repeats), "--startups", str(options.startups)]
             command += ["--num-threads", str(options.num_threads)]
             if options.cache_folder != default_cache_folder():

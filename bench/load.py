@@ -1,7 +1,8 @@
 """How long a checkpoint takes to load, part by part: `python -m bench.load qwen3-0.6b`.
 
 In every turn one process reads the files, and one for each kind of weight makes an `LLM` and
-generates one token, with the files in the page cache. They are read into one small buffer again and
+generates one token, with the files in the page cache; "packed" is what `sglite.pack` wrote of the
+checkpoint. The files are read into one small buffer again and
 again, and whole into new memory, as weights have to end up. Loading packs the weights into new
 memory, too, which the system has to clear first; on a virtual machine whose host takes back what
 has been free for some seconds (free page reporting), getting it again takes ten times longer.
@@ -25,6 +26,7 @@ from statistics import median
 
 from rich.console import Console
 
+from bench.converted import packed_folder
 from bench.machine import processor
 from bench.models import checkpoint_folder, default_cache_folder
 from bench.report import Rows, markdown_rows, print_rows, spread
@@ -39,10 +41,12 @@ _PARTS = (
     ("sglite.models.loader", "SafetensorsFile", "headers"),
     ("sglite.models.loader", "_build", "modules"),
     ("sglite.models.loader", "load_weights", "weights, read and packed"),
+    ("sglite.models.loader", "map_weights", "weights, mapped"),
     ("sglite.loading", "make_engine", "engine and KV pool"),
 )
 _WHOLE = ("LLM(...)", "first token", "start-up: both")
 _READ = "read"
+_PACKED = "packed"
 _READS = ("reading, one small buffer", "reading, into new memory")
 
 
@@ -60,15 +64,18 @@ def read_once(folder: Path, settle: float) -> dict:
     return {"seconds": seconds}
 
 
-def load_once(folder: Path, quantization: str | None, num_threads: int, settle: float) -> dict:
+def load_once(options: argparse.Namespace) -> dict:
     """One turn of loading, here: seconds of each part, processor seconds, and bytes of memory."""
+    folder = checkpoint_folder(options.model, options.cache_folder)
+    if options.once == _PACKED:
+        folder = packed_folder(folder, "bfloat16", None, options.cache_folder)
     import torch
 
     import sglite.llm
 
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(options.num_threads)
     _read_through(sorted(folder.glob("*.safetensors")))
-    time.sleep(settle)
+    time.sleep(options.settle)
     seconds: dict[str, float] = {}
     for module, name, label in _PARTS:
         _time_calls(sys.modules[module], name, seconds, label)
@@ -79,8 +86,8 @@ def load_once(folder: Path, quantization: str | None, num_threads: int, settle: 
         llm = sglite.llm.LLM(
             str(folder),
             device="cpu",
-            quantization=quantization,
-            num_threads=num_threads,
+            quantization=None if options.once in ("bfloat16", _PACKED) else options.once,
+            num_threads=options.num_threads,
             kv_cache_tokens=4096,
         )
     with _timed(seconds, _WHOLE[1]):
@@ -156,8 +163,11 @@ def table(result: dict) -> Rows:
         figure = spread([turn["seconds"][label] for turn in reads], 2)
         cells.append([f"{label}, s", *(figure for _ in kinds)])
     for label in [*(label for _, _, label in _PARTS), *_WHOLE]:
-        figures = ([turn["seconds"][label] for turn in turns] for turns in kinds.values())
-        cells.append([f"{label}, s", *(spread(values, 2) for values in figures)])
+        figures = (
+            [turn["seconds"][label] for turn in turns if label in turn["seconds"]]
+            for turns in kinds.values()
+        )
+        cells.append([f"{label}, s", *(spread(values, 2) if values else "" for values in figures)])
     for label in _READS:
         row = [f"start-up / {label}"]
         for turns in kinds.values():
@@ -177,7 +187,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a name in bench.models, or a folder")
-    parser.add_argument("--weights", nargs="+", default=["bfloat16", "int8"], metavar="KIND")
+    parser.add_argument(
+        "--weights", nargs="+", default=["bfloat16", "int8", _PACKED], metavar="KIND"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--settle", type=float, default=0.0, metavar="SECONDS", help="(default: 0)")
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -186,12 +198,11 @@ def main() -> None:
     parser.add_argument("--once", metavar="KIND", help="one turn here, as a line of JSON")
     options = parser.parse_args()
     if options.once:
-        folder = checkpoint_folder(options.model, options.cache_folder)
         if options.once == _READ:
+            folder = checkpoint_folder(options.model, options.cache_folder)
             print(json.dumps(read_once(folder, options.settle)))
-            return
-        quantization = None if options.once == "bfloat16" else options.once
-        print(json.dumps(load_once(folder, quantization, options.num_threads, options.settle)))
+        else:
+            print(json.dumps(load_once(options)))
         return
     result = {
         "command": shlex.join(["python", "-m", "bench.load", *sys.argv[1:]]),
@@ -203,7 +214,7 @@ def main() -> None:
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
         lines = ["# Loading", "", f"`{result['command']}`, {result['date']}, {result['machine']}"]
-        lines += [f"load average at the end {result['load_average']:.1f}", ""]
+        lines += [f"; load average at the end {result['load_average']:.1f}", ""]
         options.output.with_suffix(".md").write_text("\n".join([*lines, *markdown_rows(rows)]))
 
 

@@ -46,6 +46,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--quantization", choices=["int8"], help="of the weights")
     parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="ours from what `sglite pack` wrote, as peers start from converted files",
+    )
+    parser.add_argument(
         "--peer",
         action="append",
         default=[],
@@ -112,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_threads=options.num_threads,
         repeats=options.repeats,
         startups=options.startups,
+        packed=options.packed,
         say=lambda text: progress.print(text, style="dim", highlight=False),
     )
     words = sys.argv[1:] if arguments is None else arguments

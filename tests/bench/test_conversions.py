@@ -9,7 +9,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bench.conversions.llama_cpp import interleave_halves, rope_divisors, rope_parameters
 from bench.conversions.safetensors import read_tensors, to_float32
-from bench.converted import ConversionError, converted_folder
+from bench.converted import ConversionError, converted_folder, packed_folder
+from sglite.models.checkpoint import resolve_checkpoint
 
 
 def test_tensors_are_read_as_torch_wrote_them(tmp_path):
@@ -100,3 +101,11 @@ def test_an_engine_that_reads_safetensors_gets_the_checkpoint_itself(tmp_path):
             cache_folder=tmp_path,
         )
         assert folder == tmp_path
+
+
+def test_our_own_packed_checkpoint_is_made_once(tmp_path):
+    demo = resolve_checkpoint("demo").folder
+    made = packed_folder(demo, "bfloat16", "int8", tmp_path)
+    time_made = (made / "packed.safetensors").stat().st_mtime_ns
+    assert packed_folder(demo, "bfloat16", "int8", tmp_path) == made
+    assert (made / "packed.safetensors").stat().st_mtime_ns == time_made

@@ -62,6 +62,14 @@ def test_goals_are_measured_against_the_best_peer():
     assert rows["peak memory above imports, MB"] == ["500", "", "", "500", "yes"]
 
 
+def test_a_packed_start_stands_beside_one_from_the_checkpoint():
+    measured = result({"single": {"sglite": 1.0, "llama_cpp": 1.2}}, sglite=0.5, llama_cpp=0.6)
+    measured |= {"packed": True, "startup_seconds_not_packed": [0.8]}
+    rows = {row[0]: row[1:] for row in cpu.goals(measured)}
+    assert rows["start-up to first token, packed, s"][2:] == ["1.20", "1.00", "yes"]
+    assert rows["start-up to first token, s"][2:] == ["0.75", "1.00", "no"]
+
+
 def test_goals_of_int8():
     measured = result({"single": {"sglite": 1.0, "llama_cpp": 1.2}}, "int8")
     rows = {row[0]: row[1:] for row in cpu.goals(measured)}
