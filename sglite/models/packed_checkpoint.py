@@ -14,7 +14,7 @@ before the file is opened.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -265,7 +265,7 @@ def packed_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def _stored(
-    path: str, matrix: PackedMatrix, dtype: torch.dtype, take: Any
+    path: str, matrix: PackedMatrix, dtype: torch.dtype, take: Callable[[str], Tensor | None]
 ) -> PackedWeight | QuantizedWeight:
     """A weight over what `take` gives of the file by name; raises ValueError if that cannot be."""
     name, layout = f"{path}.weight", matrix.layout
