@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.converted import ConversionError, converted_folder
 from bench.engines import EngineError, EngineProcess
-from bench.machine import processor
+from bench.machine import processor, read_through
 from bench.models import vocab_size_of
 from bench.roofline import kv_bytes_per_token, read_weights
 from bench.workloads import Workload
@@ -49,7 +49,8 @@ def compare(
         cache_folder: for checkpoints in the formats of the peers.
         num_threads: for each engine; only one works at a time.
         repeats: how often each workload runs, every time with other prompts.
-        startups: how often each engine starts; the last time it stays for the workloads.
+        startups: how often each engine starts, with its files in the page cache; the last time it
+            stays for the workloads.
         say: is told what is happening.
         packed: whether our engine gets the checkpoint packed, as peers get it converted; its start
             from the checkpoint itself is measured as well.
@@ -97,6 +98,7 @@ def compare(
         for startup in range(startups):
             if packed:
                 with EngineProcess(ours, engines[ours], num_threads) as engine:
+                    read_through(folder.iterdir())
                     loaded = engine.load(folder, dtype, kv_tokens, quantization)
                     say(f"{ours}, not packed: first token after {loaded['seconds']:.2f} s")
                     result["startup_seconds_not_packed"].append(loaded["seconds"])
@@ -114,6 +116,7 @@ def compare(
                         cache_folder=cache_folder,
                     )
                     engine = one.enter_context(EngineProcess(name, python, num_threads))
+                    read_through(model.iterdir())
                     loaded = engine.load(model, dtype, kv_tokens, quantization)
                     say(f"{name}: first token after {loaded['seconds']:.2f} s")
                     record = result["engines"].setdefault(

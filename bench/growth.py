@@ -5,7 +5,10 @@
     prefix   16 prompts of 512 tokens of which 0 to 100 % are shared, 16 new tokens for each
 
 Writes growth-MODEL.json, .md and three plots, and fails if a larger batch gives our engine fewer
-tokens per second. Plots need matplotlib: `pip install sglite[bench]`.
+tokens per second. `--curve batch` measures a part again and keeps what the file has of the others,
+as a long context takes far longer than all batches.
+
+Plots need matplotlib: `pip install sglite[bench]`.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from bench.workloads import Workload
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 SHARES = (0, 25, 50, 75, 100)  # per cent
+CURVES = ("batch", "context", "prefix")
 _CONTEXT_NEW_TOKENS = 32
 _PREFIX_PROMPT_TOKENS = 512
 #: What a larger batch may lose in every turn before it counts as slower: less is noise.
@@ -52,13 +56,16 @@ def prefix_workload(share: int) -> Workload:
     return Workload(f"prefix {share} %", 16, shared, _PREFIX_PROMPT_TOKENS - shared, 16)
 
 
-def all_workloads(longest: int) -> Iterator[Workload]:
-    """What is measured of a model that takes `longest` tokens of prompt and answer."""
-    yield from map(batch_workload, BATCHES)
-    for context in _contexts(longest):
-        yield context_workload(context, 1)
-        yield context_workload(context, _CONTEXT_NEW_TOKENS)
-    yield from map(prefix_workload, SHARES)
+def workloads_of(curve: str, longest: int) -> Iterator[Workload]:
+    """What is measured for a curve of a model that takes `longest` tokens of prompt and answer."""
+    if curve == "batch":
+        yield from map(batch_workload, BATCHES)
+    elif curve == "context":
+        for context in _contexts(longest):
+            yield context_workload(context, 1)
+            yield context_workload(context, _CONTEXT_NEW_TOKENS)
+    else:
+        yield from map(prefix_workload, SHARES)
 
 
 def _contexts(longest: int) -> list[int]:
@@ -104,6 +111,27 @@ def slower_batches(rates: dict[int, list[float]], margin: float = _MARGIN) -> li
         for small, large in combinations(sorted(rates), 2)
         if all(b < a * (1 - margin) for a, b in zip(rates[small], rates[large], strict=True))
     ]
+
+
+def merged(earlier: dict, later: dict) -> dict:
+    """A result whose curves were measured at different times.
+
+    Raises:
+        ValueError: not of the same engines, kind of weights and machine.
+    """
+    for key in ("machine", "num_threads", "dtype"):
+        if earlier[key] != later[key]:
+            raise ValueError(f"{key}: {earlier[key]} before, {later[key]} now")
+    if earlier["engines"].keys() != later["engines"].keys():
+        raise ValueError(
+            f"engines: {list(earlier['engines'])} before, {list(later['engines'])} now"
+        )
+    return {
+        **later,
+        "command": f"{earlier['command']} ({earlier['date']}), then {later['command']}",
+        "limits": earlier["limits"] + later["limits"],
+        "workloads": earlier["workloads"] | later["workloads"],
+    }
 
 
 def tables(result: dict) -> list[Rows]:
@@ -196,6 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     peers = [name for name in engine_names() if name != "sglite"]
     parser.add_argument("--peer", action="append", default=[], choices=peers)
+    parser.add_argument("--curve", action="append", choices=CURVES, help="(default: all)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--num-threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cache-folder", type=Path, default=default_cache_folder())
@@ -207,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     measured = compare(
         {"sglite": sys.executable, **{name: python_of(name) for name in options.peer}},
         folder,
-        list(all_workloads(longest)),
+        [w for curve in options.curve or CURVES for w in workloads_of(curve, longest)],
         dtype=options.dtype,
         quantization=None,
         cache_folder=options.cache_folder,
@@ -227,6 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
         **measured,
     }
     stem = options.output_folder / f"growth-{result['model']}"
+    if options.curve:
+        result = merged(json.loads(stem.with_name(stem.name + ".json").read_text()), result)
     options.output_folder.mkdir(parents=True, exist_ok=True)
     stem.with_name(stem.name + ".json").write_text(json.dumps(result) + "\n")
     stem.with_name(stem.name + ".md").write_text(markdown(result, plot(result, stem)))

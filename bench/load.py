@@ -27,12 +27,11 @@ from statistics import median
 from rich.console import Console
 
 from bench.converted import packed_folder
-from bench.machine import processor
+from bench.machine import processor, read_through
 from bench.models import checkpoint_folder, default_cache_folder
 from bench.report import Rows, markdown_rows, print_rows, spread
 
 _ROOT = Path(__file__).resolve().parents[1]
-_BUFFER = 1 << 20
 #: What is timed inside `LLM(...)`: the module in which a function is looked up, its name, a label.
 _PARTS = (
     ("sglite.loading", "resolve_checkpoint", "folder and config.json"),
@@ -53,11 +52,11 @@ _READS = ("reading, one small buffer", "reading, into new memory")
 def read_once(folder: Path, settle: float) -> dict:
     """One turn of reading, in this process."""
     files = sorted(folder.glob("*.safetensors"))
-    _read_through(files)  # into the page cache
+    read_through(files)  # into the page cache
     time.sleep(settle)
     seconds: dict[str, float] = {}
     with _timed(seconds, _READS[0]):
-        _read_through(files)
+        read_through(files)
     with _timed(seconds, _READS[1]):
         held = [file.read_bytes() for file in files]
     del held
@@ -74,7 +73,7 @@ def load_once(options: argparse.Namespace) -> dict:
     import sglite.llm
 
     torch.set_num_threads(options.num_threads)
-    _read_through(sorted(folder.glob("*.safetensors")))
+    read_through(sorted(folder.glob("*.safetensors")))
     time.sleep(options.settle)
     seconds: dict[str, float] = {}
     for module, name, label in _PARTS:
@@ -99,14 +98,6 @@ def load_once(options: argparse.Namespace) -> dict:
         "processor_seconds": stop.ru_utime + stop.ru_stime - start.ru_utime - start.ru_stime,
         "peak_bytes_above_imports": _memory("VmHWM") - before,
     }
-
-
-def _read_through(files: list[Path]) -> None:
-    buffer = bytearray(_BUFFER)
-    for file in files:
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
-                pass
 
 
 @contextmanager

@@ -3,16 +3,22 @@ import pytest
 from bench.growth import (
     BATCHES,
     CONTEXTS,
+    CURVES,
     SHARES,
-    all_workloads,
     curves,
     markdown,
+    merged,
     plot,
     slower_batches,
     tables,
     verdict,
+    workloads_of,
 )
 from bench.workloads import Workload
+
+
+def all_workloads(longest: int) -> list[Workload]:
+    return [workload for curve in CURVES for workload in workloads_of(curve, longest)]
 
 
 def result(seconds) -> dict:
@@ -48,7 +54,7 @@ def linear(workload: Workload) -> float:
 def test_workloads_have_their_shapes():
     by_name = {workload.name: workload for workload in all_workloads(8192)}
     assert len(by_name) == len(BATCHES) + 2 * len(CONTEXTS) + len(SHARES)
-    assert len(list(all_workloads(4096))) == len(by_name) - 2
+    assert len(all_workloads(4096)) == len(by_name) - 2
     assert by_name["context 8192, 32 new"].kv_tokens == 8192
     for share in SHARES:
         workload = by_name[f"prefix {share} %"]
@@ -94,6 +100,19 @@ def test_the_page_names_batches_that_are_slower():
     page = markdown(grown, [])
     assert "48 below 32" in page
     assert "| 8192 | 7.50 (5.00 to 10.00) | 0.00 (0.00 to 0.00) |" in page
+
+
+def test_a_curve_that_was_measured_again_takes_the_place_of_the_first():
+    earlier, later = result(linear), result(lambda _: 9.0)
+    later["workloads"] = {w.name: later["workloads"][w.name] for w in workloads_of("batch", 8192)}
+    both = merged(earlier, later)
+    assert curves(both, "sglite")["batch"][1] == [32 / 9, 32 / 18]
+    assert curves(both, "sglite")["prefix"] == curves(earlier, "sglite")["prefix"]
+    assert "(today), then" in both["command"]
+    with pytest.raises(ValueError, match="num_threads: 2 before, 4 now"):
+        merged(earlier, later | {"num_threads": 4})
+    with pytest.raises(ValueError, match="engines"):
+        merged(earlier, later | {"engines": {"sglite": {}}})
 
 
 def test_plots(tmp_path):
