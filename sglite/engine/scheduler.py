@@ -14,7 +14,6 @@ from sglite.engine.request import FINISHED, RUNNING, WAITING, Request
 from sglite.engine.statistics import Statistics
 from sglite.interface.errors import OutOfMemoryError
 
-
 # What a named tuple's own class does to make one is Python code; steps make two for each request.
 _new = tuple.__new__
 
