@@ -2,6 +2,7 @@
 #include "ops/decoder_layers.h"
 
 #include "python/bindings.h"
+#include "python/kept_views.h"
 #include "python/linear_part.h"
 #include "python/torch_tensor.h"
 
@@ -34,17 +35,45 @@ ops::LayerParts named(const Parts& parts) {
     };
 }
 
+// What the op reads of a tuple of layers, converted once for many calls.
+class LayerViews {
+  public:
+    LayerViews(const py::tuple& given, std::vector<Layer> layers)
+        : made_of_(given.ptr()), layers_(std::move(layers)) {
+        for (size_t i = 0; i < layers_.size(); ++i) {
+            views_.add(PyTuple_GET_ITEM(made_of_, static_cast<Py_ssize_t>(i)), layers_[i]);
+        }
+    }
+
+    // given: the tuple that this was made of, which the caller keeps.
+    const std::vector<Layer>& of(const py::tuple& given) {
+        if (given.ptr() != made_of_) {
+            throw py::value_error("decoder_layers: views: expected those of the layers");
+        }
+        views_.refresh();
+        return layers_;
+    }
+
+  private:
+    PyObject* const made_of_;
+    std::vector<Layer> layers_;
+    KeptViews views_;
+};
+
 }  // namespace
 
 void bind_decoder_layers(py::module_& m) {
+    py::class_<LayerViews>(m, "LayerViews")
+        .def(py::init<const py::tuple&, std::vector<Layer>>(), py::arg("layers"),
+             py::arg("converted"));
     // `scratch(index, bytes)` gives memory: a uint8 tensor of at least so many bytes.
     m.def(
         "decoder_layers",
-        [](const Tensor& out, const Tensor& x, const Batch& batch, const std::vector<Layer>& layers,
-           const py::function& scratch) {
+        [](const Tensor& out, const Tensor& x, const Batch& batch, const py::tuple& layers,
+           LayerViews& views, const py::function& scratch) {
             const auto named_batch = std::make_from_tuple<ops::LayerBatch>(batch);
             ops::DecoderLayers run(out, x, named_batch);
-            for (const auto& [parts, cos_sin, k_cache, v_cache] : layers) {
+            for (const auto& [parts, cos_sin, k_cache, v_cache] : views.of(layers)) {
                 run.add(named(parts), cos_sin, k_cache, v_cache);
             }
             const py::object activations = scratch(0, run.activation_size());
@@ -54,7 +83,8 @@ void bind_decoder_layers(py::module_& m) {
             ReleaseGilIfLong release(run.cost());
             run.run(view);
         },
-        py::arg("out"), py::arg("x"), py::arg("batch"), py::arg("layers"), py::arg("scratch"));
+        py::arg("out"), py::arg("x"), py::arg("batch"), py::arg("layers"), py::arg("views"),
+        py::arg("scratch"));
 }
 
 }  // namespace sglite

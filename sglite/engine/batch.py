@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -94,6 +94,7 @@ def to_forward(
     kv_cache: Sequence[tuple[Tensor, Tensor]],
     device: torch.device,
     images: ImageRows | None = None,
+    layer_calls: dict[int, Any] | None = None,
 ) -> tuple[Tensor, Tensor, ForwardBatch]:
     """The arguments of a model's forward: token ids, positions, and the batch.
 
@@ -103,6 +104,7 @@ def to_forward(
         device: of the model.
         images: which tokens stand for images, and what they have instead of embeddings; None:
             there are none in the step.
+        layer_calls: as in `ForwardBatch`, of passes over the same cache; None: there were none.
     """
     arrays = [
         layout.input_ids,
@@ -136,6 +138,7 @@ def to_forward(
             mrope_positions=rest[0] if rest else None,
             image_rows=image_rows,
             image_embeds=None if images is None else images.embeds,
+            layer_calls={} if layer_calls is None else layer_calls,
         ),
     )
 

@@ -61,7 +61,7 @@ class DrawnTokens:
             token_ids, codes = (tensor.tolist() for tensor in logprobs[:2])
             logprobs = logprobs[2:]
         if not (logprobs or self._failures or any(codes)):
-            return list(map(Outcome, token_ids))
+            return Outcome.of_tokens(token_ids)
         described, failures = self._describe_all(token_ids, logprobs)
         failures |= self._failures
         results = []

@@ -56,6 +56,7 @@ class ModelRunner:
         self._decode = make_decode(model, pool, self.sampler) if make_decode else None
         self._drawing: dict[Request, int] = {}  # rows of `_drawn` in the step launched last
         self._drawn: Tensor | None = None
+        self._layer_calls: dict[int, Any] = {}  # of the batches that are laid out anew
 
     def launch(self, step: Step) -> "LaunchedStep":
         """Begins to compute a step; steps are computed in the order of the calls."""
@@ -86,7 +87,9 @@ class ModelRunner:
         images, failures = None, {}
         if self._images is not None:
             images, failures = self._images.of_step(step, layout.query_start)
-        input_ids, positions, batch = to_forward(layout, self.pool.layers, self.pool.device, images)
+        input_ids, positions, batch = to_forward(
+            layout, self.pool.layers, self.pool.device, images, self._layer_calls
+        )
         drawn_rows = self._sources(step)
         if max(drawn_rows) >= 0:
             sources = np.full(len(layout.input_ids), -1, np.int32)
@@ -170,6 +173,7 @@ class ModelRunner:
         if self._images is not None:
             self._images.rest()
         self._drawing, self._drawn = {}, None
+        self._layer_calls.clear()
 
     def close(self) -> None:
         """Drops the model and the cache's tensors."""
@@ -179,6 +183,7 @@ class ModelRunner:
             self._images.close()
         self.model = self._decode = self._drawn = self._images = None
         self._drawing.clear()
+        self._layer_calls.clear()
         self.pool.close()
 
 

@@ -53,6 +53,8 @@ class Request:
     # Side by side, as a step reads some of every request after its weights have emptied the caches.
     __slots__ = (
         "__weakref__",
+        "_ending_token_ids",
+        "_keeps_text",
         "arrival",
         "banned_sequences",
         "called_at",
@@ -107,6 +109,9 @@ class Request:
         self.banned_sequences = banned_sequences
         self.namespace = namespace
         self.stop_checker = stop_checker or StopChecker(params)
+        # Most tokens are nothing to it, and need not touch it.
+        self._keeps_text = self.stop_checker.keeps_text
+        self._ending_token_ids = self.stop_checker.ending_token_ids
 
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_tokens = self.num_prompt_tokens
@@ -228,12 +233,12 @@ class Request:
             self.keys[self.num_tokens] = token_id
         self.num_tokens += 1
         self.output_token_ids.append(token_id)
-        checker = self.stop_checker
-        self.stop_reason = checker.add(token_id)
-        if checker.stopped:
-            self.finish_reason = "stop"
-        elif self.num_tokens >= self.max_tokens:
+        if self.num_tokens >= self.max_tokens:
             self.finish_reason = "length"
+        if self._keeps_text or token_id in self._ending_token_ids:
+            self.stop_reason = self.stop_checker.add(token_id)
+            if self.stop_checker.stopped:
+                self.finish_reason = "stop"
 
     def hold(self, pages: np.ndarray) -> None:
         """Adds `pages` (int32) to the end of the request's own."""

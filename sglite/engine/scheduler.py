@@ -14,6 +14,9 @@ from sglite.engine.request import FINISHED, RUNNING, WAITING, Request
 from sglite.engine.statistics import Statistics
 from sglite.interface.errors import OutOfMemoryError
 
+# What a named tuple's own class does to make one is Python code; steps make two for each request.
+_new = tuple.__new__
+
 
 class ScheduledRequest(NamedTuple):
     """The positions `start` to `stop` (exclusive) of a request, computed in one step."""
@@ -75,6 +78,11 @@ class Outcome(NamedTuple):
     logprobs: dict | None = None
     prompt_logprobs: Sequence = ()
     error: BaseException | None = None
+
+    @staticmethod
+    def of_tokens(token_ids: Iterable[int]) -> "list[Outcome]":
+        """One for each token, of which there is nothing else to tell."""
+        return [_new(Outcome, (token_id, None, (), None)) for token_id in token_ids]
 
 
 # How many requests that wait for a prefix another one is computing are looked past in one step.
@@ -157,7 +165,9 @@ class Scheduler:
         if stop <= start or not (has_room or reserve(request, stop)):
             return 0
         samples = stop == expected
-        step.items.append(ScheduledRequest(request, start, stop, samples, request.incarnation))
+        step.items.append(
+            _new(ScheduledRequest, (request, start, stop, samples, request.incarnation))
+        )
         request.num_launched = stop
         request.num_unknown += samples
         return 0 if is_decode else stop - start

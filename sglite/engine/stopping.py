@@ -67,7 +67,10 @@ class StopChecker:
         return self._detokenizer is not None
 
     def add(self, token_id: int) -> int | str | None:
-        """Takes the next token; returns the stop string or stop token id that ended it, or None."""
+        """Takes the next token; returns the stop string or stop token id that ended it, or None.
+
+        Where no text is kept, a token that is not in `ending_token_ids` may be left out.
+        """
         self._num_tokens += 1
         if token_id in self.ending_token_ids:
             if self._keep and self._detokenizer:

@@ -35,7 +35,7 @@ class ForwardBatch:
     image_rows: Tensor | None = None  # [N] int64, ascending, the tokens that stand for images
     image_embeds: Tensor | None = None  # [N, hidden_size], what they have instead of embeddings
     layer_calls: dict[int, Any] = field(default_factory=dict, repr=False)  # what whole layers
-    # (`sglite.layers.whole_layers`) keep from one pass over this batch to the next
+    # (`sglite.layers.whole_layers`) keep from one pass over the cache to the next
     _plans: dict[tuple, ops.AttentionPlan | None] = field(default_factory=dict, repr=False)
     _scratch: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _layer_batches: dict[int, ops.LayerBatch] = field(default_factory=dict, repr=False)

@@ -87,7 +87,7 @@ def run_whole(
 
 def _run(
     layers: Sequence["WholeLayer"],
-    calls: Callable[[], list[ops.LayerCall]],
+    calls: Callable[[], Sequence[ops.LayerCall]],
     positions: Tensor,
     hidden_states: Tensor,
     forward_batch: ForwardBatch,
@@ -177,18 +177,20 @@ class WholeRun:
     def run(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
         """What the layers give; see `run_whole`."""
 
-        def calls() -> list[ops.LayerCall]:
+        def calls() -> ops.LayerCalls:
             return self._calls(positions, forward_batch)
 
         return _run(self._wholes, calls, positions, hidden_states, forward_batch)
 
-    def _calls(self, positions: Tensor, forward_batch: ForwardBatch) -> list[ops.LayerCall]:
+    def _calls(self, positions: Tensor, forward_batch: ForwardBatch) -> ops.LayerCalls:
         """What the op takes, the same for a batch while its tables of angles are the same."""
         tables = [rotary.rows_and_table(positions)[1] for rotary in self._rotaries]
         # By the list: of the runs that there have been of it, only the last one's are kept.
         kept = forward_batch.layer_calls.get(id(self._children))
         if kept is None or kept.run is not self or not all(map(is_, tables, kept.tables)):
-            calls = [whole.call(positions, forward_batch.kv_cache) for whole in self._wholes]
+            calls = ops.LayerCalls(
+                whole.call(positions, forward_batch.kv_cache) for whole in self._wholes
+            )
             kept = forward_batch.layer_calls[id(self._children)] = _Calls(self, tables, calls)
         return kept.calls
 
@@ -202,7 +204,7 @@ class _Calls(NamedTuple):
 
     run: WholeRun
     tables: Sequence[Tensor]
-    calls: list[ops.LayerCall]
+    calls: ops.LayerCalls
 
 
 class _Modules(NamedTuple):

@@ -5,7 +5,7 @@ interpreter that the weights have displaced from the caches: here it is gone onc
 instead of nine times for each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,10 +88,26 @@ class LayerCall(NamedTuple):
     v_cache: Tensor  # shaped like `k_cache`
 
 
+class LayerCalls(tuple):
+    """Layers for more than one call, taken apart once.
+
+    A step of a small model would take longer to do that than for anything else but its products.
+    The tensors are looked at anew in every call, and may get other memory in between.
+    """
+
+    views: _C.LayerViews
+
+    def __new__(cls, calls: Iterable[LayerCall]) -> "LayerCalls":
+        """These layers, at least one."""
+        made = super().__new__(cls, calls)
+        made.views = _C.LayerViews(made, made)
+        return made
+
+
 def decoder_layers(
     x: Tensor,
     batch: LayerBatch,
-    layers: Sequence[LayerCall],
+    layers: Sequence[LayerCall] | LayerCalls,
     scratch: Callable[[int, int], Tensor],
 ) -> Tensor:
     """`h = x + output(attention(qkv(norm(x))))`, `x = h + down(activation(gate_up(norm(h))))`, ...
@@ -114,6 +130,8 @@ def decoder_layers(
         IndexError: a position or slot that does not exist; if it is the first layer's, no cache has
             been changed.
     """
+    if type(layers) is not LayerCalls:
+        layers = LayerCalls(layers)
     out = torch.empty_like(x)
-    _C.decoder_layers(out, x, batch, layers, scratch)
+    _C.decoder_layers(out, x, batch, layers, layers.views, scratch)
     return out

@@ -15,6 +15,7 @@ NOT_KERNELS = {
     "AttentionPlan",
     "LayerBatch",
     "LayerCall",
+    "LayerCalls",
     "LayerParts",
     "LinearPart",
     "LogProbs",

@@ -54,3 +54,18 @@ def test_plain_layers_are_one_call(tmp_path, calls, name):
 def test_penalties_and_bias_cost_few(tmp_path, calls, params):
     folder = make_checkpoint(tmp_path, num_hidden_layers=NUM_LAYERS)
     assert calls_of_a_step(folder, calls, **params) < MOST_CALLS
+
+
+@pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.2}])
+def test_layers_are_taken_apart_in_no_further_step(tmp_path, monkeypatch, params):
+    folder = make_checkpoint(tmp_path)
+    make, made = _C.LayerViews, []
+    monkeypatch.setattr(_C, "LayerViews", lambda *args: made.append(1) or make(*args))
+    counts = []
+    with LLM(folder, kv_cache_tokens=512) as llm:
+        llm.generate(PROMPTS, max_new_tokens=4, **params)  # and the rotary table has grown
+        for new_tokens in (4, 12):
+            made.clear()
+            llm.generate(PROMPTS, max_new_tokens=new_tokens, ignore_eos=True, **params)
+            counts.append(len(made))
+    assert 1 <= counts[0] == counts[1] <= 2

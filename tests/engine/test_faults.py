@@ -6,6 +6,8 @@ import logging
 import pytest
 
 from sglite.engine.driver import Driver
+from sglite.engine.request import Request
+from sglite.engine.stopping import StopChecker
 from sglite.engine.waiting import Call
 from sglite.interface.errors import RequestError
 from tests.engine.fake_runner import expected_output
@@ -219,8 +221,11 @@ class BrokenText:
 def test_a_tokenizer_that_fails_on_one_text_ends_that_request_alone(fails_at):
     engine = make_engine()
     driver = make_driver(engine)
-    call = Call([make_request(prompt, 10) for prompt in PROMPTS])
-    call.requests[1].stop_checker._detokenizer = BrokenText(fails_at)
+    requests = [make_request(prompt, 10) for prompt in PROMPTS]
+    params = requests[1].params
+    checker = StopChecker(params, detokenizer=BrokenText(fails_at))
+    requests[1] = Request(PROMPTS[1], params, stop_checker=checker)
+    call = Call(requests)
     driver.submit(call)
     finish(call)
     check_pages(engine)

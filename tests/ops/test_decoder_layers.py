@@ -219,6 +219,47 @@ def test_layers_take_what_the_one_before_gives(threads_again, num_layers):
     assert torch.equal(x, kept)
 
 
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors_of(item)
+
+
+@pytest.mark.parametrize("storage", [None, ops.QuantizedLayout(8, 32, has_zeros=True)])
+def test_kept_layers_see_the_memory_that_their_tensors_have_got_since(storage):
+    generator = torch.Generator().manual_seed(7)
+    options = {"interleaved": False, "see": (None, None), "activation": "silu"}
+    options["storages"] = [storage] * 4
+    batch, table = draw_batch(generator, [(0, 3), (6, 7)]), make_table(40, 16)
+
+    def draw_call():
+        parts, _ = draw_layer(generator, torch.float32, (48, 2, 1, 16, 64), True, True, options)
+        caches = torch.randn(2, 4, PAGE_SIZE, 1, 16, generator=generator).unbind()
+        return ops.LayerCall(parts, table, *caches)
+
+    first, second = draw_call(), draw_call()
+    x = torch.randn(4, 48, generator=generator)
+    layers = ops.LayerCalls([first])
+    seen = [ops.decoder_layers(x, batch, layers, scratch) for _ in range(2)]
+    assert torch.equal(*seen)
+    pairs = list(zip(tensors_of(first), tensors_of(second), strict=True))
+    assert len(pairs) == (15 if storage is None else 23)
+    for tensor, other in pairs:
+        tensor.data = other.clone()
+    seen.append(ops.decoder_layers(x, batch, layers, scratch))
+    assert torch.equal(seen[-1], ops.decoder_layers(x, batch, [second], scratch))
+    assert not torch.equal(seen[-1], seen[0])
+
+
+def test_views_of_other_layers_are_refused(arguments):
+    x, batch, *layer, _ = arguments
+    one, other = (ops.LayerCalls([ops.LayerCall(*layer)]) for _ in range(2))
+    with pytest.raises(ValueError, match="decoder_layers: views"):
+        _C.decoder_layers(torch.empty_like(x), x, batch, one, other.views, scratch)
+
+
 def test_an_error_within_a_team_is_thrown_and_the_next_call_works(threads_again):
     arguments, expected = draw_wide([(7, 30)])
     _C.set_num_threads(2)
