@@ -204,8 +204,9 @@ def main() -> None:
     print_rows(rows, Console())
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
-        lines = ["# Loading", "", f"`{result['command']}`, {result['date']}, {result['machine']}"]
-        lines += [f"; load average at the end {result['load_average']:.1f}", ""]
+        lines = ["# Loading", ""]
+        lines += [f"`{result['command']}`, {result['date']}, {result['machine']}, load average at "]
+        lines += [f"the end {result['load_average']:.1f}", ""]
         options.output.with_suffix(".md").write_text("\n".join([*lines, *markdown_rows(rows)]))
 
 

@@ -47,6 +47,11 @@ class Checkpoint:
     generation_config: Mapping[str, Any] | None
     weight_files: tuple[Path, ...]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether `sglite.pack` wrote it."""
+        return self.weight_files[0].name == PACKED_FILE
+
 
 def resolve_checkpoint(
     model: str | os.PathLike[str],

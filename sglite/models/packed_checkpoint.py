@@ -103,7 +103,7 @@ def packed_settings(
         ConfigError: something else is asked for than was packed.
         UnsupportedModelError: it is of another version, or for another device.
     """
-    if checkpoint.weight_files[0].name != PACKED_FILE:
+    if not checkpoint.is_packed:
         return None
     config = checkpoint.folder / "config.json"
     try:

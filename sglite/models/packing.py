@@ -36,7 +36,7 @@ def check_can_be_packed(checkpoint: Checkpoint, architecture: str | None, folder
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already: pass a new folder for the packed checkpoint")
-    if checkpoint.weight_files[0].name == PACKED_FILE:
+    if checkpoint.is_packed:
         raise UnsupportedModelError(f"{checkpoint.folder} is packed already")
     by_hugging_face = architecture == BY_HUGGING_FACE
     names = architectures_of(checkpoint, None if by_hugging_face else architecture)

@@ -11,7 +11,15 @@ import pytest
 import safetensors
 import torch
 
-from sglite import LLM, CheckpointError, ConfigError, ModelRegistry, UnsupportedModelError, pack
+from sglite import (
+    LLM,
+    CheckpointError,
+    ConfigError,
+    ModelRegistry,
+    UnsupportedModelError,
+    compare,
+    pack,
+)
 from sglite.interface.errors import SGLiteError
 from sglite.models.llama import LlamaForCausalLM
 from sglite.models.packed_checkpoint import SETTINGS
@@ -197,6 +205,10 @@ class TestRefusals:
     def test_another_way_than_it_was_packed(self, sound, options, error, words):
         with pytest.raises(error, match=words):
             load(sound, **options)
+
+    def test_a_comparison_with_hugging_face(self, sound):
+        with pytest.raises(UnsupportedModelError, match="is packed, which Hugging Face"):
+            compare(sound)
 
     def test_the_way_it_was_packed_may_be_said(self, sound):
         assert load(sound, dtype="bfloat16").dtype == torch.bfloat16

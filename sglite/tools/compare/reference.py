@@ -60,7 +60,7 @@ def load_reference(
     """The checkpoint in Hugging Face's own class, which its `config.json` chooses.
 
     Raises:
-        UnsupportedModelError: transformers has no class for it.
+        UnsupportedModelError: transformers has no class for it, or it is packed.
         CheckpointError: transformers cannot load it, or would leave weights at random values.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,6 +69,11 @@ def load_reference(
         "pass reference= with a torch module that computes the same: called with token ids [1, n] "
         "it gives an object with logits [1, n, vocabulary]"
     )
+    if checkpoint.is_packed:
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is packed, which Hugging Face transformers cannot read: compare "
+            f"the checkpoint that it was made of, or {advice}"
+        )
     try:
         AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
