@@ -1,7 +1,7 @@
 """From a checkpoint to a model that is ready to run."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -93,10 +93,8 @@ def load_model(
         raise UnsupportedModelError(
             f"quantised weights ({quantization}) run on the CPU alone: pass device='cpu'"
         )
-    by_hugging_face = architecture == BY_HUGGING_FACE
-    names = architectures_of(checkpoint, None if by_hugging_face else architecture)
-    registered = ModelRegistry.find(names)
-    if by_hugging_face or registered is None or is_hugging_face(registered):
+    names, registered, is_native = find_class(checkpoint, architecture)
+    if not is_native:
         if packed is not None:
             raise UnsupportedModelError(
                 f"{' or '.join(names)} runs by Hugging Face's class here, which takes no packed "
@@ -116,7 +114,7 @@ def load_model(
             context_length=context_length,
             trust_remote_code=trust_remote_code,
             before_reading=before_reading,
-            model_class=None if by_hugging_face else registered,
+            model_class=registered,
         )
         if found is not None:
             ModelRegistry.warn_of_broken_packages()
@@ -178,7 +176,30 @@ def load_model(
     )
 
 
-def is_hugging_face(model_class: type[nn.Module]) -> bool:
+def find_class(
+    checkpoint: Checkpoint, architecture: str | None
+) -> tuple[Sequence[str], type[nn.Module] | None, bool]:
+    """Which class runs a checkpoint.
+
+    Args:
+        checkpoint: whose `config.json` names its architectures.
+        architecture: as for `load_model`.
+
+    Returns:
+        The architectures; the registered class of one of them, None where there is none or
+        Hugging Face's was asked for; whether it is a class of this library's kind.
+
+    Raises:
+        CheckpointError: no architecture is named.
+    """
+    by_hugging_face = architecture == BY_HUGGING_FACE
+    names = architectures_of(checkpoint, None if by_hugging_face else architecture)
+    found = ModelRegistry.find(names)
+    registered = None if by_hugging_face else found
+    return names, registered, registered is not None and not _is_hugging_face(registered)
+
+
+def _is_hugging_face(model_class: type[nn.Module]) -> bool:
     """Whether a class is one for transformers; told by name, as the import takes a second."""
     return any(base.__name__ == "PreTrainedModel" for base in model_class.__mro__)
 

@@ -25,12 +25,12 @@ from sglite.interface.errors import CheckpointError, ConfigError, UnsupportedMod
 from sglite.layers.weight import Weight, WeightModule
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.safetensors_file import PACKED_FILE, SafetensorsFile, TensorEntry
+from sglite.models.weights import refuse_misfits
 from sglite.ops import PackedWeight, QuantizedLayout, QuantizedWeight
 
 #: The key of `config.json`, and of the header's metadata.
 SETTINGS, MATRICES = "sglite_packed", "matrices"
 _VERSION = 1
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -221,21 +221,7 @@ def map_weights(model: nn.Module, file: SafetensorsFile, dtype: torch.dtype) -> 
             )
         else:
             tensor.detach().copy_(value)
-    problems = [
-        f"{title}: {', '.join(names[:_NAMES_SHOWN])}"
-        + (f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
-        for title, names in (
-            ("missing", missing),
-            ("not used by the model", list(left)),
-            ("of the wrong shape or kind", misshapen),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the tensors in {file.path} do not fit the model that config.json describes:\n  "
-            + "\n  ".join(problems)
-        )
+    refuse_misfits(f"the tensors in {file.path}", missing, list(left), misshapen)
     return num_bytes
 
 

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from sglite.interface.errors import ConfigError, UnsupportedModelError
 from sglite.models.checkpoint import Checkpoint
-from sglite.models.config import architectures_of
 from sglite.models.loaded_model import LoadedModel
-from sglite.models.loader import BY_HUGGING_FACE, is_hugging_face
+from sglite.models.loader import find_class
 from sglite.models.packed_checkpoint import SETTINGS, PackedSettings, packed_tensors
-from sglite.models.registry import ModelRegistry
 from sglite.models.safetensors_file import DTYPE_NAMES, PACKED_FILE
 
 # What a folder may hold beside config, tokenizer and processors: weights, in whatever form.
@@ -38,10 +36,8 @@ def check_can_be_packed(checkpoint: Checkpoint, architecture: str | None, folder
         raise ConfigError(f"{folder} is there already: pass a new folder for the packed checkpoint")
     if checkpoint.is_packed:
         raise UnsupportedModelError(f"{checkpoint.folder} is packed already")
-    by_hugging_face = architecture == BY_HUGGING_FACE
-    names = architectures_of(checkpoint, None if by_hugging_face else architecture)
-    found = ModelRegistry.find(names)
-    if by_hugging_face or found is None or is_hugging_face(found):
+    names, _, is_native = find_class(checkpoint, architecture)
+    if not is_native:
         raise UnsupportedModelError(
             f"{' or '.join(names)} runs by Hugging Face's class, whose weights are not packed; "
             f"`sglite.ModelRegistry.models` lists the architectures that are"

@@ -157,6 +157,20 @@ def _check(
             )
     folder = next((file.path.parent for file, _ in found.values()), None)
     unused = [f"{name} in {found[name][0].path.name}" for name in unused]
+    refuse_misfits(f"the tensors in {folder}", missing, unused, misshapen)
+
+
+def refuse_misfits(
+    what: str, missing: Sequence[str], unused: Sequence[str], misshapen: Sequence[str]
+) -> None:
+    """Raises a CheckpointError that lists what does not fit; does nothing where all does.
+
+    Args:
+        what: does not fit the model.
+        missing: the model's tensors that are not there.
+        unused: tensors that the model does not have.
+        misshapen: tensors of the wrong shape or kind, and what was expected.
+    """
     problems = [
         f"{title}: {_some(names)}"
         for title, names in (
@@ -168,7 +182,7 @@ def _check(
     ]
     if problems:
         raise CheckpointError(
-            f"the tensors in {folder} do not fit the model that its config.json describes:\n  "
+            f"{what} do not fit the model that its config.json describes:\n  "
             + "\n  ".join(problems)
         )
 
