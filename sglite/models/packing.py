@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sglite.interface.errors import ConfigError, UnsupportedModelError
+from sglite.interface.files import read_json
 from sglite.models.checkpoint import Checkpoint
 from sglite.models.loaded_model import LoadedModel
 from sglite.models.loader import find_class
@@ -23,6 +25,9 @@ _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".ggu
 # The one folder in a checkpoint that is no second set of weights.
 _TEMPLATES = "additional_chat_templates"
 _CACHE_LINE = 64
+_TOKENIZER_SETTINGS = "tokenizer_config.json"
+# Read only where the settings do not list the added tokens.
+_OLD_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json")
 
 
 def check_can_be_packed(checkpoint: Checkpoint, architecture: str | None, folder: Path) -> None:
@@ -64,9 +69,8 @@ def write_packed(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
         made = Path(unfinished) / folder.name
         shutil.copytree(checkpoint.folder, made, ignore=_ignored(checkpoint.folder))
-        # A new file: what was copied may be a link, or not be writable.
-        (made / "config.json").unlink()
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _rewrite(made / "config.json", config)
+        _list_added_tokens(made)
         write_aligned(made / PACKED_FILE, *packed_tensors(loaded.model))
         os.replace(made, folder)
 
@@ -99,6 +103,28 @@ def write_aligned(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         file.write(text)
         for _, tensor in ordered:
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _rewrite(path: Path, contents: Mapping[str, Any]) -> None:
+    path.unlink()  # what was copied may be a link, or not be writable
+    path.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def _list_added_tokens(folder: Path) -> None:
+    """Has the tokenizer's settings list the added tokens, as the files of older releases do.
+
+    Where they do not, transformers parses the whole of `tokenizer.json` a second time, for these.
+    """
+    settings = read_json(folder / _TOKENIZER_SETTINGS)
+    tokenizer = read_json(folder / "tokenizer.json")
+    if settings is None or tokenizer is None or "added_tokens_decoder" in settings:
+        return
+    added = tokenizer.get("added_tokens")
+    if added is None or any((folder / name).exists() for name in _OLD_TOKENIZER_FILES):
+        return
+    listed = [dict(token) for token in added]
+    settings["added_tokens_decoder"] = {str(token.pop("id")): token for token in listed}
+    _rewrite(folder / _TOKENIZER_SETTINGS, settings)
 
 
 def _ignored(folder: Path):

@@ -21,6 +21,7 @@ from sglite import (
     pack,
 )
 from sglite.interface.errors import SGLiteError
+from sglite.models.checkpoint import load_tokenizer, resolve_checkpoint
 from sglite.models.llama import LlamaForCausalLM
 from sglite.models.packed_checkpoint import SETTINGS
 from sglite.models.packing import write_aligned
@@ -124,6 +125,34 @@ class TestTheFolder:
         config = json.loads((sound / "config.json").read_text())
         assert config.pop(SETTINGS) == {"version": 1, "dtype": "bfloat16", "quantization": None}
         assert config == json.loads((original / "config.json").read_text())
+
+    def test_the_tokenizer_is_the_same_and_is_parsed_once(self, original, sound, monkeypatch):
+        parsed = []
+        parse = json.load
+
+        def note(file, **keywords):
+            parsed.append(Path(file.name).name)
+            return parse(file, **keywords)
+
+        monkeypatch.setattr("transformers.tokenization_utils_base.json.load", note)
+        expected = load_tokenizer(resolve_checkpoint(original))
+        assert "tokenizer.json" in parsed  # or the list of added tokens is no use any more
+        parsed.clear()
+        found = load_tokenizer(resolve_checkpoint(sound))
+        assert "tokenizer.json" not in parsed
+        assert found.added_tokens_decoder == expected.added_tokens_decoder
+        assert found.special_tokens_map == expected.special_tokens_map
+        assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+
+    @pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+    def test_older_files_of_a_tokenizer_are_still_read(self, name, tmp_path):
+        plain = make_checkpoint(tmp_path / "plain", "llama")
+        contents = {"added_tokens.json": {"<new>": 10_000}}.get(name, {"pad_token": "<unk>"})
+        (plain / name).write_text(json.dumps(contents))
+        made = load_tokenizer(resolve_checkpoint(pack(plain, tmp_path / "packed")))
+        expected = load_tokenizer(resolve_checkpoint(plain))
+        assert made.added_tokens_decoder == expected.added_tokens_decoder
+        assert made.special_tokens_map == expected.special_tokens_map
 
     def test_matrices_begin_at_cache_lines(self, tmp_path):
         """Also behind tensors of odd sizes, and in the place where the format's library reads."""
