@@ -215,18 +215,11 @@ class UnitRunner {
         }
 #endif
         pack_keys<T>(block_, begin, end);
-#if defined(__AMX_BF16__)
-        if constexpr (kPairs<T>) {
-            tiles_.start_block();
-            if (all_see_whole(first)) {
-                return attend<CachedBlock<T>>(head * head_rows_, head_rows_, 0, kAttentionBlock);
-            }
-        }
-#endif
+        block_.has_pairs = false;
         if (head_rows_ <= kTileRows && args_.head_dim % Vec::kSize == 0) {
             attend_tokens<CachedBlock<T>>(head * head_rows_, first);
         } else {
-            copy_values<T>(block_, begin, end);
+            if (!kPairs<T> || !all_see_whole(first)) copy_values<T>(block_, begin, end);
             attend_tokens<CopiedBlock>(head * head_rows_, first);
         }
     }
@@ -260,13 +253,26 @@ class UnitRunner {
     void attend(int64_t row, int64_t count, int begin, int end) {
         const Rows rows{queries_ + row * channels_, parts_ + row * record_, weight_sums_ + row * 16,
                         channels_, record_};
-#if defined(__AMX_BF16__)
         // Which keys a row sees decides, never what else is in the unit.
         if constexpr (kPairs<T>) {
-            if (begin == 0 && end == kAttentionBlock) return tiles_.attend(block_, rows, count);
+            if (begin == 0 && end == kAttentionBlock) return attend_whole<Reading>(rows, count);
+        }
+        attend_rows<T, Reading>(block_, rows, count, begin, end);
+    }
+
+    // Rows that see every key of the block, in words of two keys.
+    template <typename Reading>
+    void attend_whole([[maybe_unused]] const Rows& rows, [[maybe_unused]] int64_t count) {
+#if defined(__AMX_BF16__)
+        tiles_.attend(block_, rows, count);
+#elif defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<Reading, CopiedBlock>) {
+            pack_value_pairs(block_);
+            attend_rows<T, CopiedPairs>(block_, rows, count, 0, kAttentionBlock);
+        } else {
+            attend_rows<T, CachedPairs>(block_, rows, count, 0, kAttentionBlock);
         }
 #endif
-        attend_rows<T, Reading>(block_, rows, count, begin, end);
     }
 
     void visible_in_block(int64_t token, int64_t first, int& begin, int& end) const {

@@ -18,6 +18,13 @@ constexpr bool kPairs = std::is_same_v<T, BFloat16>;
 static inline Vec dot_pairs(Vec a, Vec b, Vec sum) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
+// 32 numbers rounded to bfloat16, side by side.
+static inline Vec round_to_pairs(const float* from) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(load(from + Vec::kSize).v, load(from).v);
+    Vec words;
+    std::memcpy(&words.v, &pairs, sizeof pairs);
+    return words;
+}
 #else
 template <typename T>
 constexpr bool kPairs = false;
@@ -102,6 +109,7 @@ struct Block {
     float* keys;             // packed: [words, kAttentionBlock]
     float* values;           // in float32: [kAttentionBlock, channels]
     uint32_t* value_pairs;   // of two keys each: [kAttentionBlock / 2, channels]
+    bool has_pairs;          // whether they are those of this block
     int64_t head_dim, words, channels;
     // Scores become exponents of 2: dot * scale, or with a cap cap * tanh(dot * scale).
     float scale, cap;
@@ -125,8 +133,14 @@ static inline auto cached_values(const Block& block) {
     };
 }
 
+// Values of one key after the other.
+struct SingleKeys {
+    static constexpr int kKeys = 1;
+    static Vec multiply_add(Vec weight, Vec column, Vec sum) { return fma(weight, column, sum); }
+};
+
 // How rows read a block. Many rows: from packed words and a float32 copy of the values.
-struct CopiedBlock {
+struct CopiedBlock : SingleKeys {
     // Queries' words that a packed word of a key meets, and vectors of channels that lie together.
     static constexpr int kParts = 1;
     static void take(const float* from, int, Vec& column) { column = load(from); }
@@ -135,7 +149,7 @@ struct CopiedBlock {
             return values + key * channels;
         };
     }
-    static constexpr int kBytes = 0;  // of values read from the cache for a channel
+    static constexpr int kBytes = 0;  // of values read from the cache for a channel of kKeys keys
     static void load_sums(const float* from, Vec* sums) { sums[0] = load(from); }
     static void store_sums(float* to, const Vec* sums) { store(to, sums[0]); }
 };
@@ -154,11 +168,60 @@ struct CachedBlock<float> : CopiedBlock {
     static constexpr int kBytes = 4;
 };
 
+#if defined(__AVX512BF16__)
+// Rows that see the whole of a block of bfloat16: weights are rounded to bfloat16, and meet the
+// values of two neighbouring keys in one instruction. The sum of the weights is of them unrounded.
+// Many rows: from `value_pairs`.
+struct CopiedPairs : CopiedBlock {
+    static constexpr int kKeys = 2;
+    static auto values(const Block& block) {
+        return [pairs = block.value_pairs, channels = block.channels](int pair) {
+            return reinterpret_cast<const float*>(pairs + pair * channels);
+        };
+    }
+    static Vec multiply_add(Vec weights, Vec column, Vec sum) {
+        return dot_pairs(weights, column, sum);
+    }
+};
+
+// Few rows, and no partial vectors: straight from the cache.
+struct CachedPairs : CopiedPairs {
+    struct Rows {
+        const BFloat16 *even, *odd;
+        Rows operator+(int64_t channels) const { return {even + channels, odd + channels}; }
+    };
+    using CopiedPairs::take;
+    static void take(const Rows& from, int, Vec& column) {
+        const auto half = [](const BFloat16* values) {
+            return _mm512_castsi256_si512(
+                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+        };
+        column.v = _mm512_castsi512_ps(
+            _mm512_permutex2var_epi16(half(from.even), alternating(0), half(from.odd)));
+    }
+    static auto values(const Block& block) {
+        return [value = cached_values<BFloat16>(block)](int pair) {
+            return Rows{value(2 * pair), value(2 * pair + 1)};
+        };
+    }
+    static constexpr int kBytes = 4;
+    // Which elements of two vectors make one whose elements come from both in turns, each from
+    // `first` on.
+    static __m512i alternating(int first) {
+        const __m512i words =
+            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_or_si512(
+            _mm512_add_epi32(words, _mm512_set1_epi32(first)),
+            _mm512_slli_epi32(_mm512_add_epi32(words, _mm512_set1_epi32(first + 32)), 16));
+    }
+};
+#endif
+
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // Few rows of bfloat16, and no partial vectors of pairs: keys and values are read from the cache as
 // pairs of channels. Taking a pair apart where it is used costs less than storing and loading it as
 // two words, or than moving halves of a vector to whole lanes.
-struct PairedBlock {
+struct PairedBlock : SingleKeys {
     static constexpr int kParts = 2;
     // 8 channels of 8 keys, as 4 vectors that are `stride` floats apart.
     static void pack(const char* rows, const int64_t* offsets, float* pairs, int64_t stride) {
@@ -224,6 +287,31 @@ static void pack_keys(Block& block, int begin, int end) {
     }
     block.next_keys = next;
 }
+
+#if defined(__AVX512BF16__)
+// Makes `value_pairs`, once for a block.
+static void pack_value_pairs(Block& block) {
+    if (block.has_pairs) return;
+    block.has_pairs = true;
+    const int row_lines = static_cast<int>(block.head_dim * 2 / Prefetch::kLine + 1);
+    const __m512i lower = CachedPairs::alternating(0), upper = CachedPairs::alternating(16);
+    uint32_t* to = block.value_pairs;
+    for (int key = 0; key < kAttentionBlock; key += 2, to += block.channels) {
+        const BFloat16* even = value_row<BFloat16>(block, key);
+        const BFloat16* odd = value_row<BFloat16>(block, key + 1);
+        block.next_values.advance(2 * row_lines);
+        for (int64_t channel = 0; channel < block.head_dim; channel += 2 * Vec::kSize) {
+            const int64_t rest = block.head_dim - channel;
+            const __m512i a = _mm512_castps_si512(load_words(even + channel, rest).v);
+            const __m512i b = _mm512_castps_si512(load_words(odd + channel, rest).v);
+            _mm512_storeu_si512(to + channel, _mm512_permutex2var_epi16(a, lower, b));
+            if (channel + Vec::kSize < block.channels)
+                _mm512_storeu_si512(to + channel + Vec::kSize,
+                                    _mm512_permutex2var_epi16(a, upper, b));
+        }
+    }
+}
+#endif
 
 // Copies values [begin, end).
 template <typename T>

@@ -162,8 +162,8 @@ static inline void add_values(Block& block, const Rows& rows, int64_t channel, i
     constexpr int kParts = Reading::kParts;
     // As many lines are fetched ahead as are read.
     constexpr int kBytes = kColumns * Vec::kSize * Reading::kBytes;
-    constexpr int kKeys = kBytes && kBytes < Prefetch::kLine ? Prefetch::kLine / kBytes : 1;
-    constexpr int kLines = kKeys * kBytes / Prefetch::kLine;
+    constexpr int kSteps = kBytes && kBytes < Prefetch::kLine ? Prefetch::kLine / kBytes : 1;
+    constexpr int kLines = kSteps * kBytes / Prefetch::kLine;
     float* records = rows.records + channel;
     Vec sums[kRows][kColumns];
     for (int r = 0; r < kRows; ++r) {
@@ -174,17 +174,18 @@ static inline void add_values(Block& block, const Rows& rows, int64_t channel, i
     // A copy, since what is in memory is read anew after each part.
     Prefetch next = block.next_values;
     const auto values = Reading::values(block);
-    for (int key = begin; key < end; ++key) {
-        const auto* row = values(key) + channel / kParts;
+    for (int step = begin / Reading::kKeys; step < end / Reading::kKeys; ++step) {
+        const auto row = values(step) + channel / kParts;
         if constexpr (kLines > 0)
-            if (key % kKeys == 0) next.advance(kLines);
+            if (step % kSteps == 0) next.advance(kLines);
         if constexpr (kRows <= kColumns) {
             Vec weight[kRows], column;
-            for (int r = 0; r < kRows; ++r) weight[r] = splat(weights[r * kAttentionBlock + key]);
+            for (int r = 0; r < kRows; ++r) weight[r] = splat(weights[r * kAttentionBlock + step]);
 #pragma GCC unroll 8
             for (int c = 0; c < kColumns; ++c) {
                 Reading::take(row + c / kParts * Vec::kSize, c % kParts, column);
-                for (int r = 0; r < kRows; ++r) sums[r][c] = fma(weight[r], column, sums[r][c]);
+                for (int r = 0; r < kRows; ++r)
+                    sums[r][c] = Reading::multiply_add(weight[r], column, sums[r][c]);
             }
         } else {
             Vec columns[kColumns], column;
@@ -194,8 +195,9 @@ static inline void add_values(Block& block, const Rows& rows, int64_t channel, i
             }
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
-                const Vec weight = splat(weights[r * kAttentionBlock + key]);
-                for (int c = 0; c < kColumns; ++c) sums[r][c] = fma(weight, columns[c], sums[r][c]);
+                const Vec weight = splat(weights[r * kAttentionBlock + step]);
+                for (int c = 0; c < kColumns; ++c)
+                    sums[r][c] = Reading::multiply_add(weight, columns[c], sums[r][c]);
             }
         }
     }
@@ -218,6 +220,16 @@ static void attend_tile(Block& block, const Rows& rows, int begin, int end) {
     } else {
         weigh<kRows, false>(block, rows, begin, end, weights, corrections);
     }
+#if defined(__AVX512BF16__)
+    if constexpr (Reading::kKeys == 2) {
+        for (int r = 0; r < kRows; ++r) {
+            float* row = weights + r * kAttentionBlock;
+            const Vec first = round_to_pairs(row), second = round_to_pairs(row + 2 * Vec::kSize);
+            store(row, first);
+            store(row + Vec::kSize, second);
+        }
+    }
+#endif
     int64_t channel = 0;
     for (; channel + kColumns * Vec::kSize <= block.head_dim; channel += kColumns * Vec::kSize)
         add_values<Reading, kRows, kColumns>(block, rows, channel, begin, end, weights,

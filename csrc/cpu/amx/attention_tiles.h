@@ -19,13 +19,9 @@ class AttentionTiles {
         if (rows_) _tile_release();
     }
 
-    // The block has changed.
-    void start_block() { has_pairs_ = false; }
-
     // `count` rows that all see the whole block.
     void attend(Block& block, Rows rows, int64_t count) {
-        if (!has_pairs_) pack_value_pairs(block);
-        has_pairs_ = true;
+        pack_value_pairs(block);
         for (int64_t taken; count > 0; count -= taken) {
             taken = count < kRows ? count : kRows;
             attend_tile(block, rows, static_cast<int>(taken));
@@ -66,9 +62,8 @@ class AttentionTiles {
         score(block, rows, scores);
         weigh<kRows, true>(block, rows, 0, kAttentionBlock, scores, corrections, count);
         for (int i = 0; i < count * kAttentionBlock; i += 2 * Vec::kSize) {
-            const __m512bh pair =
-                _mm512_cvtne2ps_pbh(load(scores + i + Vec::kSize).v, load(scores + i).v);
-            std::memcpy(weights + i, &pair, sizeof pair);
+            const Vec pairs = round_to_pairs(scores + i);
+            std::memcpy(weights + i, &pairs.v, sizeof pairs.v);
         }
         add_values(block, rows, count, weights, corrections);
     }
@@ -105,34 +100,6 @@ class AttentionTiles {
         _tile_stored(1, sums + 16, kBytes);
         _tile_stored(2, sums + 32, kBytes);
         _tile_stored(3, sums + 48, kBytes);
-    }
-
-    // Values of two neighbouring keys side by side: words [kAttentionBlock / 2, channels].
-    static void pack_value_pairs(Block& block) {
-        constexpr int64_t kPairChannels = 2 * kWords;
-        const int row_lines = static_cast<int>(block.head_dim * 2 / Prefetch::kLine + 1);
-        alignas(64) uint16_t first[32], second[32];
-        for (int i = 0; i < 32; ++i) {
-            first[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-            second[i] = static_cast<uint16_t>(first[i] + 16);
-        }
-        const __m512i lower = _mm512_load_si512(first), upper = _mm512_load_si512(second);
-        uint32_t* to = block.value_pairs;
-        for (int key = 0; key < kAttentionBlock; key += 2, to += block.channels) {
-            const BFloat16* even = value_row<BFloat16>(block, key);
-            const BFloat16* odd = value_row<BFloat16>(block, key + 1);
-            block.next_values.advance(2 * row_lines);
-            for (int64_t channel = 0; channel < block.head_dim; channel += kPairChannels) {
-                const int64_t rest = block.head_dim - channel;
-                const __m512i a = _mm512_castps_si512(load_words(even + channel, rest).v);
-                const __m512i b = _mm512_castps_si512(load_words(odd + channel, rest).v);
-                _mm512_storeu_si512(to + channel, _mm512_permutex2var_epi16(a, lower, b));
-                if (channel + kWords < block.channels) {
-                    _mm512_storeu_si512(to + channel + kWords,
-                                        _mm512_permutex2var_epi16(a, upper, b));
-                }
-            }
-        }
     }
 
     // sum = sum * correction + weights times values.
@@ -184,7 +151,6 @@ class AttentionTiles {
     }
 
     int rows_ = 0;
-    bool has_pairs_ = false;
 };
 
 }  // namespace sglite::cpu::SGLITE_CPU_PATH
