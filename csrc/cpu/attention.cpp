@@ -19,6 +19,10 @@ constexpr double kLog2E = 1.44269504088896340736;
 // total = total (+) part, where both are records whose weights are relative to their own maxima.
 static void merge_record(float* total, const float* part, int64_t channels) {
     const float before = total[channels], other = part[channels];
+    if (before == -INFINITY) {  // nothing yet
+        std::memcpy(total, part, (channels + 2) * sizeof(float));
+        return;
+    }
     const float after = other > before ? other : before;
     float factors[Vec::kSize] = {before - after, other - after};
     store(factors, exp2_nonpositive(load(factors)));
@@ -70,7 +74,8 @@ class UnitRunner {
         totals_ = queries_ + rows * channels_;
         parts_ = totals_ + rows * record_;
         weight_sums_ = parts_ + rows * record_;
-        block_.keys = weight_sums_ + rows * 16;
+        maxima_ = weight_sums_ + rows * 16;
+        block_.keys = maxima_ + attention_maxima(rows);
         block_.values = block_.keys + kAttentionBlock * channels_;
         block_.value_pairs =
             reinterpret_cast<uint32_t*>(block_.values + kAttentionBlock * channels_);
@@ -113,7 +118,7 @@ class UnitRunner {
                 attend_block(head, first, begin_ > first ? static_cast<int>(begin_ - first) : 0,
                              end_ < next ? static_cast<int>(end_ - first) : kAttentionBlock);
             if (next % kAttentionSplit == 0 || next >= end_) {
-                sum_weights();
+                finish_parts();
                 whole ? merge_parts() : keep_parts(first / kAttentionSplit);
                 clear_parts();
             }
@@ -150,11 +155,15 @@ class UnitRunner {
     void clear_parts() {
         clear(parts_);
         for (int64_t row = 0; row < rows(); ++row) store(weight_sums_ + row * 16, splat(0.0f));
+        for (int64_t row = 0; row < rows(); row += Vec::kSize)
+            store(maxima_ + row, splat(-INFINITY));
     }
 
-    void sum_weights() {
-        for (int64_t row = 0; row < rows(); ++row)
+    void finish_parts() {
+        for (int64_t row = 0; row < rows(); ++row) {
+            parts_[row * record_ + channels_] = maxima_[row];
             parts_[row * record_ + channels_ + 1] = reduce_sum(load(weight_sums_ + row * 16));
+        }
     }
 
     void merge_parts() {
@@ -251,8 +260,12 @@ class UnitRunner {
 
     template <typename Reading>
     void attend(int64_t row, int64_t count, int begin, int end) {
-        const Rows rows{queries_ + row * channels_, parts_ + row * record_, weight_sums_ + row * 16,
-                        channels_, record_};
+        const Rows rows{queries_ + row * channels_,
+                        parts_ + row * record_,
+                        weight_sums_ + row * 16,
+                        maxima_ + row,
+                        channels_,
+                        record_};
         // Which keys a row sees decides, never what else is in the unit.
         if constexpr (kPairs<T>) {
             if (begin == 0 && end == kAttentionBlock) return attend_whole<Reading>(rows, count);
@@ -304,7 +317,7 @@ class UnitRunner {
     // The positions that some token, and that every token, of the unit sees.
     int64_t some_begin_, some_end_, all_begin_, all_end_;
     int64_t begin_, end_;  // the unit's keys: what some token sees of its splits
-    float *queries_, *totals_, *parts_, *weight_sums_;
+    float *queries_, *totals_, *parts_, *weight_sums_, *maxima_;
     Block block_;
 #if defined(__AMX_BF16__)
     AttentionTiles tiles_;

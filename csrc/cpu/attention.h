@@ -79,12 +79,15 @@ constexpr int64_t attention_channels(int64_t head_dim) { return (head_dim + 15) 
 // score, the sum of weights, and padding.
 constexpr int64_t attention_record(int64_t head_dim) { return attention_channels(head_dim) + 16; }
 
+// Room for a number of each row, with whole vectors from any of them on.
+constexpr int64_t attention_maxima(int64_t rows) { return rows / 16 * 16 + 32; }
+
 // Floats of scratch for one thread whose units have up to `rows` rows over all their heads: per row
-// the query, a record for the total, one for the split, and lane sums; and a block of keys, of
-// values, and of values as pairs.
+// the query, a record for the total, one for the split, lane sums, and a maximum; and a block of
+// keys, of values, and of values as pairs.
 constexpr int64_t attention_scratch(int64_t head_dim, int64_t rows) {
     return rows * (attention_channels(head_dim) + 2 * attention_record(head_dim) + 16) +
-           5 * kAttentionBlock / 2 * attention_channels(head_dim);
+           attention_maxima(rows) + 5 * kAttentionBlock / 2 * attention_channels(head_dim);
 }
 
 }  // namespace sglite::cpu

@@ -7,14 +7,16 @@
 #include "cpu/attention_block.h"
 #include "cpu/kernels.h"
 #include "cpu/math.h"
+#include "cpu/partial.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
 
 // The state of consecutive rows during a split.
 struct Rows {
     const float* queries;  // [rows, words padded]
-    float* records;        // [rows, record]: weighted sum, largest score
+    float* records;        // [rows, record]: weighted sum
     float* weight_sums;    // [rows, 16]: sums of weights by lane
+    float* maxima;         // [rows]: largest score so far; a vector may be read from any
     int64_t query_stride, record_stride;
 };
 
@@ -111,43 +113,83 @@ static inline void score(Block& block, const Rows& rows, int from, int to, float
     }
 }
 
+// Lane r is the largest lane of vector r.
+template <int kRows>
+static inline Vec largest_lanes(const Vec (&rows)[kRows]) {
+    static_assert(kRows <= Vec::kSize);
+#if defined(__AVX512F__)
+    // Vectors are halved and joined until each has lanes of all: four times half as many of them.
+    __m512 v[16];
+    for (int r = 0; r < 16; ++r) v[r] = rows[r < kRows ? r : kRows - 1].v;
+    for (int r = 0; r < 16; r += 2) {
+        v[r] = _mm512_max_ps(_mm512_shuffle_f32x4(v[r], v[r + 1], 0x44),
+                             _mm512_shuffle_f32x4(v[r], v[r + 1], 0xee));
+    }
+    for (int r = 0; r < 16; r += 4) {
+        v[r] = _mm512_max_ps(_mm512_shuffle_f32x4(v[r], v[r + 2], 0x88),
+                             _mm512_shuffle_f32x4(v[r], v[r + 2], 0xdd));
+    }
+    for (int r = 0; r < 16; r += 8) {
+        v[r] =
+            _mm512_max_ps(_mm512_unpacklo_ps(v[r], v[r + 4]), _mm512_unpackhi_ps(v[r], v[r + 4]));
+    }
+    const __m512d low = _mm512_castps_pd(v[0]), high = _mm512_castps_pd(v[8]);
+    // Quarter q holds rows q, 4 + q, 8 + q, 12 + q.
+    const __m512 joined = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                                        _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return {_mm512_permutexvar_ps(order, joined)};
+#else
+    float lanes[Vec::kSize] = {};
+    for (int r = 0; r < kRows; ++r) lanes[r] = reduce_max(rows[r]);
+    return load(lanes);
+#endif
+}
+
 // Turns the scores of keys [begin, end) into weights relative to the row's largest score so far,
 // adds them up, and leaves in `corrections` what the row's earlier sums must be multiplied by; for
 // the first `count` of kRows rows.
 template <int kRows, bool kWhole>
 static inline void weigh(const Block& block, const Rows& rows, int begin, int end, float* scores,
                          float* corrections, int count = kRows) {
-    static_assert(kRows <= Vec::kSize);
     if (kWhole) begin = 0, end = kAttentionBlock;
     const int from = begin / Vec::kSize * Vec::kSize;
-    float before[Vec::kSize] = {}, after[Vec::kSize] = {};
-    float* maxima = rows.records + block.channels;
-    for (int r = 0; r < count; ++r) {
-        float* row = scores + r * kAttentionBlock;
-        Vec largest = splat(-INFINITY);
-        for (int key = from; key < end; key += Vec::kSize) {
-            Vec exponent = load(row + key) * splat(block.scale);
-            if (block.cap != 0.0f) exponent = splat(block.cap) * tanh(exponent);
-            if (!kWhole) {  // keys outside weigh nothing
-                const Vec index = lane_numbers() + splat(static_cast<float>(key));
-                const Vec never = splat(-INFINITY);
-                exponent = select_less(index, splat(static_cast<float>(begin)), never, exponent);
-                exponent = select_less(index, splat(static_cast<float>(end)), exponent, never);
+    Vec largest[kRows];
+    const auto find_exponents = [&](const auto& exponent_of) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            largest[r] = splat(-INFINITY);
+            if (r >= count) continue;
+            float* row = scores + r * kAttentionBlock;
+            for (int key = from; key < end; key += Vec::kSize) {
+                Vec exponent = exponent_of(load(row + key) * splat(block.scale));
+                if (!kWhole) {  // keys outside weigh nothing
+                    const Vec index = lane_numbers() + splat(static_cast<float>(key));
+                    const Vec never = splat(-INFINITY);
+                    exponent =
+                        select_less(index, splat(static_cast<float>(begin)), never, exponent);
+                    exponent = select_less(index, splat(static_cast<float>(end)), exponent, never);
+                }
+                store(row + key, exponent);
+                largest[r] = max(exponent, largest[r]);
             }
-            store(row + key, exponent);
-            largest = max(largest, exponent);
         }
-        const float block_max = reduce_max(largest);
-        before[r] = maxima[r * rows.record_stride];
-        after[r] = block_max > before[r] ? block_max : before[r];
-        maxima[r * rows.record_stride] = after[r];
+    };
+    if (block.cap != 0.0f) {
+        find_exponents([&](Vec score) { return splat(block.cap) * tanh(score); });
+    } else {
+        find_exponents([](Vec score) { return score; });
     }
-    store(corrections, exp2_nonpositive(load(before) - load(after)));
+    const Vec before = load(rows.maxima), after = max(largest_lanes(largest), before);
+    alignas(64) float maxima[Vec::kSize];
+    store(maxima, after);
+    store_some(rows.maxima, after, count);
+    store(corrections, exp2_nonpositive(before - after));
     for (int r = 0; r < count; ++r) {
         float* row = scores + r * kAttentionBlock;
         Vec sums = load(rows.weight_sums + r * 16) * splat(corrections[r]);
         for (int key = from; key < end; key += Vec::kSize) {
-            const Vec weight = exp2_nonpositive(load(row + key) - splat(after[r]));
+            const Vec weight = exp2_nonpositive(load(row + key) - splat(maxima[r]));
             store(row + key, weight);
             sums = sums + weight;
         }
@@ -270,6 +312,7 @@ static void attend_rows(Block& block, Rows rows, int64_t count, int begin, int e
         rows.queries += taken * rows.query_stride;
         rows.records += taken * rows.record_stride;
         rows.weight_sums += taken * 16;
+        rows.maxima += taken;
         count -= taken;
     }
 }

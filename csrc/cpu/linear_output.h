@@ -28,11 +28,8 @@ static void store_outputs_as(const LinearArgs& args, const float* sums, const Ou
                 const T* bias = static_cast<const T*>(args.bias) + column;
                 sum = sum + load_some(bias, end - column);
             }
-            if (args.residual) {
-                Out rounded[Vec::kSize];
-                store(rounded, sum);
-                sum = load(rounded) + load_some(residual + column, end - column);
-            }
+            if (args.residual)
+                sum = round_to<Out>(sum) + load_some(residual + column, end - column);
             store_some(out + column, sum, end - column);
         }
     }

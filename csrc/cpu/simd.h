@@ -271,6 +271,12 @@ static inline void store_partial(T* p, Vec a, int count) {
     for (int i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
+#if defined(__AVX512F__)
+static inline void store_partial(float* p, Vec a, int count) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << count) - 1), a.v);
+}
+#endif
+
 // Halves are combined until one lane is left.
 template <typename Combine>
 static inline float reduce(Vec a, Combine&& combine) {

@@ -28,6 +28,7 @@ class AttentionTiles {
             rows.queries += taken * rows.query_stride;
             rows.records += taken * rows.record_stride;
             rows.weight_sums += taken * 16;
+            rows.maxima += taken;
         }
     }
 
