@@ -69,28 +69,25 @@ class Linear {
     }
 
     void multiply_packed(Range turns, Range blocks) const {
-        if (kPassSteps && args_.m >= kMinPrefetchRows) return multiply_in_passes(turns, blocks);
-        constexpr int64_t kPairRows = 2 * kMaxPairRows;
+        if (args_.m >= kMinPassRows) return multiply_in_passes(turns, blocks);
+        static_assert(kMinPassRows <= kMaxRows + 1, "one block of rows");
+        constexpr int kPairRows = 2 * kMaxPairRows;
         alignas(64) float tile[(kMaxRows > kPairRows ? kMaxRows : kPairRows) * kPanelColumns];
         const int64_t at_once = args_.m <= kMaxPairRows ? 2 : 1;
         int64_t taken;
         for (int64_t turn = turns.begin; turn < turns.end; turn += taken) {
             taken = smaller(at_once, turns.end - turn);
             const uint32_t* weights = packed_panel(turn);
-            const uint32_t* next = turn + taken < turns.end ? packed_panel(turn + taken) : nullptr;
-            for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-                const int64_t rows = blocks_.height(block);
-                const auto kernel = taken == 2 ? multiply_for<T, 2, kMaxPairRows>(rows)
-                                               : multiply_for<T, 1, kMaxRows>(rows);
-                kernel(x_of(block), weights, panels_.distance() * panel_words(), steps_, tile,
-                       false, prefetch(weights, next, block - blocks.begin));
-                finish(tile, block, turn, taken);
-            }
+            const auto kernel = taken == 2 ? multiply_for<T, 2, kMaxPairRows>(args_.m)
+                                           : multiply_for<T, 1, kMaxRows>(args_.m);
+            kernel(x_of(0), weights, panels_.distance() * panel_words(), steps_, tile, false,
+                   prefetch(weights));
+            finish(tile, 0, turn, taken);
         }
     }
 
-    // The same, some steps of a panel at a time. While the first blocks of rows are at work on
-    // them, the next ones are fetched: behind the last, those of the next panel.
+    // The same for several blocks of rows, some steps of a panel at a time. While the first blocks
+    // are at work on them, the next ones are fetched: behind the last, those of the next panel.
     void multiply_in_passes(Range turns, Range blocks) const {
         constexpr int64_t kBlocksAtOnce = kPieceRows / kMaxRows;
         alignas(64) float tiles[kPieceRows * kPanelColumns];
@@ -136,20 +133,14 @@ class Linear {
                 kStepBytes / (passes * sharing)};
     }
 
-    // What to fetch ahead while a block of rows is at work on a panel. Where there is one block, it
-    // is the panel itself. Otherwise later blocks find the panel in the cache, and the next one,
-    // where there is one, comes in, half of it during each of the first two blocks.
-    Prefetch prefetch(const uint32_t* panel, const uint32_t* next, int64_t order) const {
+    // What a single block of rows fetches while it is at work on a panel: what comes later in it.
+    Prefetch prefetch(const uint32_t* panel) const {
         constexpr int64_t kDistance = 8192;
-        if (blocks_.count == 1) {
-            const char* address = reinterpret_cast<const char*>(panel);
-            if (args_.m < kMinPrefetchRows) {
-                return kNearDistance ? Prefetch{address + kNearDistance, 128} : Prefetch{};
-            }
-            return {address + kDistance / (args_.m <= kMaxPairRows ? 2 : 1), 128};
+        const char* address = reinterpret_cast<const char*>(panel);
+        if (args_.m < kMinPrefetchRows) {
+            return kNearDistance ? Prefetch{address + kNearDistance, 128} : Prefetch{};
         }
-        if (!next || order > 1) return {};
-        return {reinterpret_cast<const char*>(next + order * panel_words() / 2), 64};
+        return {address + kDistance / (args_.m <= kMaxPairRows ? 2 : 1), 128};
     }
 
     void multiply_plain(Range turns, Range blocks) const {

@@ -27,14 +27,14 @@ constexpr int kKeptRows = 3;
 constexpr int kKeptRows = 0;
 #endif
 
-// Steps of a panel that all rows are multiplied by before the next ones are read, where rows take
-// more than one pass over them: so they come from memory once and then from the nearest cache. Sums
-// are fetched and stored each time, hence the longer passes of many blocks of rows, whose weights
-// need not come fast. 0: the whole panel, which the next cache has room for.
+// Steps of a panel that all rows are multiplied by before the next ones are read, from as many rows
+// on as take more than one pass over them: so they come from memory once and then from the nearest
+// cache. Sums are fetched and stored each time, hence the longer passes of many blocks of rows,
+// whose weights need not come fast.
 #if defined(__AVX512F__)
-constexpr int64_t kPassSteps = 0, kLongPassSteps = 0;
+constexpr int64_t kPassSteps = 128, kLongPassSteps = 256, kMinPassRows = kMaxRows + 1;
 #else
-constexpr int64_t kPassSteps = 64, kLongPassSteps = 128;
+constexpr int64_t kPassSteps = 64, kLongPassSteps = 128, kMinPassRows = kMinPrefetchRows;
 #endif
 constexpr int64_t kLongPassBlocks = 6;
 
