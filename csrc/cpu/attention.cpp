@@ -4,6 +4,7 @@
 #include "cpu/attention.h"
 
 #include <cmath>
+#include <optional>
 
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
@@ -99,35 +100,53 @@ class UnitRunner {
         end_ = some_end_ < last ? some_end_ : last;
     }
 
+    // Begins to fetch the first block of keys and values, while another unit is at work.
+    void begin_fetching() {
+        first_ = begin_ / kAttentionBlock * kAttentionBlock;
+        prefetch(first_, offsets_[0]);
+        is_fetching_ = true;
+    }
+
     // Block after block, all heads of one before the next, so that memory is read in its order.
-    void run() {
+    // following: the unit that this thread runs next, or null.
+    void run(UnitRunner* following) {
+        if (!is_fetching_) begin_fetching();
         pack_queries();
         const bool whole = unit_.partials < 0;
         if (whole) clear(totals_);
         clear_parts();
-        int64_t offsets[2][kAttentionBlock];
-        int64_t first = begin_ / kAttentionBlock * kAttentionBlock;
-        prefetch(first, offsets[0]);
         block_.next_keys.finish();
         block_.next_values.finish();
-        for (int turn = 0; first < end_; turn ^= 1) {
-            const int64_t next = first + kAttentionBlock;
-            prefetch(next, offsets[turn ^ 1]);
-            block_.offsets = offsets[turn];
+        for (int turn = 0; first_ < end_; turn ^= 1) {
+            const int64_t next = first_ + kAttentionBlock;
+            if (next < end_) {
+                prefetch(next, offsets_[turn ^ 1]);
+            } else if (following) {
+                following->begin_fetching();
+                hand_over(following->block_, block_);
+            }
+            block_.offsets = offsets_[turn];
             for (int64_t head = 0; head < unit_.heads; ++head)
-                attend_block(head, first, begin_ > first ? static_cast<int>(begin_ - first) : 0,
-                             end_ < next ? static_cast<int>(end_ - first) : kAttentionBlock);
+                attend_block(head, first_, begin_ > first_ ? static_cast<int>(begin_ - first_) : 0,
+                             end_ < next ? static_cast<int>(end_ - first_) : kAttentionBlock);
             if (next % kAttentionSplit == 0 || next >= end_) {
                 finish_parts();
-                whole ? merge_parts() : keep_parts(first / kAttentionSplit);
+                whole ? merge_parts() : keep_parts(first_ / kAttentionSplit);
                 clear_parts();
             }
-            first = next;
+            first_ = next;
         }
+        if (following && following->is_fetching_) hand_over(block_, following->block_);
         if (whole) write_rows();
     }
 
   private:
+    // What is still to be fetched.
+    static void hand_over(const Block& from, Block& to) {
+        to.next_keys = from.next_keys;
+        to.next_values = from.next_values;
+    }
+
     void pack_queries() {
         const T* q = static_cast<const T*>(args_.q.data);
         float* to = queries_;
@@ -201,7 +220,7 @@ class UnitRunner {
         return (unit_.first_head + head) * args_.head_dim * static_cast<int64_t>(sizeof(T));
     }
 
-    // Finds the keys of the next block, if there is one, and has them fetched by and by.
+    // Finds the keys of a block, if it is one of the unit's, and has them fetched by and by.
     void prefetch(int64_t first, int64_t* offsets) {
         if (first >= end_) return;
         find_keys(first, offsets);
@@ -223,11 +242,12 @@ class UnitRunner {
             }
         }
 #endif
-        pack_keys<T>(block_, begin, end);
         block_.has_pairs = false;
         if (head_rows_ <= kTileRows && args_.head_dim % Vec::kSize == 0) {
+            pack_keys<T, 2>(block_, begin, end);
             attend_tokens<CachedBlock<T>>(head * head_rows_, first);
         } else {
+            pack_keys<T, 1>(block_, begin, end);
             if (!kPairs<T> || !all_see_whole(first)) copy_values<T>(block_, begin, end);
             attend_tokens<CopiedBlock>(head * head_rows_, first);
         }
@@ -317,6 +337,9 @@ class UnitRunner {
     // The positions that some token, and that every token, of the unit sees.
     int64_t some_begin_, some_end_, all_begin_, all_end_;
     int64_t begin_, end_;  // the unit's keys: what some token sees of its splits
+    int64_t first_ = 0;    // of the block at work
+    bool is_fetching_ = false;
+    int64_t offsets_[2][kAttentionBlock];  // of the keys of this block and the next
     float *queries_, *totals_, *parts_, *weight_sums_, *maxima_;
     Block block_;
 #if defined(__AMX_BF16__)
@@ -356,8 +379,18 @@ static void attend(const AttentionArgs& args) {
     SharedCounter next_unit, next_merge;
     const auto scratch = [&](int rank) { return args.scratch + rank * args.scratch_size; };
     run_together(args.threads, [&](int rank) {
-        for (int64_t unit; (unit = next_unit.take()) < args.unit_count;)
-            UnitRunner<T>(args, args.units[unit], scratch(rank)).run();
+        // The one at work, and the one after it.
+        std::optional<UnitRunner<T>> units[2];
+        const auto take = [&](std::optional<UnitRunner<T>>& runner) {
+            runner.reset();
+            const int64_t unit = next_unit.take();
+            if (unit < args.unit_count) runner.emplace(args, args.units[unit], scratch(rank));
+        };
+        take(units[0]);
+        for (int turn = 0; units[turn]; turn ^= 1) {
+            take(units[turn ^ 1]);
+            units[turn]->run(units[turn ^ 1] ? &*units[turn ^ 1] : nullptr);
+        }
     });
     run_together(merge_items > 1 ? args.threads : 1, [&](int rank) {
         for (int64_t item; (item = next_merge.take()) < merge_items;)

@@ -245,12 +245,14 @@ struct PairedBlock : SingleKeys {
 };
 #endif
 
-// Keys [begin, end), in whole vectors, so that lanes are keys.
-template <typename T>
+// Keys [begin, end), in whole vectors, so that lanes are keys. kShare: of the lines to be fetched
+// ahead, one in so many.
+template <typename T, int kShare>
 static void pack_keys(Block& block, int begin, int end) {
     constexpr int kLanes = Vec::kSize, kPerWord = kPairs<T> ? 2 : 1, kChannels = kLanes * kPerWord;
     // As many lines are fetched ahead as are read, a few at a time.
-    constexpr int kLines = kLanes * kChannels * static_cast<int>(sizeof(T)) / Prefetch::kLine;
+    constexpr int kLines =
+        kLanes * kChannels * static_cast<int>(sizeof(T)) / Prefetch::kLine / kShare;
     constexpr int kSteps = kLines < 8 ? kLines : 8;
     Prefetch next = block.next_keys;
     for (int first = begin / kLanes * kLanes; first < end; first += kLanes) {

@@ -74,8 +74,18 @@ static inline void score(Block& block, const Rows& rows, int key, float* scores)
         for (Vec& sum : row) sum = splat(0.0f);
     if constexpr (Reading::kParts == 1) {
         const float* keys = block.keys + key;
-        for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock)
-            add_products<T, Reading>(sums, rows, word, keys);
+        if constexpr (Reading::kBytes > 0) {
+            // The other half of the lines; see pack_keys.
+            Prefetch next = block.next_keys;
+            for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock) {
+                next.advance(kColumns / 2);
+                add_products<T, Reading>(sums, rows, word, keys);
+            }
+            block.next_keys = next;
+        } else {
+            for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock)
+                add_products<T, Reading>(sums, rows, word, keys);
+        }
     } else {
         // Packing and multiplying keep different parts of the processor busy: a little of each in
         // turns, so that one hides behind the other.
