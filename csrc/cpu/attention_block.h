@@ -186,12 +186,12 @@ struct CopiedPairs : CopiedBlock {
 
 // Few rows, and no partial vectors: straight from the cache.
 struct CachedPairs : CopiedPairs {
-    struct Rows {
+    struct KeyPair {
         const BFloat16 *even, *odd;
-        Rows operator+(int64_t channels) const { return {even + channels, odd + channels}; }
+        KeyPair operator+(int64_t channels) const { return {even + channels, odd + channels}; }
     };
     using CopiedPairs::take;
-    static void take(const Rows& from, int, Vec& column) {
+    static void take(const KeyPair& from, int, Vec& column) {
         const auto half = [](const BFloat16* values) {
             return _mm512_castsi256_si512(
                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
@@ -201,7 +201,7 @@ struct CachedPairs : CopiedPairs {
     }
     static auto values(const Block& block) {
         return [value = cached_values<BFloat16>(block)](int pair) {
-            return Rows{value(2 * pair), value(2 * pair + 1)};
+            return KeyPair{value(2 * pair), value(2 * pair + 1)};
         };
     }
     static constexpr int kBytes = 4;
