@@ -65,8 +65,8 @@ def check_kv_tokens(tokens: int, bytes_per_token: int, mapped_bytes: int = 0) ->
 def give_back_free_memory() -> None:
     """Returns to the system what `malloc` keeps of this process's memory for later.
 
-    What a tokenizer's files become while they are read, and weights as they go, are freed in
-    pieces among others: glibc would hold on to tens of megabytes after each `LLM`.
+    What a tokenizer's files become while they are read, weights as they go, and the logits of a
+    batch are freed in pieces among others: glibc would hold on to tens of megabytes after each.
     """
     _C.trim_heap()
 

@@ -14,6 +14,7 @@ from sglite.engine.decode_runner import DecodeRunner
 from sglite.engine.drawn_tokens import DrawnTokens
 from sglite.engine.failures import failed
 from sglite.engine.image_features import ImageFeatures
+from sglite.engine.memory import give_back_free_memory
 from sglite.engine.request import Request
 from sglite.engine.sampler import Sampler
 from sglite.engine.scheduler import Outcome, PageCopy, ScheduledRequest, Step
@@ -22,6 +23,8 @@ from sglite.engine.transfer import upload
 from sglite.interface.errors import RequestError
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
+# Requests of a step whose logits are worth asking `malloc` for, which takes up to 3 ms.
+_LARGE_BATCH = 8
 
 
 class ModelRunner:
@@ -57,6 +60,7 @@ class ModelRunner:
         self._drawing: dict[Request, int] = {}  # rows of `_drawn` in the step launched last
         self._drawn: Tensor | None = None
         self._layer_calls: dict[int, Any] = {}  # of the batches that are laid out anew
+        self._largest_batch = 0  # since the last rest
 
     def launch(self, step: Step) -> "LaunchedStep":
         """Begins to compute a step; steps are computed in the order of the calls."""
@@ -64,6 +68,7 @@ class ModelRunner:
         self._copy_pages(step.page_copies)
         if not step.items:
             return LaunchedStep([], None)
+        self._largest_batch = max(self._largest_batch, len(step.items))
         drawn = self.launch_decode(step)
         launched = self._launch_eagerly(step) if drawn is None else LaunchedStep(step.items, drawn)
         if self.runs_ahead:
@@ -174,6 +179,10 @@ class ModelRunner:
             self._images.rest()
         self._drawing, self._drawn = {}, None
         self._layer_calls.clear()
+        # The thread of the next steps is another one, for which `malloc` may have another heap.
+        if self._largest_batch >= _LARGE_BATCH and self.pool.device.type == "cpu":
+            give_back_free_memory()
+        self._largest_batch = 0
 
     def close(self) -> None:
         """Drops the model and the cache's tensors."""

@@ -1,7 +1,9 @@
 """The model runner where the fake one of the scheduler's tests cannot stand in."""
 
+import pytest
 import torch
 
+from sglite import LLM
 from sglite.cache.kv_pool import KVPool, LayerSpec
 from sglite.engine.model_runner import ModelRunner
 from sglite.engine.scheduler import PageCopy, Step
@@ -38,3 +40,15 @@ def test_a_failed_step_ends_requests_that_only_had_a_copy():
     engine.scheduler.fail(step, RuntimeError("planted"))
     assert again.finish_reason == "error"
     engine.scheduler.cache.check_invariant()
+
+
+@pytest.mark.parametrize(("num_prompts", "times"), [(1, 0), (7, 0), (8, 1), (20, 1)])
+def test_freed_logits_of_a_large_batch_go_back_to_the_system(num_prompts, times, monkeypatch):
+    given_back = []
+    monkeypatch.setattr(
+        "sglite.engine.model_runner.give_back_free_memory", lambda: given_back.append(True)
+    )
+    with LLM("demo", device="cpu", kv_cache_tokens=1024) as llm:
+        llm.generate([[5, 6, 7]] * num_prompts, max_new_tokens=3, ignore_eos=True)
+        llm.generate([5, 6, 7], max_new_tokens=3)  # which is not asked to do it again
+    assert len(given_back) == times
