@@ -120,7 +120,9 @@ def _list_added_tokens(folder: Path) -> None:
     if settings is None or tokenizer is None or "added_tokens_decoder" in settings:
         return
     added = tokenizer.get("added_tokens")
-    if added is None or any((folder / name).exists() for name in _OLD_TOKENIZER_FILES):
+    if not isinstance(added, list) or not all(isinstance(t, dict) and "id" in t for t in added):
+        return  # reading it says what is wrong
+    if any((folder / name).exists() for name in _OLD_TOKENIZER_FILES):
         return
     listed = [dict(token) for token in added]
     settings["added_tokens_decoder"] = {str(token.pop("id")): token for token in listed}

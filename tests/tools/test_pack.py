@@ -154,6 +154,14 @@ class TestTheFolder:
         assert made.added_tokens_decoder == expected.added_tokens_decoder
         assert made.special_tokens_map == expected.special_tokens_map
 
+    @pytest.mark.parametrize("added", [None, {"id": 1}, ["<s>"], [{"content": "<s>"}]])
+    def test_added_tokens_that_are_none_are_left_to_the_reader(self, added, tmp_path):
+        plain = make_checkpoint(tmp_path / "plain", "llama")
+        edit_json(plain / "tokenizer.json", {"added_tokens": added})
+        made = pack(plain, tmp_path / "packed")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (made / name).read_text() == (plain / name).read_text()
+
     def test_matrices_begin_at_cache_lines(self, tmp_path):
         """Also behind tensors of odd sizes, and in the place where the format's library reads."""
         tensors = {
