@@ -28,10 +28,6 @@ void unpack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, con
 // fewer pages have to be made, and read faster, since their addresses fit the processor's tables.
 void advise_huge_pages(const Tensor& storage);
 
-// Maps the pages of a mapped file that the system holds in memory anyway, all at once: mapping each
-// when it is first read takes twice as long. What would have to be read from a disk is left alone.
-void map_cached_pages(const Tensor& file);
-
 // Bytes that linear wants as its workspace (uint8) for this x; often 0.
 int64_t linear_workspace(const Tensor& x);
 

@@ -48,8 +48,6 @@ static void bind_linear(py::module_& m) {
         },
         py::arg("storage"), py::arg("n"), py::arg("k"), py::arg("start"), py::arg("rows"));
     m.def("advise_huge_pages", &ops::advise_huge_pages, py::arg("storage"));
-    m.def("map_cached_pages", &ops::map_cached_pages, py::arg("file"),
-          py::call_guard<py::gil_scoped_release>());
     m.def("linear_workspace", &ops::linear_workspace, py::arg("x"));
     m.def(
         "linear_packed",

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglite import _C
 from sglite.interface.errors import CheckpointError
 
 #: The file that says which tensor is in which of several weight files.
@@ -115,13 +114,8 @@ class SafetensorsFile:
             self._map.close()
 
     def keep_mapped(self) -> None:
-        """Has the mapping live as long as any tensor that was read, whatever is closed.
-
-        What the system has in memory of the file is mapped at once, while other threads may have
-        the interpreter.
-        """
+        """Has the mapping live as long as any tensor that was read, whatever is closed."""
         self._is_kept = True
-        _C.map_cached_pages(torch.frombuffer(self._map, dtype=torch.uint8))
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor, over the mapped file: no copy, and valid until `release` or `close`.

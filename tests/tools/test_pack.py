@@ -2,10 +2,7 @@
 
 import gc
 import json
-import mmap
-import platform
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -197,24 +194,6 @@ class TestTheFolder:
         del loaded
         gc.collect()
         assert not is_mapped()
-
-    @pytest.mark.skipif(
-        tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 14),
-        reason="needs a Linux that maps pages when asked to",
-    )
-    def test_what_the_system_has_in_memory_is_mapped_at_once(self, folder):
-        def mapped_bytes():
-            found = re.search(
-                rf" {re.escape(str(packed_file(folder)))}\n(?:.*\n)*?Rss: +(\d+) kB",
-                Path("/proc/self/smaps").read_text(),
-            )
-            return int(found[1]) * 1024
-
-        size = len(packed_file(folder).read_bytes())
-        assert size > 20 * mmap.PAGESIZE
-        loaded = load(folder)
-        assert mapped_bytes() > size - 2 * mmap.PAGESIZE
-        del loaded
 
     def test_assigning_a_weight_leaves_the_file_alone(self, folder):
         before = packed_file(folder).read_bytes()
