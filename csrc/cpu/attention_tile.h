@@ -18,6 +18,13 @@ struct Rows {
     float* weight_sums;    // [rows, 16]: sums of weights by lane
     float* maxima;         // [rows]: largest score so far; a vector may be read from any
     int64_t query_stride, record_stride;
+
+    void skip(int64_t count) {
+        queries += count * query_stride;
+        records += count * record_stride;
+        weight_sums += count * 16;
+        maxima += count;
+    }
 };
 
 // Vectors that a tile of rows takes at once: as many sums as hide an addition's latency, and fit
@@ -319,10 +326,7 @@ static void attend_rows(Block& block, Rows rows, int64_t count, int begin, int e
                 attend_tile<T, Reading, 6>(block, rows, begin, end);
                 break;
         }
-        rows.queries += taken * rows.query_stride;
-        rows.records += taken * rows.record_stride;
-        rows.weight_sums += taken * 16;
-        rows.maxima += taken;
+        rows.skip(taken);
         count -= taken;
     }
 }

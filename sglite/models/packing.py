@@ -116,14 +116,13 @@ def _list_added_tokens(folder: Path) -> None:
     Where they do not, transformers parses the whole of `tokenizer.json` a second time, for these.
     """
     settings = read_json(folder / _TOKENIZER_SETTINGS)
-    tokenizer = read_json(folder / "tokenizer.json")
-    if settings is None or tokenizer is None or "added_tokens_decoder" in settings:
+    if settings is None or "added_tokens_decoder" in settings:
         return
-    added = tokenizer.get("added_tokens")
-    if not isinstance(added, list) or not all(isinstance(t, dict) and "id" in t for t in added):
-        return  # reading it says what is wrong
     if any((folder / name).exists() for name in _OLD_TOKENIZER_FILES):
         return
+    added = (read_json(folder / "tokenizer.json") or {}).get("added_tokens")
+    if not isinstance(added, list) or not all(isinstance(t, dict) and "id" in t for t in added):
+        return  # reading it says what is wrong
     listed = [dict(token) for token in added]
     settings["added_tokens_decoder"] = {str(token.pop("id")): token for token in listed}
     _rewrite(folder / _TOKENIZER_SETTINGS, settings)

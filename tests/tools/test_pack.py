@@ -144,10 +144,15 @@ class TestTheFolder:
         assert found.special_tokens_map == expected.special_tokens_map
         assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
 
-    @pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
-    def test_older_files_of_a_tokenizer_are_still_read(self, name, tmp_path):
+    @pytest.mark.parametrize(
+        ("name", "contents"),
+        [
+            ("special_tokens_map.json", {"pad_token": "<unk>"}),
+            ("added_tokens.json", {"<new>": 10_000}),
+        ],
+    )
+    def test_older_files_of_a_tokenizer_are_still_read(self, name, contents, tmp_path):
         plain = make_checkpoint(tmp_path / "plain", "llama")
-        contents = {"added_tokens.json": {"<new>": 10_000}}.get(name, {"pad_token": "<unk>"})
         (plain / name).write_text(json.dumps(contents))
         made = load_tokenizer(resolve_checkpoint(pack(plain, tmp_path / "packed")))
         expected = load_tokenizer(resolve_checkpoint(plain))

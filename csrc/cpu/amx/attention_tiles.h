@@ -25,10 +25,7 @@ class AttentionTiles {
         for (int64_t taken; count > 0; count -= taken) {
             taken = count < kRows ? count : kRows;
             attend_tile(block, rows, static_cast<int>(taken));
-            rows.queries += taken * rows.query_stride;
-            rows.records += taken * rows.record_stride;
-            rows.weight_sums += taken * 16;
-            rows.maxima += taken;
+            rows.skip(taken);
         }
     }
 
