@@ -115,15 +115,14 @@ class UnitRunner {
         const bool whole = unit_.partials < 0;
         if (whole) clear(totals_);
         clear_parts();
-        block_.next_keys.finish();
-        block_.next_values.finish();
+        block_.next.finish();
         for (int turn = 0; first_ < end_; turn ^= 1) {
             const int64_t next = first_ + kAttentionBlock;
             if (next < end_) {
                 prefetch(next, offsets_[turn ^ 1]);
             } else if (following) {
                 following->begin_fetching();
-                hand_over(following->block_, block_);
+                block_.next = following->block_.next;
             }
             block_.offsets = offsets_[turn];
             for (int64_t head = 0; head < unit_.heads; ++head)
@@ -136,17 +135,11 @@ class UnitRunner {
             }
             first_ = next;
         }
-        if (following && following->is_fetching_) hand_over(block_, following->block_);
+        if (following && following->is_fetching_) following->block_.next = block_.next;
         if (whole) write_rows();
     }
 
   private:
-    // What is still to be fetched.
-    static void hand_over(const Block& from, Block& to) {
-        to.next_keys = from.next_keys;
-        to.next_values = from.next_values;
-    }
-
     void pack_queries() {
         const T* q = static_cast<const T*>(args_.q.data);
         float* to = queries_;
@@ -227,8 +220,8 @@ class UnitRunner {
         const int64_t left = end_ - first;
         const int64_t rows = left < kAttentionBlock ? left : kAttentionBlock;
         const int64_t bytes = head_offset(unit_.heads) - head_offset(0);
-        block_.next_keys.start(k_cache_ + head_offset(0), offsets, rows, bytes);
-        block_.next_values.start(v_cache_ + head_offset(0), offsets, rows, bytes);
+        block_.next.start(k_cache_ + head_offset(0), v_cache_ + head_offset(0), offsets, rows,
+                          bytes);
     }
 
     // Keys first + [begin, end) are those that some token of the unit may see.
@@ -244,10 +237,10 @@ class UnitRunner {
 #endif
         block_.has_pairs = false;
         if (head_rows_ <= kTileRows && args_.head_dim % Vec::kSize == 0) {
-            pack_keys<T, 2>(block_, begin, end);
+            pack_keys<T, true>(block_, begin, end);
             attend_tokens<CachedBlock<T>>(head * head_rows_, first);
         } else {
-            pack_keys<T, 1>(block_, begin, end);
+            pack_keys<T, false>(block_, begin, end);
             if (!kPairs<T> || !all_see_whole(first)) copy_values<T>(block_, begin, end);
             attend_tokens<CopiedBlock>(head * head_rows_, first);
         }

@@ -65,20 +65,25 @@ static inline void pack_query(float* words, const T* query, int64_t head_dim) {
 }
 
 // What will be read after the present block, brought nearer bit by bit while that is worked on, in
-// the order of memory: the processor does not foresee rows that are spread over pages.
+// the order of memory: the processor does not foresee rows that are spread over pages. A line of
+// keys and the same line of values take turns, since two streams come faster than one.
 class Prefetch {
   public:
     static constexpr int kLine = 64;
 
-    // `rows` rows of `row_bytes`, row i at base + offsets[i].
-    void start(const char* base, const int64_t* offsets, int64_t rows, int64_t row_bytes) {
-        base_ = base;
+    // `rows` rows of `row_bytes`, row i of the keys at keys + offsets[i], of the values likewise.
+    void start(const char* keys, const char* values, const int64_t* offsets, int64_t rows,
+               int64_t row_bytes) {
+        base_ = keys;
+        step_ = values - keys;
         offsets_ = offsets;
         rows_ = rows;
         row_bytes_ = (row_bytes + kLine - 1) / kLine * kLine;
         at_ = end_ = nullptr;
     }
-    // Inlined where registers are few: a call would have them all stored.
+    // Inlined where registers are few: a call would have them all stored. kSpread: lines are asked
+    // for some cycles apart.
+    template <bool kSpread = true>
     [[gnu::always_inline]] void advance(int lines) {
         for (int i = 0; i < lines; ++i) {
             if (at_ == end_) [[unlikely]] {
@@ -88,17 +93,29 @@ class Prefetch {
                 end_ = at_ + row_bytes_;
             }
             __builtin_prefetch(at_);
-            at_ += kLine;
+            at_ += step_;
+            if (kSpread) at_ = delayed(at_);
+            step_ = kLine - step_;  // to the values, and back to the keys' next line
         }
     }
     void finish() {
-        while (at_ != end_ || rows_ > 0) advance(1);
+        while (at_ != end_ || rows_ > 0) advance<false>(1);
     }
 
   private:
+    // The same address, some cycles later: as many as few rows take to work on a line that is
+    // there. A processor that looks far ahead would otherwise ask for many lines at once, and what
+    // the rows at work miss would wait behind them.
+    static const char* delayed(const char* address) {
+#if defined(__AVX2__)
+        asm("imul $1, %0\n\timul $1, %0" : "+r"(address));
+#endif
+        return address;
+    }
+
     const char *base_ = nullptr, *at_ = nullptr, *end_ = nullptr;
     const int64_t* offsets_ = nullptr;
-    int64_t rows_ = 0, row_bytes_ = 0;
+    int64_t rows_ = 0, row_bytes_ = 0, step_ = 0;
 };
 
 // One block of keys and values of one KV head.
@@ -113,7 +130,7 @@ struct Block {
     int64_t head_dim, words, channels;
     // Scores become exponents of 2: dot * scale, or with a cap cap * tanh(dot * scale).
     float scale, cap;
-    Prefetch next_keys, next_values;
+    Prefetch next;
 };
 
 template <typename T>
@@ -149,7 +166,9 @@ struct CopiedBlock : SingleKeys {
             return values + key * channels;
         };
     }
-    static constexpr int kBytes = 0;  // of values read from the cache for a channel of kKeys keys
+    // Bytes to be fetched ahead for a channel of kKeys keys: what is read of values, or, where keys
+    // have been packed for so few rows, half of it, since more was fetched meanwhile.
+    static constexpr int kBytes = 0;
     static void load_sums(const float* from, Vec* sums) { sums[0] = load(from); }
     static void store_sums(float* to, const Vec* sums) { store(to, sums[0]); }
 };
@@ -160,12 +179,12 @@ struct CachedBlock : CopiedBlock {
     static void take(const float* from, int, Vec& column) { column = load(from); }
     static void take(const T* from, int, Vec& column) { column = load(from); }
     static auto values(const Block& block) { return cached_values<T>(block); }
-    static constexpr int kBytes = sizeof(T);
+    static constexpr int kBytes = sizeof(T) / 2;
 };
 template <>
 struct CachedBlock<float> : CopiedBlock {
     static auto values(const Block& block) { return cached_values<float>(block); }
-    static constexpr int kBytes = 4;
+    static constexpr int kBytes = 2;
 };
 
 #if defined(__AVX512BF16__)
@@ -204,7 +223,7 @@ struct CachedPairs : CopiedPairs {
             return KeyPair{value(2 * pair), value(2 * pair + 1)};
         };
     }
-    static constexpr int kBytes = 4;
+    static constexpr int kBytes = 2;
     // Which elements of two vectors make one whose elements come from both in turns, each from
     // `first` on.
     static __m512i alternating(int first) {
@@ -245,16 +264,14 @@ struct PairedBlock : SingleKeys {
 };
 #endif
 
-// Keys [begin, end), in whole vectors, so that lanes are keys. kShare: of the lines to be fetched
-// ahead, one in so many.
-template <typename T, int kShare>
+// Keys [begin, end), in whole vectors, so that lanes are keys.
+template <typename T, bool kFewRows>
 static void pack_keys(Block& block, int begin, int end) {
     constexpr int kLanes = Vec::kSize, kPerWord = kPairs<T> ? 2 : 1, kChannels = kLanes * kPerWord;
     // As many lines are fetched ahead as are read, a few at a time.
-    constexpr int kLines =
-        kLanes * kChannels * static_cast<int>(sizeof(T)) / Prefetch::kLine / kShare;
+    constexpr int kLines = kLanes * kChannels * static_cast<int>(sizeof(T)) / Prefetch::kLine;
     constexpr int kSteps = kLines < 8 ? kLines : 8;
-    Prefetch next = block.next_keys;
+    Prefetch next = block.next;
     for (int first = begin / kLanes * kLanes; first < end; first += kLanes) {
         const T* rows[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) rows[lane] = key_row<T>(block, first + lane);
@@ -265,7 +282,7 @@ static void pack_keys(Block& block, int begin, int end) {
             for (; channel + 8 <= block.head_dim; channel += 8) {
                 alignas(32) float pairs[4 * kLanes];
                 transpose_pairs(block.key_rows + channel * 2, block.offsets + first, pairs, kLanes);
-                next.advance(8 * kLanes * sizeof(T) / Prefetch::kLine);
+                next.advance<kFewRows>(8 * kLanes * sizeof(T) / Prefetch::kLine);
                 for (int i = 0; i < 4; ++i, to += 2 * kAttentionBlock) {
                     const Vec pair = load(pairs + i * kLanes), even = first_of_pairs(pair);
                     store(to, even);
@@ -279,7 +296,7 @@ static void pack_keys(Block& block, int begin, int end) {
 #pragma GCC unroll 16
             for (int lane = 0; lane < kLanes; ++lane) {
                 square[lane] = load_words(rows[lane] + channel, block.head_dim - channel);
-                if (lane % (kLanes / kSteps) == 0) next.advance(kLines / kSteps);
+                if (lane % (kLanes / kSteps) == 0) next.advance<kFewRows>(kLines / kSteps);
             }
             transpose(square);
 #pragma GCC unroll 16
@@ -287,7 +304,7 @@ static void pack_keys(Block& block, int begin, int end) {
                 store(to, square[word]);
         }
     }
-    block.next_keys = next;
+    block.next = next;
 }
 
 #if defined(__AVX512BF16__)
@@ -301,7 +318,7 @@ static void pack_value_pairs(Block& block) {
     for (int key = 0; key < kAttentionBlock; key += 2, to += block.channels) {
         const BFloat16* even = value_row<BFloat16>(block, key);
         const BFloat16* odd = value_row<BFloat16>(block, key + 1);
-        block.next_values.advance(2 * row_lines);
+        block.next.advance<false>(2 * row_lines);
         for (int64_t channel = 0; channel < block.head_dim; channel += 2 * Vec::kSize) {
             const int64_t rest = block.head_dim - channel;
             const __m512i a = _mm512_castps_si512(load_words(even + channel, rest).v);
@@ -322,7 +339,7 @@ static void copy_values(Block& block, int begin, int end) {
     for (int key = begin; key < end; ++key) {
         const T* from = value_row<T>(block, key);
         float* to = block.values + key * block.channels;
-        block.next_values.advance(lines);
+        block.next.advance<false>(lines);
         int64_t i = 0;
         for (; i + Vec::kSize <= block.head_dim; i += Vec::kSize) store(to + i, load(from + i));
         if (i < block.head_dim)

@@ -83,12 +83,12 @@ static inline void score(Block& block, const Rows& rows, int key, float* scores)
         const float* keys = block.keys + key;
         if constexpr (Reading::kBytes > 0) {
             // The other half of the lines; see pack_keys.
-            Prefetch next = block.next_keys;
+            Prefetch next = block.next;
             for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock) {
                 next.advance(kColumns / 2);
                 add_products<T, Reading>(sums, rows, word, keys);
             }
-            block.next_keys = next;
+            block.next = next;
         } else {
             for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock)
                 add_products<T, Reading>(sums, rows, word, keys);
@@ -100,7 +100,7 @@ static inline void score(Block& block, const Rows& rows, int key, float* scores)
         alignas(64) float pairs[4 * kLanes];
         const char* base = block.key_rows;
         const int64_t* offsets = block.offsets + key;
-        Prefetch next = block.next_keys;
+        Prefetch next = block.next;
         for (int64_t channel = 0; channel < block.head_dim; channel += 8, base += 16) {
             for (int c = 0; c < kColumns; ++c) {
                 next.advance(2);
@@ -110,7 +110,7 @@ static inline void score(Block& block, const Rows& rows, int key, float* scores)
             for (int word = 0; word < 4; ++word)
                 add_products<T, Reading>(sums, rows, channel + 2 * word, pairs + word * kLanes);
         }
-        block.next_keys = next;
+        block.next = next;
     }
     for (int r = 0; r < kRows; ++r)
         for (int c = 0; c < kColumns; ++c)
@@ -231,7 +231,7 @@ static inline void add_values(Block& block, const Rows& rows, int64_t channel, i
         for (Vec& sum : sums[r]) sum = sum * splat(corrections[r]);
     }
     // A copy, since what is in memory is read anew after each part.
-    Prefetch next = block.next_values;
+    Prefetch next = block.next;
     const auto values = Reading::values(block);
     for (int step = begin / Reading::kKeys; step < end / Reading::kKeys; ++step) {
         const auto row = values(step) + channel / kParts;
@@ -260,7 +260,7 @@ static inline void add_values(Block& block, const Rows& rows, int64_t channel, i
             }
         }
     }
-    block.next_values = next;
+    block.next = next;
     for (int r = 0; r < kRows; ++r)
         for (int c = 0; c < kColumns; c += kParts)
             Reading::store_sums(records + r * rows.record_stride + c * Vec::kSize, sums[r] + c);

@@ -32,7 +32,7 @@ constexpr int kKeptRows = 0;
 // cache. Sums are fetched and stored each time, hence the longer passes of many blocks of rows,
 // whose weights need not come fast.
 #if defined(__AVX512F__)
-constexpr int64_t kPassSteps = 128, kLongPassSteps = 256, kMinPassRows = kMaxRows + 1;
+constexpr int64_t kPassSteps = 128, kLongPassSteps = 1024, kMinPassRows = kMaxRows + 1;
 #else
 constexpr int64_t kPassSteps = 64, kLongPassSteps = 128, kMinPassRows = kMinPrefetchRows;
 #endif
