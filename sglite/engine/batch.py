@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sglite import _C
+from sglite import _C, ops
 from sglite.engine.scheduler import ScheduledRequest, Step
 from sglite.engine.transfer import upload
 from sglite.layers.forward_batch import ForwardBatch
@@ -95,6 +95,7 @@ def to_forward(
     device: torch.device,
     images: ImageRows | None = None,
     layer_calls: dict[int, Any] | None = None,
+    spare_memory: ops.SpareMemory | None = None,
 ) -> tuple[Tensor, Tensor, ForwardBatch]:
     """The arguments of a model's forward: token ids, positions, and the batch.
 
@@ -105,6 +106,7 @@ def to_forward(
         images: which tokens stand for images, and what they have instead of embeddings; None:
             there are none in the step.
         layer_calls: as in `ForwardBatch`, of passes over the same cache; None: there were none.
+        spare_memory: as in `ForwardBatch`; None: there is none yet.
     """
     arrays = [
         layout.input_ids,
@@ -139,6 +141,7 @@ def to_forward(
             image_rows=image_rows,
             image_embeds=None if images is None else images.embeds,
             layer_calls={} if layer_calls is None else layer_calls,
+            spare_memory=ops.SpareMemory() if spare_memory is None else spare_memory,
         ),
     )
 

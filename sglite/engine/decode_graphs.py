@@ -104,7 +104,7 @@ class DecodeGraphs(DecodeRunner):
 
     def _step(self, size: int) -> Tensor:
         """The whole step on the first `size` rows; gives the logits, [size, vocab_size] float32."""
-        rows = self._state.rows(size, self._pool.layers)
+        rows = self._state.rows(size, self._pool.layers, self._spare_memory)
         return self._state.step(self._model, rows, self._sampling_workspace)
 
     def _sampling_workspace(self, logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sglite import ops
 from sglite.cache.kv_pool import KVPool
 from sglite.engine.decode_state import DecodeState
 from sglite.engine.drawn_tokens import DrawnTokens
@@ -16,7 +17,7 @@ class DecodeRunner(ABC):
     """Runs steps in which every request gets its next token, over one `DecodeState`.
 
     Args:
-        model, pool, sampler: as the model runner's.
+        model, pool, sampler, spare_memory: as the model runner's.
         vocab_size: width of the logits.
         max_requests: requests of a step at most.
         max_tokens: positions of a request at most.
@@ -27,6 +28,7 @@ class DecodeRunner(ABC):
         model: nn.Module,
         pool: KVPool,
         sampler: Sampler,
+        spare_memory: ops.SpareMemory,
         *,
         vocab_size: int,
         max_requests: int,
@@ -35,6 +37,7 @@ class DecodeRunner(ABC):
         self._model = model
         self._pool = pool
         self._sampler = sampler
+        self._spare_memory = spare_memory
         self._vocab_size = vocab_size
         self._max_requests = max_requests
         self._max_pages = -(-max_tokens // pool.page_size)

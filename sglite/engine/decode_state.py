@@ -183,7 +183,12 @@ class DecodeState:
         if max(sources) >= 0:
             ops.gather_tokens(self.token_ids[:count], drawn, source)
 
-    def rows(self, count: int, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> DecodeRows:
+    def rows(
+        self,
+        count: int,
+        kv_cache: Sequence[tuple[Tensor, Tensor]],
+        spare_memory: ops.SpareMemory,
+    ) -> DecodeRows:
         """The first `count` rows, and the batch that they are for the model."""
         batch = ForwardBatch(
             query_start=self._query_start[: count + 1],
@@ -197,6 +202,7 @@ class DecodeState:
             mrope_positions=None
             if self._mrope_positions is None
             else self._mrope_positions[:count],
+            spare_memory=spare_memory,
         )
         token_ids, integers = self.token_ids[:count], self.integers[:count]
         input_ids, positions = self._input_ids[:count], self._positions[:count]

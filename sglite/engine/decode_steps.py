@@ -57,7 +57,7 @@ class DecodeSteps(DecodeRunner):
         state.set(items, self._sampling, drawn, sources)
         if self._num_rows != len(items):
             self._num_rows = len(items)
-            self._rows = state.rows(len(items), self._pool.layers)
+            self._rows = state.rows(len(items), self._pool.layers, self._spare_memory)
         rows = self._rows
         # Before the step, whose weights push the requests out of the processor's caches.
         indices = [

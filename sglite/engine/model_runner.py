@@ -35,8 +35,8 @@ class ModelRunner:
             `next_token_logits`, float32[R, vocabulary].
         pool: the KV cache.
         tokenizer: for the text of log-probabilities.
-        make_decode: makes what runs decode steps of the model, the pool and the sampler; None:
-            they are run like all others.
+        make_decode: makes what runs decode steps of the model, the pool, the sampler and the
+            spare memory; None: they are run like all others.
         images: gives the embeddings of images; None: the model takes text only.
 
     Attributes:
@@ -48,7 +48,7 @@ class ModelRunner:
         model: nn.Module,
         pool: KVPool,
         tokenizer: Tokenizer,
-        make_decode: Callable[[nn.Module, KVPool, Sampler], DecodeRunner] | None = None,
+        make_decode: Callable[..., DecodeRunner] | None = None,
         images: ImageFeatures | None = None,
     ):
         self.model = model
@@ -56,7 +56,10 @@ class ModelRunner:
         self.pool = pool
         self.sampler = self.make_sampler(tokenizer)
         self.runs_ahead = pool.device.type == "cuda"
-        self._decode = make_decode(model, pool, self.sampler) if make_decode else None
+        self._spare_memory = ops.SpareMemory()
+        self._decode = None
+        if make_decode is not None:
+            self._decode = make_decode(model, pool, self.sampler, self._spare_memory)
         self._drawing: dict[Request, int] = {}  # rows of `_drawn` in the step launched last
         self._drawn: Tensor | None = None
         self._layer_calls: dict[int, Any] = {}  # of the batches that are laid out anew
@@ -93,7 +96,12 @@ class ModelRunner:
         if self._images is not None:
             images, failures = self._images.of_step(step, layout.query_start)
         input_ids, positions, batch = to_forward(
-            layout, self.pool.layers, self.pool.device, images, self._layer_calls
+            layout,
+            self.pool.layers,
+            self.pool.device,
+            images,
+            self._layer_calls,
+            self._spare_memory,
         )
         drawn_rows = self._sources(step)
         if max(drawn_rows) >= 0:
@@ -179,6 +187,7 @@ class ModelRunner:
             self._images.rest()
         self._drawing, self._drawn = {}, None
         self._layer_calls.clear()
+        self._spare_memory.drop()
         # The thread of the next steps is another one, for which `malloc` may have another heap.
         if self._largest_batch >= _LARGE_BATCH and self.pool.device.type == "cpu":
             give_back_free_memory()
@@ -193,6 +202,7 @@ class ModelRunner:
         self.model = self._decode = self._drawn = self._images = None
         self._drawing.clear()
         self._layer_calls.clear()
+        self._spare_memory.drop()
         self.pool.close()
 
 

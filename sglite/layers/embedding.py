@@ -83,12 +83,18 @@ class LMHead(Linear):
             )
         self.matrix = embedding.matrix
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[R, embedding_dim] -> [R, num_embeddings] float32, not rounded to the dtype of `x`."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[R, embedding_dim] -> [R, num_embeddings] float32, not rounded to the dtype of `x`.
+
+        Args:
+            x: hidden states.
+            out: where to write the logits; None: into a new tensor.
+        """
         return ops.linear(
             x,
             self.matrix.stored,
             self.bias,
             out_dtype=torch.float32,
+            out=out,
             batch_invariant=self.batch_invariant,
         )

@@ -36,6 +36,8 @@ class ForwardBatch:
     image_embeds: Tensor | None = None  # [N, hidden_size], what they have instead of embeddings
     layer_calls: dict[int, Any] = field(default_factory=dict, repr=False)  # what whole layers
     # (`sglite.layers.whole_layers`) keep from one pass over the cache to the next
+    spare_memory: ops.SpareMemory = field(default_factory=ops.SpareMemory, repr=False)  # on the
+    # CPU, for what is as large in the next pass
     _plans: dict[tuple, ops.AttentionPlan | None] = field(default_factory=dict, repr=False)
     _scratch: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _layer_batches: dict[int, ops.LayerBatch] = field(default_factory=dict, repr=False)
@@ -101,7 +103,8 @@ class ForwardBatch:
         """
         found = self._scratch.get(index)
         if found is None or found.shape[0] < count:
-            found = self._scratch[index] = torch.empty(count, dtype=torch.uint8)
+            found = self.spare_memory.empty((count,), torch.uint8)
+            self._scratch[index] = found
         return found
 
     @property

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sglite import ops
-from sglite.layers.embedding import Embedding
+from sglite.layers.embedding import Embedding, LMHead
 from sglite.layers.forward_batch import ForwardBatch
 
 
@@ -50,13 +50,20 @@ class LogitsProcessor(nn.Module):
         rows = forward_batch.logits_rows
         if rows.shape[0] != hidden_states.shape[0]:  # else they are all rows, since they ascend
             hidden_states = hidden_states.index_select(0, rows)
+        out = None
+        if hidden_states.is_cpu and (type(lm_head) is LMHead or isinstance(lm_head, Embedding)):
+            shape = (hidden_states.shape[0], lm_head.matrix.shape[0])
+            out = forward_batch.spare_memory.empty(shape, torch.float32)
         if isinstance(lm_head, Embedding):
             logits = ops.linear(
                 hidden_states,
                 lm_head.matrix.stored,
                 out_dtype=torch.float32,
+                out=out,
                 batch_invariant=lm_head.batch_invariant,
             )
+        elif out is not None:
+            logits = lm_head(hidden_states, out)
         else:
             logits = lm_head(hidden_states).float()
         if self.logit_scale is not None:

@@ -41,6 +41,7 @@ from sglite.ops.quantized_weight import (
 )
 from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
+from sglite.ops.spare_memory import SpareMemory
 from sglite.ops.weight_memory import WeightMemory
 from sglite.ops.weight_writer import WeightWriter
 
@@ -61,6 +62,7 @@ __all__ = [
     "QuantizedLayout",
     "QuantizedRows",
     "QuantizedWeight",
+    "SpareMemory",
     "TokenEdits",
     "WeightMemory",
     "WeightWriter",

@@ -29,14 +29,14 @@ class WeightMemory:
         """A tensor on the CPU, not initialised, from a multiple of 64 bytes on."""
         size = prod(shape) * dtype.itemsize
         if self._used + size > len(self._block):
-            self._block = _aligned_block(max(_BLOCK, size))
+            self._block = aligned_block(max(_BLOCK, size))
             self._used = 0
         taken = self._block[self._used : self._used + size]
         self._used += -(-size // _CACHE_LINE) * _CACHE_LINE
         return taken.view(dtype).view(shape)
 
 
-def _aligned_block(size: int) -> Tensor:
+def aligned_block(size: int) -> Tensor:
     """`size` bytes from the start of a huge page on, rounded up to whole ones."""
     size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
     raw = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglite import LLM, SamplingParams
+from sglite import LLM, SamplingParams, ops
 from sglite.cache.kv_pool import KVPool, LayerSpec
 from sglite.engine.decode_graphs import DecodeGraphs
 from sglite.engine.decode_state import DecodeState
@@ -58,6 +58,7 @@ def make_llm(capture=LateGraph, **options):
         runner.model,
         runner.pool,
         runner.sampler,
+        ops.SpareMemory(),
         vocab_size=llm._open.intake.limits.vocab_size,
         max_requests=llm.config.max_running_requests,
         max_tokens=llm.config.context_length,
@@ -106,7 +107,7 @@ def test_rows_without_a_request_write_to_the_reserved_page():
     items = [ScheduledRequest(request, 5, 6, True, 0) for request in requests]
     for count in (3, 1):
         state.set(items[:count], sampling[:count], None, [-1] * count)
-        rows = state.rows(4, pool.layers)
+        rows = state.rows(4, pool.layers, ops.SpareMemory())
         state.advance(rows)
         input_ids, positions, batch = rows.inputs
         assert batch.slots.tolist() == [4 * (2 * page + 2) + 1 for page in range(count)] + [0] * (

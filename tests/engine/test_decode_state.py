@@ -5,6 +5,7 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from sglite import ops
 from sglite.cache.kv_pool import KVPool, LayerSpec
 from sglite.cache.prefix_cache import PrefixCache
 from sglite.engine.batch import lay_out
@@ -45,7 +46,7 @@ class KeepingRunner(FakeRunner):
         count = len(step.items)
         states = [SamplingState(item.request, VOCAB_SIZE) for item in step.items]
         self._state.set(step.items, states, None, [-1] * count)
-        rows = self._state.rows(count, self._layers)
+        rows = self._state.rows(count, self._layers, ops.SpareMemory())
         self._state.advance(rows)
         input_ids, positions, batch = rows.inputs
         found = (input_ids, positions, batch.slots, batch.query_start, batch.kv_lens, batch.kv_end)
@@ -123,7 +124,7 @@ def test_a_request_that_comes_back_is_laid_out_anew():
     state = DecodeState(1, MAX_PAGES, pool)
     request = Request([5] * 7, SamplingParams(max_new_tokens=9).resolve())
     sampling = [SamplingState(request, VOCAB_SIZE)]
-    rows = state.rows(1, pool.layers)
+    rows = state.rows(1, pool.layers, ops.SpareMemory())
     for incarnation, pages in enumerate([[1, 2], [3, 4]]):  # as many pages, and the next position
         request.num_pages = 0
         request.hold(np.array(pages, np.int32))

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from sglite import LLM
+from sglite import LLM, register
 from sglite.cache.kv_pool import KVPool, LayerSpec
 from sglite.engine.model_runner import ModelRunner
 from sglite.engine.scheduler import PageCopy, Step
+from sglite.models.llama import LlamaForCausalLM
+from tests.checkpoints import make_checkpoint
 from tests.engine.test_scheduler import make_engine, make_request
 
 
@@ -52,3 +54,42 @@ def test_freed_logits_of_a_large_batch_go_back_to_the_system(num_prompts, times,
         llm.generate([[5, 6, 7]] * num_prompts, max_new_tokens=3, ignore_eos=True)
         llm.generate([5, 6, 7], max_new_tokens=3)  # which is not asked to do it again
     assert len(given_back) == times
+
+
+def test_logits_that_a_model_keeps_stay_as_they_are(tmp_path, registry_as_before):
+    kept = []
+
+    @register("KeepsLogits")
+    class KeepsLogits(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            logits = output.next_token_logits
+            kept.append((logits, logits.clone()))
+            return output
+
+    folder = make_checkpoint(tmp_path, vocab_size=60_000)
+    with LLM(folder, device="cpu", kv_cache_tokens=1024, architecture="KeepsLogits") as llm:
+        llm.generate([[5, 6, 7]] * 6, max_new_tokens=5, ignore_eos=True)
+    assert len(kept) == 5
+    for logits, as_they_were in kept:
+        assert logits.nbytes > 1 << 20  # else they are not reused at all
+        assert torch.equal(logits, as_they_were)
+
+
+def test_logits_that_nobody_keeps_leave_their_memory_to_the_next(tmp_path, registry_as_before):
+    addresses = []
+
+    @register("NotesLogits")
+    class NotesLogits(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            addresses.append(output.next_token_logits.data_ptr())
+            return output
+
+    folder = make_checkpoint(tmp_path, vocab_size=60_000)
+    with LLM(folder, device="cpu", kv_cache_tokens=1024, architecture="NotesLogits") as llm:
+        llm.generate([[5, 6, 7]] * 6, max_new_tokens=5, ignore_eos=True)
+        spare_memory = llm._opened.engine.runner._spare_memory
+    assert len(addresses) == 5
+    assert len(set(addresses)) <= 2  # two where the step before still holds its own
+    assert spare_memory.spare_bytes == 0

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from sglite import ops
 from sglite.layers import Embedding, LMHead, LogitsProcessor
 
 
 def batch(*rows):
-    return SimpleNamespace(logits_rows=torch.tensor(rows, dtype=torch.int64))
+    wanted = torch.tensor(rows, dtype=torch.int64)
+    return SimpleNamespace(logits_rows=wanted, spare_memory=ops.SpareMemory())
 
 
 def make(dtype=torch.float32):
