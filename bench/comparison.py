@@ -138,9 +138,10 @@ def compare(
                 "first_tokens": {name: [] for name in engines},
             }
         for repeat in range(repeats):
-            result["limits"].append(limits_now(num_threads))
             # To and fro, so that what drifts does not always fall on the last.
             for workload in workloads if repeat % 2 == 0 else reversed(workloads):
+                if workload is workloads[0]:  # one stream, if any is, which memory bounds
+                    result["limits"].append(limits_now(num_threads))
                 prompts = workload.prompts(repeat, vocab_size_of(folder))
                 record = result["workloads"][workload.name]
                 for name, engine in list(alive.items()):

@@ -114,9 +114,9 @@ def _page(rows: Rows, results: list[dict]) -> str:
     lines += [
         "Ratios are ours over the best peer's of that workload (start-up: its time over ours), of "
         "medians; the bracket holds those of single turns. The limit of one stream is reading all "
-        'weights once a token at the machine\'s streaming rate. "Packed" starts from what `sglite '
-        "pack` wrote, as llama.cpp from a converted file. Memory may be the checkpoint (half "
-        "of it in int8), the KV pool and 200 MB.",
+        'weights once a token at the streaming rate of the same turn. "Packed" starts from what '
+        "`sglite pack` wrote, as llama.cpp from a converted file. Memory may be the checkpoint "
+        "(half of it in int8), the KV pool and 200 MB.",
         "",
     ]
     return "\n".join(lines)
