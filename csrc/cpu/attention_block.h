@@ -166,8 +166,9 @@ struct CopiedBlock : SingleKeys {
             return values + key * channels;
         };
     }
-    // Bytes to be fetched ahead for a channel of kKeys keys: what is read of values, or, where keys
-    // have been packed for so few rows, half of it, since more was fetched meanwhile.
+    // Bytes to be fetched ahead for a channel of kKeys keys. 0 for many rows, for whom packing and
+    // copying fetch as much as they read. For few it is what is read of values, or half of it where
+    // keys are packed: packing and scores then fetch half as much again as is read of keys.
     static constexpr int kBytes = 0;
     static void load_sums(const float* from, Vec* sums) { sums[0] = load(from); }
     static void store_sums(float* to, const Vec* sums) { store(to, sums[0]); }

@@ -82,7 +82,7 @@ static inline void score(Block& block, const Rows& rows, int key, float* scores)
     if constexpr (Reading::kParts == 1) {
         const float* keys = block.keys + key;
         if constexpr (Reading::kBytes > 0) {
-            // The other half of the lines; see pack_keys.
+            // Half as many lines are fetched ahead as were read to pack these keys.
             Prefetch next = block.next;
             for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock) {
                 next.advance(kColumns / 2);
@@ -219,7 +219,7 @@ template <typename Reading, int kRows, int kColumns>
 static inline void add_values(Block& block, const Rows& rows, int64_t channel, int begin, int end,
                               const float* weights, const float* corrections) {
     constexpr int kParts = Reading::kParts;
-    // As many lines are fetched ahead as are read.
+    // What is fetched ahead meanwhile.
     constexpr int kBytes = kColumns * Vec::kSize * Reading::kBytes;
     constexpr int kSteps = kBytes && kBytes < Prefetch::kLine ? Prefetch::kLine / kBytes : 1;
     constexpr int kLines = kSteps * kBytes / Prefetch::kLine;
