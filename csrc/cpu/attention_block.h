@@ -94,7 +94,7 @@ class Prefetch {
             }
             __builtin_prefetch(at_);
             at_ += step_;
-            if (kSpread) at_ = delayed(at_);
+            if constexpr (kSpread) at_ = delayed(at_);
             step_ = kLine - step_;  // to the values, and back to the keys' next line
         }
     }

@@ -30,7 +30,7 @@ constexpr int kKeptRows = 0;
 // Steps of a panel that all rows are multiplied by before the next ones are read, from as many rows
 // on as take more than one pass over them: so they come from memory once and then from the nearest
 // cache. Sums are fetched and stored each time, hence the longer passes of many blocks of rows,
-// whose weights need not come fast.
+// whose weights need not come fast: from the second cache, if there are so many steps.
 #if defined(__AVX512F__)
 constexpr int64_t kPassSteps = 128, kLongPassSteps = 1024, kMinPassRows = kMaxRows + 1;
 #else

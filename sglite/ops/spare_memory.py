@@ -1,6 +1,7 @@
 """Memory of tensors that are gone, for those to come."""
 
 import weakref
+from bisect import bisect_left
 from math import prod
 
 import torch
@@ -51,10 +52,14 @@ class SpareMemory:
     def _take(self, size: int) -> Tensor:
         """The smallest spare block that is large enough, or a new one in place of the largest."""
         blocks = sorted(self._blocks, key=len)
-        taken = next((block for block in blocks if len(block) >= size), None)
-        gone = taken if taken is not None else blocks[-1] if blocks else None
-        self._blocks[:] = [block for block in self._blocks if block is not gone]
-        return aligned_block(size) if taken is None else taken
+        index = bisect_left(blocks, size, key=len)
+        if index < len(blocks):
+            taken = blocks.pop(index)
+        else:
+            del blocks[-1:]
+            taken = aligned_block(size)
+        self._blocks[:] = blocks
+        return taken
 
 
 def _give_back(blocks: list[Tensor], block: Tensor) -> None:

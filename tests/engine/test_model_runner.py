@@ -56,20 +56,28 @@ def test_freed_logits_of_a_large_batch_go_back_to_the_system(num_prompts, times,
     assert len(given_back) == times
 
 
-def test_logits_that_a_model_keeps_stay_as_they_are(tmp_path, registry_as_before):
-    kept = []
+def generate_five_tokens(tmp_path, note):
+    """Six prompts through a wide head; `note` is given the logits of every step.
 
-    @register("KeepsLogits")
-    class KeepsLogits(LlamaForCausalLM):
+    Gives the spare memory of the runner, which is closed.
+    """
+
+    @register("NotesLogits")
+    class NotesLogits(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
-            logits = output.next_token_logits
-            kept.append((logits, logits.clone()))
+            note(output.next_token_logits)
             return output
 
     folder = make_checkpoint(tmp_path, vocab_size=60_000)
-    with LLM(folder, device="cpu", kv_cache_tokens=1024, architecture="KeepsLogits") as llm:
+    with LLM(folder, device="cpu", kv_cache_tokens=1024, architecture="NotesLogits") as llm:
         llm.generate([[5, 6, 7]] * 6, max_new_tokens=5, ignore_eos=True)
+        return llm._open.engine.runner._spare_memory
+
+
+def test_logits_that_a_model_keeps_stay_as_they_are(tmp_path, registry_as_before):
+    kept = []
+    generate_five_tokens(tmp_path, lambda logits: kept.append((logits, logits.clone())))
     assert len(kept) == 5
     for logits, as_they_were in kept:
         assert logits.nbytes > 1 << 20  # else they are not reused at all
@@ -78,18 +86,9 @@ def test_logits_that_a_model_keeps_stay_as_they_are(tmp_path, registry_as_before
 
 def test_logits_that_nobody_keeps_leave_their_memory_to_the_next(tmp_path, registry_as_before):
     addresses = []
-
-    @register("NotesLogits")
-    class NotesLogits(LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            output = super().forward(*args, **kwargs)
-            addresses.append(output.next_token_logits.data_ptr())
-            return output
-
-    folder = make_checkpoint(tmp_path, vocab_size=60_000)
-    with LLM(folder, device="cpu", kv_cache_tokens=1024, architecture="NotesLogits") as llm:
-        llm.generate([[5, 6, 7]] * 6, max_new_tokens=5, ignore_eos=True)
-        spare_memory = llm._opened.engine.runner._spare_memory
+    spare_memory = generate_five_tokens(
+        tmp_path, lambda logits: addresses.append(logits.data_ptr())
+    )
     assert len(addresses) == 5
     assert len(set(addresses)) <= 2  # two where the step before still holds its own
     assert spare_memory.spare_bytes == 0
