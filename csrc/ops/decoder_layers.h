@@ -48,8 +48,9 @@ struct LayerBatch {
 // it.
 class DecoderLayer {
   public:
+    // rows: [R] int64, ascending: the layer gives these rows of x; none: all of them.
     DecoderLayer(const Tensor& x, const LayerBatch& batch, LayerParts parts, const Tensor& cos_sin,
-                 const Tensor& k_cache, const Tensor& v_cache);
+                 const Tensor& k_cache, const Tensor& v_cache, const Tensor* rows);
 
     // Of the memory that use_activations() takes, in bytes.
     int64_t activation_size() const { return activation_size_; }
@@ -58,17 +59,21 @@ class DecoderLayer {
     // What of scratch run() takes, known once there are activations.
     int64_t attention_size() const { return attention_->workspace_size(); }
     double cost() const { return cost_; }  // in floating-point operations
+    // out: the memory of x, or other memory; of R rows, where there are rows.
     void run(void* out, void* x, const Tensor& attention_scratch);
 
   private:
+    void take_rows();
     void linear(const ScratchTensor& out, const ScratchTensor& x, const LinearPart& part,
                 const std::optional<Tensor>& residual);
 
     const LayerBatch& batch_;
     const LayerParts parts_;
     const Tensor &cos_sin_, &k_cache_, &v_cache_;
-    ScratchTensor out_, x_, normed_, qkv_, queries_, attended_, attended_heads_, middle_, gate_up_,
-        gated_;
+    const Tensor* const rows_;
+    ScratchTensor x_, normed_, qkv_, queries_, attended_, attended_heads_;  // of all rows
+    // Of those that the layer gives; the first three lie where x (or out), attended and normed do.
+    ScratchTensor residual_, taken_, post_normed_, middle_, gate_up_, gated_, out_;
     ScratchTensor workspace_;
     std::optional<PagedAttention> attention_;
     int64_t activation_size_ = 0;
@@ -78,12 +83,15 @@ class DecoderLayer {
 // Layers one behind the other. Used once: made, given layers, given scratch twice, run.
 class DecoderLayers {
   public:
-    // out, x: [T, hidden], not the same memory.
-    DecoderLayers(const Tensor& out, const Tensor& x, const LayerBatch& batch);
+    // out: [R, hidden], x: [T, hidden], not the same memory. rows: [R] int64, ascending: those of x
+    // that the last layer gives; without them it gives all, and R is T.
+    DecoderLayers(const Tensor& out, const Tensor& x, const LayerBatch& batch,
+                  const std::optional<Tensor>& rows);
 
     // cos_sin: [positions, rotary_dim] float32. k_cache, v_cache: [pages, page_size, kv_heads,
-    // head_dim]. The three must stay where they are.
-    void add(LayerParts parts, const Tensor& cos_sin, const Tensor& k_cache, const Tensor& v_cache);
+    // head_dim]. The three must stay where they are. is_last: no further one comes.
+    void add(LayerParts parts, const Tensor& cos_sin, const Tensor& k_cache, const Tensor& v_cache,
+             bool is_last);
 
     // What the first scratch must have, in bytes; it is uint8, aligned to 64.
     int64_t activation_size() const;
@@ -99,8 +107,9 @@ class DecoderLayers {
 
     const Tensor &out_, &x_;
     const LayerBatch& batch_;
+    const Tensor* rows_ = nullptr;  // where they are not all
     std::deque<DecoderLayer> layers_;
-    void* between_ = nullptr;  // hidden states between layers, where out does not hold them
+    void* between_ = nullptr;  // hidden states between layers
 };
 
 }  // namespace sglite::ops

@@ -70,11 +70,13 @@ void bind_decoder_layers(py::module_& m) {
     m.def(
         "decoder_layers",
         [](const Tensor& out, const Tensor& x, const Batch& batch, const py::tuple& layers,
-           LayerViews& views, const py::function& scratch) {
+           LayerViews& views, const py::function& scratch, const std::optional<Tensor>& rows) {
             const auto named_batch = std::make_from_tuple<ops::LayerBatch>(batch);
-            ops::DecoderLayers run(out, x, named_batch);
-            for (const auto& [parts, cos_sin, k_cache, v_cache] : views.of(layers)) {
-                run.add(named(parts), cos_sin, k_cache, v_cache);
+            ops::DecoderLayers run(out, x, named_batch, rows);
+            const std::vector<Layer>& given = views.of(layers);
+            for (const Layer& layer : given) {
+                const auto& [parts, cos_sin, k_cache, v_cache] = layer;
+                run.add(named(parts), cos_sin, k_cache, v_cache, &layer == &given.back());
             }
             const py::object activations = scratch(0, run.activation_size());
             run.use_activations(activations.cast<Tensor>());
@@ -84,7 +86,7 @@ void bind_decoder_layers(py::module_& m) {
             run.run(view);
         },
         py::arg("out"), py::arg("x"), py::arg("batch"), py::arg("layers"), py::arg("views"),
-        py::arg("scratch"));
+        py::arg("scratch"), py::arg("rows"));
 }
 
 }  // namespace sglite

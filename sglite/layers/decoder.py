@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from sglite.layers.attention import SelfAttention
 from sglite.layers.composite import is_plain, runs_only
 from sglite.layers.embedding import Embedding
-from sglite.layers.forward_batch import ForwardBatch
+from sglite.layers.forward_batch import ForwardBatch, take_rows
+from sglite.layers.logits import LogitsProcessor
 from sglite.layers.mlp import GatedMLP
+from sglite.layers.norm import RMSNorm
 from sglite.layers.porting import refuse_pipeline_and_embedding
 from sglite.layers.whole_layers import find_whole, find_whole_run, run_whole
 
@@ -63,14 +65,26 @@ def run_layers(
     positions: Tensor,
     hidden_states: Tensor,
     forward_batch: ForwardBatch,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """`hidden_states = layer(positions, hidden_states, forward_batch)` for each layer.
 
     Whole layers that follow each other are run in one call, with the same bits.
+
+    Args:
+        layers: the layers.
+        positions: [T] int64, or [3, T] for M-RoPE.
+        hidden_states: [T, hidden_size].
+        forward_batch: whose tokens these are, and the cache.
+        rows: [R] int64, ascending, the rows to give: whole layers compute no more than that. None:
+            all.
+
+    Returns:
+        [R, hidden_size], or [T, hidden_size] without `rows`.
     """
     run = find_whole_run(layers, hidden_states, DecoderLayer.forward)
     if run is not None:
-        return run.run(positions, hidden_states, forward_batch)
+        return run.run(positions, hidden_states, forward_batch, rows)
     together = []
     for layer in layers:
         is_plain_layer = runs_only(layer, DecoderLayer.forward)
@@ -84,7 +98,7 @@ def run_layers(
         hidden_states = layer(positions, hidden_states, forward_batch)
     if together:
         hidden_states = run_whole(together, positions, hidden_states, forward_batch)
-    return hidden_states
+    return hidden_states if rows is None else take_rows(hidden_states, rows)
 
 
 class DecoderModel(nn.Module):
@@ -109,8 +123,9 @@ class DecoderModel(nn.Module):
         forward_batch: ForwardBatch,
         input_embeds: Tensor | None = None,
         pp_proxy_tensors: Any = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states behind the final norm, [T, hidden_size].
+        """Hidden states behind the final norm, [T, hidden_size], or [R, hidden_size] with `rows`.
 
         Args:
             input_ids: [T] int64.
@@ -118,10 +133,34 @@ class DecoderModel(nn.Module):
             forward_batch: whose tokens these are, and the cache.
             input_embeds: [T, hidden_size], instead of the embedding of `input_ids`.
             pp_proxy_tensors: must be None.
+            rows: [R] int64, ascending, the tokens to give; the norm sees no others. None: all.
         """
         refuse_pipeline_and_embedding(pp_proxy_tensors, False)
         hidden_states = input_embeds
         if hidden_states is None:
             hidden_states = forward_batch.with_images(self.embed_tokens(input_ids))
-        hidden_states = run_layers(self.layers, positions, hidden_states, forward_batch)
+        hidden_states = run_layers(self.layers, positions, hidden_states, forward_batch, rows)
         return self.norm(hidden_states)
+
+
+def run_for_logits(
+    model: nn.Module,
+    logits_processor: nn.Module,
+    input_ids: Tensor,
+    positions: Tensor,
+    forward_batch: ForwardBatch,
+    input_embeds: Tensor | None,
+) -> Tensor:
+    """`model(input_ids, positions, forward_batch, input_embeds)` for this logits processor.
+
+    [R, hidden_size], the rows whose logits are wanted, where nobody can tell: the model's end and
+    the processor do what the library's do, and nothing else. Elsewhere [T, hidden_size].
+    """
+    arguments = (input_ids, positions, forward_batch, input_embeds)
+    if (
+        runs_only(model, DecoderModel.forward)
+        and is_plain(model.norm, RMSNorm)
+        and is_plain(logits_processor, LogitsProcessor)
+    ):
+        return model.forward(*arguments, rows=forward_batch.logits_rows)
+    return model(*arguments)

@@ -111,3 +111,8 @@ class ForwardBatch:
     def batch_size(self) -> int:
         """The number of requests."""
         return self.kv_lens.shape[0]
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]`: [T, n] and [R] int64, ascending, give [R, n]; x itself where these are all."""
+    return x if x.shape[0] == rows.shape[0] else x.index_select(0, rows)

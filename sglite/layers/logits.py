@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sglite import ops
 from sglite.layers.embedding import Embedding, LMHead
-from sglite.layers.forward_batch import ForwardBatch
+from sglite.layers.forward_batch import ForwardBatch, take_rows
 
 
 @dataclass(slots=True)
@@ -43,13 +43,11 @@ class LogitsProcessor(nn.Module):
 
         Args:
             input_ids: [T]; not used.
-            hidden_states: [T, hidden_size].
+            hidden_states: [T, hidden_size], or [R, hidden_size] of the wanted rows alone.
             lm_head: an `LMHead`, any module from hidden states to logits, or a tied `Embedding`.
             forward_batch: says which rows.
         """
-        rows = forward_batch.logits_rows
-        if rows.shape[0] != hidden_states.shape[0]:  # else they are all rows, since they ascend
-            hidden_states = hidden_states.index_select(0, rows)
+        hidden_states = take_rows(hidden_states, forward_batch.logits_rows)
         out = None
         if hidden_states.is_cpu and (type(lm_head) is LMHead or isinstance(lm_head, Embedding)):
             shape = (hidden_states.shape[0], lm_head.matrix.shape[0])

@@ -91,14 +91,16 @@ def _run(
     positions: Tensor,
     hidden_states: Tensor,
     forward_batch: ForwardBatch,
+    rows: Tensor | None = None,
 ) -> Tensor:
     def run() -> Tensor:
-        rows, _ = layers[0].rotary.rows_and_table(positions)
+        rotary_rows, _ = layers[0].rotary.rows_and_table(positions)
         return ops.decoder_layers(
             hidden_states.contiguous(),
-            forward_batch.layer_batch(rows),
+            forward_batch.layer_batch(rotary_rows),
             calls(),
             forward_batch.scratch,
+            rows,
         )
 
     try:
@@ -174,13 +176,19 @@ class WholeRun:
             and self._snapshot.holds()
         )
 
-    def run(self, positions: Tensor, hidden_states: Tensor, forward_batch: ForwardBatch) -> Tensor:
-        """What the layers give; see `run_whole`."""
+    def run(
+        self,
+        positions: Tensor,
+        hidden_states: Tensor,
+        forward_batch: ForwardBatch,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """What the layers give, see `run_whole`; where there are rows, [R] int64, only these."""
 
         def calls() -> ops.LayerCalls:
             return self._calls(positions, forward_batch)
 
-        return _run(self._wholes, calls, positions, hidden_states, forward_batch)
+        return _run(self._wholes, calls, positions, hidden_states, forward_batch, rows)
 
     def _calls(self, positions: Tensor, forward_batch: ForwardBatch) -> ops.LayerCalls:
         """What the op takes, the same for a batch while its tables of angles are the same."""

@@ -26,6 +26,7 @@ from sglite.layers import (
     add_prefix,
     rope_from_config,
 )
+from sglite.layers.decoder import run_for_logits
 from sglite.layers.porting import refuse_pipeline_and_embedding
 from sglite.models.config import DECODER_FIELDS
 
@@ -176,7 +177,9 @@ class LlamaForCausalLM(nn.Module):
             get_embedding: must be False.
         """
         refuse_pipeline_and_embedding(pp_proxy_tensors, get_embedding)
-        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds)
+        hidden_states = run_for_logits(
+            self.model, self.logits_processor, input_ids, positions, forward_batch, input_embeds
+        )
         return self.logits_processor(input_ids, hidden_states, self.lm_head, forward_batch)
 
 

@@ -109,6 +109,7 @@ def decoder_layers(
     batch: LayerBatch,
     layers: Sequence[LayerCall] | LayerCalls,
     scratch: Callable[[int, int], Tensor],
+    rows: Tensor | None = None,
 ) -> Tensor:
     """`h = x + output(attention(qkv(norm(x))))`, `x = h + down(activation(gate_up(norm(h))))`, ...
 
@@ -121,17 +122,19 @@ def decoder_layers(
         layers: at least one; each takes what the one before gives.
         scratch: `scratch(index, count)` gives uint8 memory of at least `count` bytes, aligned to
             64; memory of different indices (0 and 1) does not overlap.
+        rows: [R] int64, ascending: the rows that the last layer gives, which does no more for the
+            others than write their keys and values. None: it gives all.
 
     Returns:
-        [T, hidden], a new tensor.
+        [R, hidden], or [T, hidden] without `rows`; a new tensor.
 
     Raises:
-        ValueError: a shape or dtype does not fit; the message names it.
+        ValueError: a shape or dtype does not fit, or `rows` do not ascend; the message names it.
         IndexError: a position or slot that does not exist; if it is the first layer's, no cache has
             been changed.
     """
     if type(layers) is not LayerCalls:
         layers = LayerCalls(layers)
-    out = torch.empty_like(x)
-    _C.decoder_layers(out, x, batch, layers, layers.views, scratch)
+    out = torch.empty_like(x) if rows is None else x.new_empty((rows.shape[0], *x.shape[1:]))
+    _C.decoder_layers(out, x, batch, layers, layers.views, scratch, rows)
     return out

@@ -145,6 +145,46 @@ def test_layers_that_follow_each_other_are_one_call(loaded, monkeypatch):
     assert runs == [3, 1, 1, 1, 1, 1, 1]
 
 
+def wanted_logits_of(loaded):
+    """Of the last token of each sequence alone."""
+    run = Runner(loaded.model, loaded.kv_layers, loaded.dtype, num_sequences=len(TOKEN_IDS))
+    return torch.cat(run.run(TOKEN_IDS, all_logits=False))
+
+
+LAST_ROWS = torch.tensor([len(ids) for ids in TOKEN_IDS]).cumsum(0) - 1
+
+
+def test_the_last_layer_gives_the_rows_whose_logits_are_wanted(loaded, monkeypatch):
+    expected = logits_of(loaded)[LAST_ROWS]
+    given = []
+    op = ops.decoder_layers
+    monkeypatch.setattr(ops, "decoder_layers", lambda *args: given.append(op(*args)) or given[-1])
+    assert torch.equal(wanted_logits_of(loaded), expected)
+    assert [len(hidden) for hidden in given] == [3]
+    # Where not all layers are one call, each gives all rows.
+    loaded.model.model.layers[2].mlp.register_forward_hook(lambda *call: None)
+    assert torch.equal(wanted_logits_of(loaded), expected)
+    assert [len(hidden) for hidden in given] == [3, 38]
+
+
+@pytest.mark.parametrize("path", ["model", "model.norm", "logits_processor", "model.layers.2"])
+def test_who_listens_behind_the_layers_sees_all_rows(loaded, path):
+    expected = wanted_logits_of(loaded)
+    seen = []
+    hook = loaded.model.get_submodule(path).register_forward_pre_hook(
+        lambda module, inputs: seen.extend(len(x) for x in inputs if isinstance(x, torch.Tensor))
+    )
+    assert torch.equal(wanted_logits_of(loaded), expected)
+    assert set(seen) == {38}
+    hook.remove()
+    part = loaded.model.get_submodule(path)
+    kind, seen = type(part), []
+    replaced = {"forward": lambda *args: seen.append(len(args[1])) or kind.forward(*args)}
+    part.__class__ = type("Listening", (kind,), replaced)
+    assert torch.equal(wanted_logits_of(loaded), expected)
+    assert seen == [38]
+
+
 @pytest.mark.parametrize("name", PART_NAMES)
 def test_a_layer_is_one_op_while_all_of_its_parts_are_plain(loaded, name, monkeypatch):
     before = logits_of(loaded)  # and the rotary table has grown

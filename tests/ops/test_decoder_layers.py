@@ -158,9 +158,12 @@ def test_same_bits_as_the_parts(dtype, data):
     x = torch.randn(len(batch.positions), sizes[0], generator=generator).to(dtype)
     kept = x.clone()
     cos_sin = make_table(40, head_dim)
-    actual = run_layer(x, batch, parts, cos_sin, *caches, scratch)
+    rows = draw(st.none() | st.sets(st.integers(0, len(x) - 1)).map(sorted))
+    wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64)
+    call = ops.LayerCall(parts, cos_sin, *caches)
+    actual = ops.decoder_layers(x, batch, [call], scratch, wanted)
     expected = by_parts(x, batch, parts, weights, cos_sin, *same_caches)
-    assert torch.equal(actual, expected)
+    assert torch.equal(actual, expected if rows is None else expected[rows])
     assert all(map(torch.equal, caches, same_caches))
     assert torch.equal(x, kept)
 
@@ -207,7 +210,7 @@ def test_layers_take_what_the_one_before_gives(threads_again, num_layers):
     options = {"interleaved": False, "see": (None, None), "activation": "silu"}
     options["storages"] = [None] * 4
     batch, table = draw_batch(generator, [(0, 3), (6, 7)]), make_table(40, 16)
-    layers, expected = [], torch.randn(4, 48, generator=generator)
+    layers, expected_caches, expected = [], [], torch.randn(4, 48, generator=generator)
     x = kept = expected.clone()
     for index in range(num_layers):
         sizes = (48, 2 * (index + 1), index + 1, 16, 300 - 40 * index)
@@ -215,8 +218,35 @@ def test_layers_take_what_the_one_before_gives(threads_again, num_layers):
         caches = torch.randn(2, 4, PAGE_SIZE, index + 1, 16, generator=generator).unbind()
         layers.append(ops.LayerCall(parts, table, *(cache.clone() for cache in caches)))
         expected = by_parts(expected, batch, parts, weights, table, *caches)
+        expected_caches += caches
     assert torch.equal(ops.decoder_layers(x, batch, layers, scratch), expected)
+    # The last layer alone may give fewer rows; it writes all keys and values.
+    written_caches = [cache for layer in layers for cache in (layer.k_cache, layer.v_cache)]
+    for rows in ([2, 3], [0], []):
+        for cache in written_caches:
+            cache.flatten(0, 1)[batch.slots] = 0
+        given = ops.decoder_layers(x, batch, layers, scratch, torch.tensor(rows).long())
+        assert torch.equal(given, expected[rows])
+        assert all(map(torch.equal, written_caches, expected_caches))
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.tensor([1, 1]), r"rows\[1\] is 1, but they must ascend among the 4 rows of x"),
+        (torch.tensor([2, 1]), r"rows\[1\] is 1"),
+        (torch.tensor([-1]), r"rows\[0\] is -1"),
+        (torch.tensor([3, 4]), r"rows\[1\] is 4"),
+        (torch.tensor([0], dtype=torch.int32), "rows: .*int64"),
+        (torch.tensor([[0]]), "rows: "),
+    ],
+)
+def test_rows_that_there_are_not_are_refused(arguments, rows, message):
+    _, _, *layer, _ = arguments
+    x, batch = torch.zeros(4, 16), draw_batch(torch.Generator(), [(0, 4)])
+    with pytest.raises(ValueError, match=message):
+        ops.decoder_layers(x, batch, [ops.LayerCall(*layer)], scratch, rows)
 
 
 def tensors_of(value):
@@ -257,7 +287,7 @@ def test_views_of_other_layers_are_refused(arguments):
     x, batch, *layer, _ = arguments
     one, other = (ops.LayerCalls([ops.LayerCall(*layer)]) for _ in range(2))
     with pytest.raises(ValueError, match="decoder_layers: views"):
-        _C.decoder_layers(torch.empty_like(x), x, batch, one, other.views, scratch)
+        _C.decoder_layers(torch.empty_like(x), x, batch, one, other.views, scratch, None)
 
 
 def test_an_error_within_a_team_is_thrown_and_the_next_call_works(threads_again):
