@@ -166,9 +166,9 @@ struct CopiedBlock : SingleKeys {
             return values + key * channels;
         };
     }
-    // Bytes to be fetched ahead for a channel of kKeys keys. 0 for many rows, for whom packing and
-    // copying fetch as much as they read. For few it is what is read of values, or half of it where
-    // keys are packed: packing and scores then fetch half as much again as is read of keys.
+    // Bytes to be fetched ahead for a channel of kKeys keys. 0 for many rows, whose scores leave
+    // the time for all of it. For few it is what is read of values, or half of it where keys are
+    // packed: packing and scores then fetch half as much again as is read of keys.
     static constexpr int kBytes = 0;
     static void load_sums(const float* from, Vec* sums) { sums[0] = load(from); }
     static void store_sums(float* to, const Vec* sums) { store(to, sums[0]); }
@@ -283,7 +283,7 @@ static void pack_keys(Block& block, int begin, int end) {
             for (; channel + 8 <= block.head_dim; channel += 8) {
                 alignas(32) float pairs[4 * kLanes];
                 transpose_pairs(block.key_rows + channel * 2, block.offsets + first, pairs, kLanes);
-                next.advance<kFewRows>(8 * kLanes * sizeof(T) / Prefetch::kLine);
+                if (kFewRows) next.advance(8 * kLanes * sizeof(T) / Prefetch::kLine);
                 for (int i = 0; i < 4; ++i, to += 2 * kAttentionBlock) {
                     const Vec pair = load(pairs + i * kLanes), even = first_of_pairs(pair);
                     store(to, even);
@@ -297,7 +297,7 @@ static void pack_keys(Block& block, int begin, int end) {
 #pragma GCC unroll 16
             for (int lane = 0; lane < kLanes; ++lane) {
                 square[lane] = load_words(rows[lane] + channel, block.head_dim - channel);
-                if (lane % (kLanes / kSteps) == 0) next.advance<kFewRows>(kLines / kSteps);
+                if (kFewRows && lane % (kLanes / kSteps) == 0) next.advance(kLines / kSteps);
             }
             transpose(square);
 #pragma GCC unroll 16
@@ -313,13 +313,11 @@ static void pack_keys(Block& block, int begin, int end) {
 static void pack_value_pairs(Block& block) {
     if (block.has_pairs) return;
     block.has_pairs = true;
-    const int row_lines = static_cast<int>(block.head_dim * 2 / Prefetch::kLine + 1);
     const __m512i lower = CachedPairs::alternating(0), upper = CachedPairs::alternating(16);
     uint32_t* to = block.value_pairs;
     for (int key = 0; key < kAttentionBlock; key += 2, to += block.channels) {
         const BFloat16* even = value_row<BFloat16>(block, key);
         const BFloat16* odd = value_row<BFloat16>(block, key + 1);
-        block.next.advance<false>(2 * row_lines);
         for (int64_t channel = 0; channel < block.head_dim; channel += 2 * Vec::kSize) {
             const int64_t rest = block.head_dim - channel;
             const __m512i a = _mm512_castps_si512(load_words(even + channel, rest).v);
@@ -336,11 +334,9 @@ static void pack_value_pairs(Block& block) {
 // Copies values [begin, end).
 template <typename T>
 static void copy_values(Block& block, int begin, int end) {
-    const int lines = static_cast<int>(block.head_dim * sizeof(T) / Prefetch::kLine + 1);
     for (int key = begin; key < end; ++key) {
         const T* from = value_row<T>(block, key);
         float* to = block.values + key * block.channels;
-        block.next.advance<false>(lines);
         int64_t i = 0;
         for (; i + Vec::kSize <= block.head_dim; i += Vec::kSize) store(to + i, load(from + i));
         if (i < block.head_dim)

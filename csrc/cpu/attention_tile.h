@@ -81,18 +81,15 @@ static inline void score(Block& block, const Rows& rows, int key, float* scores)
         for (Vec& sum : row) sum = splat(0.0f);
     if constexpr (Reading::kParts == 1) {
         const float* keys = block.keys + key;
-        if constexpr (Reading::kBytes > 0) {
-            // Half as many lines are fetched ahead as were read to pack these keys.
-            Prefetch next = block.next;
-            for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock) {
-                next.advance(kColumns / 2);
-                add_products<T, Reading>(sums, rows, word, keys);
-            }
-            block.next = next;
-        } else {
-            for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock)
-                add_products<T, Reading>(sums, rows, word, keys);
+        // Few rows: half as many lines are fetched ahead as were read to pack these keys. Many: a
+        // line for each word, so that the first tiles ask for all, and it comes during the others.
+        constexpr bool kFewRows = Reading::kBytes > 0;
+        Prefetch next = block.next;
+        for (int64_t word = 0; word < block.words; ++word, keys += kAttentionBlock) {
+            next.advance<kFewRows>(kFewRows ? kColumns / 2 : 1);
+            add_products<T, Reading>(sums, rows, word, keys);
         }
+        block.next = next;
     } else {
         // Packing and multiplying keep different parts of the processor busy: a little of each in
         // turns, so that one hides behind the other.

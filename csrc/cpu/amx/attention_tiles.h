@@ -52,7 +52,7 @@ class AttentionTiles {
         _tile_loadconfig(&config);
     }
 
-    void attend_tile(const Block& block, const Rows& rows, int count) {
+    void attend_tile(Block& block, const Rows& rows, int count) {
         alignas(64) float scores[kRows * kAttentionBlock];
         alignas(64) float corrections[Vec::kSize];
         alignas(64) BFloat16 weights[kRows * kAttentionBlock];
@@ -67,7 +67,7 @@ class AttentionTiles {
     }
 
     // Query times key, scores: [rows, kAttentionBlock].
-    static void score(const Block& block, const Rows& rows, float* scores) {
+    static void score(Block& block, const Rows& rows, float* scores) {
         constexpr int64_t kBytes = kAttentionBlock * 4;
         const float *queries = rows.queries, *keys = block.keys;
         // The instructions that load do not tell the compiler that they read memory.
@@ -77,6 +77,7 @@ class AttentionTiles {
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t word = 0; word < block.words; word += kWords) {
+            block.next.advance<false>(2 * kWords);  // so that a few tiles fetch all
             _tile_loadd(4, queries, rows.query_stride * 4);
             _tile_loadd(5, keys, kBytes);
             _tile_dpbf16ps(0, 4, 5);
