@@ -1,10 +1,5 @@
 #include "ops/packed_weight.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "cpu/kernels.h"
 #include "ops.h"
 
@@ -53,19 +48,6 @@ void pack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, const
 void unpack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, const Tensor& rows) {
     const PackRowsArgs args = pack_arguments("PackedWeight", storage, n, k, start, rows);
     if (args.count && k) cpu::kernels().unpack_rows(args);
-}
-
-void advise_huge_pages([[maybe_unused]] const Tensor& storage) {
-#if defined(__linux__)
-    constexpr uintptr_t kWorthwhile = 512 << 10;
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t bytes = storage.numel() * dtype_size(storage.dtype);
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(storage.data) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(storage.data) + bytes) / page * page;
-    if (storage.device != DeviceType::kCPU || end < begin + kWorthwhile) return;
-    // A system that declines is only slower.
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace sglite::ops

@@ -48,6 +48,13 @@ static void bind_linear(py::module_& m) {
         },
         py::arg("storage"), py::arg("n"), py::arg("k"), py::arg("start"), py::arg("rows"));
     m.def("advise_huge_pages", &ops::advise_huge_pages, py::arg("storage"));
+    m.def(
+        "map_pages",
+        [](const Tensor& contents) {
+            const py::gil_scoped_release release;
+            ops::map_pages(contents);
+        },
+        py::arg("contents"));
     m.def("linear_workspace", &ops::linear_workspace, py::arg("x"));
     m.def(
         "linear_packed",

@@ -150,6 +150,8 @@ def load_model(
         if max_positions is not None:
             set_context_length(model, context_length or max_positions)
         kv_layers = kv_layers_of(model)
+        if packed is not None:
+            files[0].keep_mapped()  # which begins before another thread has the interpreter
         if before_reading is not None:
             before_reading()
         mapped_bytes = 0

@@ -177,7 +177,7 @@ def map_weights(model: nn.Module, file: SafetensorsFile, dtype: torch.dtype) -> 
 
     Args:
         model: nothing has been written into it.
-        file: stays mapped as long as a matrix lives.
+        file: `keep_mapped`, so that it stays mapped as long as a matrix lives.
         dtype: what the model runs in.
 
     Returns:
@@ -200,7 +200,6 @@ def map_weights(model: nn.Module, file: SafetensorsFile, dtype: torch.dtype) -> 
         num_bytes += entry.stop - entry.start
         return file.read(entry)
 
-    file.keep_mapped()
     for path, weight in _matrices(model):
         described = matrices.get(path)
         if described is None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sglite import ops
 from sglite.interface.errors import CheckpointError
 
 #: The file that says which tensor is in which of several weight files.
@@ -114,8 +115,12 @@ class SafetensorsFile:
             self._map.close()
 
     def keep_mapped(self) -> None:
-        """Has the mapping live as long as any tensor that was read, whatever is closed."""
+        """Has the mapping live as long as any tensor that was read, whatever is closed.
+
+        Its pages begin to be mapped, since all will be read.
+        """
         self._is_kept = True
+        ops.map_pages(torch.frombuffer(self._map, dtype=torch.uint8))
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor, over the mapped file: no copy, and valid until `release` or `close`.

@@ -42,7 +42,7 @@ from sglite.ops.quantized_weight import (
 from sglite.ops.rope import apply_rope, rope_and_write_kv
 from sglite.ops.sampling import LogProbs, TokenEdits, log_probs, sample, sampling_workspace
 from sglite.ops.spare_memory import SpareMemory
-from sglite.ops.weight_memory import WeightMemory
+from sglite.ops.weight_memory import WeightMemory, map_pages
 from sglite.ops.weight_writer import WeightWriter
 
 # So that a forked process finds no team of threads that it does not have.
@@ -79,6 +79,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "log_probs",
+    "map_pages",
     "mix_experts",
     "norm_gated_linear",
     "norm_linear",

@@ -1,6 +1,7 @@
-"""Memory for weights, in huge pages where the system has them."""
+"""Memory for weights: in huge pages where the system has them, or a file's."""
 
 from math import prod
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -44,3 +45,15 @@ def aligned_block(size: int) -> Tensor:
     block = raw[start : start + size]
     _C.advise_huge_pages(block)
     return block
+
+
+def map_pages(contents: Tensor) -> None:
+    """Begins to map a file's pages, which would else be done as each is first read.
+
+    A thread does it, without the interpreter, while something else takes time; it holds on to the
+    tensor and ends by itself.
+
+    Args:
+        contents: a tensor over a mapped file.
+    """
+    Thread(target=_C.map_pages, args=(contents,), name="sglite-map-pages", daemon=True).start()

@@ -30,6 +30,7 @@ NOT_KERNELS = {
     "attention_workspace",
     "decoder_layers",
     "gated",
+    "map_pages",
     "pack_weight",
     "quantize_weight",
     "rows_of_experts",

@@ -2,8 +2,10 @@
 
 import gc
 import json
+import mmap
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from sglite.ops import PackedWeight
 from tests.checkpoints import edit_json, make_checkpoint
 from tests.command_line import run
 from tests.models.loading import load, logits_of
+from tests.ops.test_weight_memory import mapped_bytes, wait_for_mapping
 from tests.quantized_checkpoints import gptq, quantize_checkpoint
 
 WAYS = {
@@ -92,6 +95,15 @@ class TestResults:
         found = load(made)
         assert torch.equal(logits_of(found), logits_of(expected))
         assert (found.dtype, found.quantization) == (expected.dtype, expected.quantization)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are mapped")
+    def test_the_file_is_mapped_before_the_first_step(self, folder):
+        path = packed_file(folder)
+        with LLM(folder, kv_cache_tokens=64):
+            wait_for_mapping()
+            assert mapped_bytes(path) >= path.stat().st_size // mmap.PAGESIZE * mmap.PAGESIZE
+        gc.collect()
+        assert mapped_bytes(path) is None
 
     def test_groups_of_columns_that_are_no_neighbours(self, tmp_path):
         plain = make_shuffled_gptq(tmp_path / "plain")
