@@ -24,6 +24,7 @@ NOT_KERNELS = {
     "QuantizedLayout",
     "QuantizedRows",
     "QuantizedWeight",
+    "SpareMemory",
     "TokenEdits",
     "WeightMemory",
     "WeightWriter",
