@@ -24,14 +24,6 @@ void layer_norm(const Tensor& out, const Tensor& x, const Tensor& weight,
 void pack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, const Tensor& rows);
 void unpack_rows(const Tensor& storage, int64_t n, int64_t k, int64_t start, const Tensor& rows);
 
-// Asks the system for large pages behind new storage: it is then filled several times faster, since
-// fewer pages have to be made, and read faster, since their addresses fit the processor's tables.
-void advise_huge_pages(const Tensor& storage);
-
-// Has the system map all of a file's contents, which it would else do page by page, as each is
-// first read. Takes as long as that; reads what is not in memory.
-void map_pages(const Tensor& contents);
-
 // Bytes that linear wants as its workspace (uint8) for this x; often 0.
 int64_t linear_workspace(const Tensor& x);
 

@@ -68,7 +68,7 @@ class LinearPlan {
                int64_t at_once)
         : panels_(panels), blocks_(blocks) {
         // So much arithmetic makes up for starting another thread.
-        const int64_t grain = holds_team() ? 1 << 15 : 1 << 18;
+        const int64_t grain = worthwhile(1 << 18);
         // Row blocks of a group are read once for each panel and should stay in the second cache,
         // which processors with AVX-512 have more of.
 #if defined(__AVX512F__)

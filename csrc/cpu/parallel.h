@@ -39,13 +39,17 @@ static inline void run_together(int threads, const Body& body) {
     run_job(threads, job, &body);
 }
 
+// How much work makes up for another thread, given how much does where starting one costs several
+// microseconds: in a held team, where it costs less, an eighth of that.
+static inline int64_t worthwhile(int64_t grain) { return holds_team() ? (grain + 7) / 8 : grain; }
+
 // Calls body(begin, end) on contiguous pieces of [0, count), several for each thread; in the
-// calling thread alone when there are fewer than two pieces of `grain` items, since starting others
-// costs several microseconds. In a held team, where it costs less, an eighth of that is enough.
+// calling thread alone when there are fewer than two pieces that are worth another, as `grain`
+// items are outside of held teams.
 template <typename Body>
 static inline void parallel_for(int64_t count, int64_t grain, const Body& body) {
     constexpr int64_t kPiecesForEach = 4;
-    const int64_t least = holds_team() ? (grain + 7) / 8 : grain;
+    const int64_t least = worthwhile(grain);
     const int64_t grains = count / (least > 0 ? least : 1);
     const int threads = static_cast<int>(grains < num_threads() ? grains : num_threads());
     if (threads <= 1) {

@@ -109,12 +109,6 @@ void DecoderLayer::linear(const ScratchTensor& out, const ScratchTensor& x, cons
     part.run(out.tensor, x.tensor, residual, workspace_.tensor);
 }
 
-void DecoderLayer::take_rows() {
-    if (!rows_) return;
-    take(residual_, x_, *rows_);
-    take(taken_, attended_, *rows_);
-}
-
 void DecoderLayer::run(void* out, void* x, const Tensor& attention_scratch) {
     out_.tensor.data = out;
     x_.tensor.data = x;
@@ -129,7 +123,10 @@ void DecoderLayer::run(void* out, void* x, const Tensor& attention_scratch) {
                       part.q_norm, part.k_norm, part.epsilon, part.weight_offset, part.interleaved);
     if (out_.shape[0] == 0) return;  // nobody attends
     attention_->run(attention_scratch);
-    take_rows();
+    if (rows_) {
+        take(residual_, x_, *rows_);
+        take(taken_, attended_, *rows_);
+    }
     linear(middle_, taken_, parts_.output, residual_.tensor);
     norm(post_normed_, middle_, parts_.post_norm);
     parts_.gate_up.run_gated(gated_.tensor, gate_up_.tensor, post_normed_.tensor, parts_.activation,

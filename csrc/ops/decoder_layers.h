@@ -63,7 +63,6 @@ class DecoderLayer {
     void run(void* out, void* x, const Tensor& attention_scratch);
 
   private:
-    void take_rows();
     void linear(const ScratchTensor& out, const ScratchTensor& x, const LinearPart& part,
                 const std::optional<Tensor>& residual);
 

@@ -1,4 +1,5 @@
-// What the system is told about the memory behind tensors. One that declines is only slower.
+#include "ops/system_memory.h"
+
 #include <algorithm>
 #include <cstdint>
 
@@ -7,23 +8,28 @@
 #include <unistd.h>
 #endif
 
-#include "ops.h"
-
 namespace sglite::ops {
 
 #if defined(__linux__)
 namespace {
 
-// The whole pages of a tensor on the CPU.
+// The whole pages of some memory, or of a tensor on the CPU; one elsewhere has none.
 struct Pages {
     uintptr_t begin, end;
 
-    explicit Pages(const Tensor& tensor) {
+    Pages(const void* data, int64_t bytes) {
         const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-        const auto data = reinterpret_cast<uintptr_t>(tensor.data);
-        const auto bytes = static_cast<uintptr_t>(tensor.numel() * dtype_size(tensor.dtype));
-        begin = (data + page - 1) / page * page;
-        end = std::max(begin, (data + bytes) / page * page);
+        const auto from = reinterpret_cast<uintptr_t>(data);
+        begin = (from + page - 1) / page * page;
+        end = std::max(begin, (from + static_cast<uintptr_t>(bytes)) / page * page);
+    }
+    explicit Pages(const Tensor& tensor)
+        : Pages(tensor.data,
+                tensor.device == DeviceType::kCPU ? tensor.numel() * dtype_size(tensor.dtype) : 0) {
+    }
+
+    void advise(int advice) const {
+        if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
     }
 };
 
@@ -33,10 +39,8 @@ struct Pages {
 void advise_huge_pages([[maybe_unused]] const Tensor& storage) {
 #if defined(__linux__)
     constexpr uintptr_t kWorthwhile = 512 << 10;
-    if (storage.device != DeviceType::kCPU) return;
     const Pages pages(storage);
-    if (pages.end < pages.begin + kWorthwhile) return;
-    madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_HUGEPAGE);
+    if (pages.end >= pages.begin + kWorthwhile) pages.advise(MADV_HUGEPAGE);
 #endif
 }
 
@@ -49,6 +53,12 @@ void map_pages([[maybe_unused]] const Tensor& contents) {
     for (uintptr_t at = pages.begin; at < pages.end; at += kAround) {
         static_cast<void>(*reinterpret_cast<const volatile char*>(at));
     }
+#endif
+}
+
+void give_back_pages([[maybe_unused]] const void* contents, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    Pages(contents, bytes).advise(MADV_DONTNEED);
 #endif
 }
 

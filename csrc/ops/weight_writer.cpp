@@ -5,11 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/packed_weight.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
+#include "ops/system_memory.h"
 
 namespace sglite::ops {
 
@@ -47,16 +43,7 @@ Args part_of(Args args, const Piece& piece) {
 void write(const PackRowsArgs& args) { cpu::kernels().pack_rows(args); }
 void write(const QuantizeRowsArgs& args) { cpu::kernels().quantize_rows(args); }
 
-// Pages at both ends may hold other rows, too, and stay.
-void give_back([[maybe_unused]] const auto& args) {
-#if defined(__linux__)
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t from = reinterpret_cast<uintptr_t>(args.rows);
-    const uintptr_t begin = (from + page - 1) / page * page;
-    const uintptr_t end = (from + args.count * row_bytes(args)) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
-#endif
-}
+void give_back(const auto& args) { give_back_pages(args.rows, args.count * row_bytes(args)); }
 
 }  // namespace
 

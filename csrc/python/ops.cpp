@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "ops/attention.h"
 #include "ops/attention_cuda.h"
+#include "ops/system_memory.h"
 #include "python/bindings.h"
 #include "python/quantized.h"
 #include "python/torch_tensor.h"

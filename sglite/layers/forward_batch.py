@@ -114,5 +114,5 @@ class ForwardBatch:
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]`: [T, n] and [R] int64, ascending, give [R, n]; x itself where these are all."""
-    return x if x.shape[0] == rows.shape[0] else x.index_select(0, rows)
+    """Some rows: [..., T, n] and [R] int64, ascending, give [..., R, n]; x where these are all."""
+    return x if x.shape[-2] == rows.shape[0] else x.index_select(-2, rows)

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from sglite import ops
 from sglite.layers.composite import is_plain
 from sglite.layers.embedding import Embedding
+from sglite.layers.forward_batch import take_rows
 from sglite.layers.linear import Linear
 from sglite.models.transformers_attention import RunningBatch
 
@@ -198,10 +199,8 @@ class WantedRows(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[1, T, hidden_size] -> [1, R, vocab_size] float32."""
-        rows = self._running.batch.logits_rows
-        if rows.shape[0] != hidden_states.shape[1]:  # else they are all rows, since they ascend
-            hidden_states = hidden_states.index_select(1, rows)
-        return self.head(rows_of(hidden_states)).float()
+        wanted = take_rows(hidden_states, self._running.batch.logits_rows)
+        return self.head(rows_of(wanted)).float()
 
 
 class InvariantLinears(TorchFunctionMode):
