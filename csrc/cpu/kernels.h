@@ -64,6 +64,7 @@ struct Kernels {
     void (*linear_quantized)(const QuantizedLinearArgs&);
     void (*embedding)(const EmbeddingArgs&);
     void (*apply_rope)(const RopeArgs&);
+    void (*rope_and_write_kv)(const RopeAndWriteKvArgs&);
     void (*gated_activation)(const GatedActivationArgs&);
     void (*write_kv)(const WriteKvArgs&);
     void (*copy_kv_slots)(const CopyKvSlotsArgs&);

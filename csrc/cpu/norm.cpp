@@ -3,27 +3,12 @@
 // when asked for. Rounds where Hugging Face does: the sum with the residual, and the normalised
 // value before it meets the weight, both to the tensors' own type.
 #include "cpu/kernels.h"
+#include "cpu/norm_row.h"
 #include "cpu/parallel.h"
 #include "cpu/partial.h"
 #include "cpu/simd.h"
 
 namespace sglite::cpu::SGLITE_CPU_PATH {
-
-// The sum of squares of a row.
-template <typename T>
-static float sum_squares(const T* x, int64_t width) {
-    Vec squares = splat(0.0f);
-    int64_t i = 0;
-    for (; i + Vec::kSize <= width; i += Vec::kSize) {
-        const Vec value = load(x + i);
-        squares = fma(value, value, squares);
-    }
-    if (i < width) {
-        const Vec value = load_partial(x + i, static_cast<int>(width - i));
-        squares = fma(value, value, squares);
-    }
-    return reduce_sum(squares);
-}
 
 // residual += x, rounded; returns the sum of its squares then.
 template <typename T>
@@ -45,20 +30,6 @@ static float add_and_sum_squares(T* residual, const T* x, int64_t width) {
 }
 
 template <typename T>
-static void norm_row(T* out, const T* x, const T* weight, int64_t width, float scale,
-                     float weight_offset) {
-    int64_t i = 0;
-    for (; i + Vec::kSize <= width; i += Vec::kSize) {
-        const Vec normed = round_to<T>(load(x + i) * splat(scale));
-        store(out + i, normed * (load(weight + i) + splat(weight_offset)));
-    }
-    for (; i < width; ++i) {
-        const float normed = to_float(from_float<T>(to_float(x[i]) * scale));
-        out[i] = from_float<T>(normed * (to_float(weight[i]) + weight_offset));
-    }
-}
-
-template <typename T>
 static void norm_rows(const RmsNormArgs& args) {
     const int64_t grain = 1 + 65536 / (args.width + 1);
     parallel_for(args.rows, grain, [&](int64_t begin, int64_t end) {
@@ -72,10 +43,9 @@ static void norm_rows(const RmsNormArgs& args) {
             } else {
                 squares = sum_squares(x, args.width);
             }
-            const float mean = squares / static_cast<float>(args.width);
             norm_row(static_cast<T*>(args.out) + row * args.out_stride, x,
                      static_cast<const T*>(args.weight), args.width,
-                     1.0f / std::sqrt(mean + args.epsilon), args.weight_offset);
+                     norm_scale(squares, args.width, args.epsilon), args.weight_offset);
         }
     });
 }

@@ -287,20 +287,28 @@ static inline float reduce(Vec a, Combine&& combine) {
     }
     return lanes[0];
 }
+#if defined(__AVX512F__)
+static inline float reduce_sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+static inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+#elif defined(__AVX2__)
+static inline float reduce_sum(Vec a) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+static inline float reduce_max(Vec a) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+#else
 static inline float reduce_sum(Vec a) {
     return reduce(a, [](float x, float y) { return x + y; });
 }
 static inline float reduce_max(Vec a) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps(a.v);
-#elif defined(__AVX2__)
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-#else
     return reduce(a, [](float x, float y) { return x > y ? x : y; });
-#endif
 }
+#endif
 
 // e^x to about 2 units in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, and the Taylor
 // polynomial of e^r. Below -87.3 the result is 0; above 88.3 it saturates; a NaN stays a NaN, which

@@ -17,6 +17,7 @@ int64_t linear_quantized_workspace(int64_t m, int64_t k, int64_t groups, DType d
 void linear_quantized(const QuantizedLinearArgs& args);
 void embedding(const EmbeddingArgs& args);
 void apply_rope(const RopeArgs& args);
+void rope_and_write_kv(const RopeAndWriteKvArgs& args);
 void gated_activation(const GatedActivationArgs& args);
 void write_kv(const WriteKvArgs& args);
 void copy_kv_slots(const CopyKvSlotsArgs& args);
@@ -43,6 +44,7 @@ const Kernels table = {
     .linear_quantized = linear_quantized,
     .embedding = embedding,
     .apply_rope = apply_rope,
+    .rope_and_write_kv = rope_and_write_kv,
     .gated_activation = gated_activation,
     .write_kv = write_kv,
     .copy_kv_slots = copy_kv_slots,

@@ -172,8 +172,7 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
     }
     check_range(kOp, "positions", args.positions, tokens, args.table_rows, "cos_sin");
     check_range(kOp, "slots", args.slots, tokens, pages * page_size, "the cache");
-    const cpu::Kernels& kernels = cpu::kernels();
-    run_parts(args, kernels.rms_norm, kernels.apply_rope, kernels.write_kv);
+    cpu::kernels().rope_and_write_kv(args);
 }
 
 }  // namespace sglite::ops

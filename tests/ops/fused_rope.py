@@ -65,7 +65,7 @@ def cases(draw, dtype: torch.dtype, device: torch.device | str = "cpu"):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     tokens, heads, kv_heads = (
         draw(st.integers(0, 9)),
-        draw(st.integers(1, 9)),
+        draw(st.integers(1, 9) | st.sampled_from([16, 17, 33])),
         draw(st.integers(1, 3)),
     )
     head_dim = draw(st.sampled_from([16, 32, 64, 80, 96, 128, 256]) | st.integers(1, 140))
