@@ -30,7 +30,7 @@ static inline float norm_scale(float squares, int64_t width, float epsilon) {
 // out = x * scale, rounded, * (weight + weight_offset), rounded; out may be x.
 template <typename T>
 static inline void norm_row(T* out, const T* x, const T* weight, int64_t width, float scale,
-                     float weight_offset) {
+                            float weight_offset) {
     int64_t i = 0;
     for (; i + Vec::kSize <= width; i += Vec::kSize) {
         const Vec normed = round_to<T>(load(x + i) * splat(scale));
