@@ -46,9 +46,8 @@ void apply_rope(const Tensor& q, const Tensor& k, const Tensor& positions, const
 
 namespace {
 
-// The parts of rope_and_write_kv, one by one; `norm`, `rotate` and `write` run a kernel.
-template <typename Norm, typename Rotate, typename Write>
-void run_parts(const RopeAndWriteKvArgs& args, Norm&& norm, Rotate&& rotate, Write&& write) {
+// The parts of rope_and_write_kv, one by one.
+void run_parts(const RopeAndWriteKvArgs& args, const cuda::Kernels& kernels, cuda::Stream stream) {
     const int64_t bytes = args.dtype == DType::kFloat32 ? 4 : 2;
     const auto head = [&](int64_t token, int64_t index) {
         return static_cast<char*>(args.qkv) +
@@ -60,7 +59,7 @@ void run_parts(const RopeAndWriteKvArgs& args, Norm&& norm, Rotate&& rotate, Wri
         for (int64_t i = 0; i < (by_head ? count : args.tokens); ++i) {
             void* rows = by_head ? head(0, first + i) : head(i, first);
             const int64_t stride = by_head ? args.token_stride : args.head_dim;
-            norm(RmsNormArgs{
+            const RmsNormArgs norm{
                 .out = rows,
                 .x = rows,
                 .weight = weight,
@@ -73,14 +72,15 @@ void run_parts(const RopeAndWriteKvArgs& args, Norm&& norm, Rotate&& rotate, Wri
                 .epsilon = args.epsilon,
                 .weight_offset = args.weight_offset,
                 .dtype = args.dtype,
-            });
+            };
+            kernels.rms_norm(norm, stream);
         }
     };
     if (args.q_weight) {
         norm_heads(args.q_weight, 0, args.q_heads);
         norm_heads(args.k_weight, args.q_heads, args.kv_heads);
     }
-    rotate(RopeArgs{
+    const RopeArgs rope{
         .heads = {{head(0, 0), args.q_heads, args.token_stride, args.head_dim},
                   {head(0, args.q_heads), args.kv_heads, args.token_stride, args.head_dim}},
         .positions = args.positions,
@@ -91,19 +91,21 @@ void run_parts(const RopeAndWriteKvArgs& args, Norm&& norm, Rotate&& rotate, Wri
         .rotary_dim = args.rotary_dim,
         .interleaved = args.interleaved,
         .dtype = args.dtype,
-    });
+    };
+    kernels.apply_rope(rope, stream);
     const auto side = [&](int64_t first, void* cache) {
         return WriteKvArgs::Side{head(0, first), static_cast<char*>(cache),
                                  args.token_stride * bytes, args.head_dim * bytes};
     };
-    write(WriteKvArgs{
+    const WriteKvArgs write{
         .sides = {side(args.q_heads, args.k_cache),
                   side(args.q_heads + args.kv_heads, args.v_cache)},
         .slots = args.slots,
         .tokens = args.tokens,
         .heads = args.kv_heads,
         .head_bytes = args.head_dim * bytes,
-    });
+    };
+    kernels.write_kv(write, stream);
 }
 
 }  // namespace
@@ -163,12 +165,8 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
     if (qkv.device == DeviceType::kCUDA) {
         const cuda::Kernels& kernels = cuda::kernels(kOp);
         const cuda::Stream stream = cuda::stream_of(qkv);
-        if (kernels.rope_and_write_kv(args, stream)) return;
-        const auto run = [&](auto kernel) {
-            return [=](const auto& part) { kernel(part, stream); };
-        };
-        return run_parts(args, run(kernels.rms_norm), run(kernels.apply_rope),
-                         run(kernels.write_kv));
+        if (!kernels.rope_and_write_kv(args, stream)) run_parts(args, kernels, stream);
+        return;
     }
     check_range(kOp, "positions", args.positions, tokens, args.table_rows, "cos_sin");
     check_range(kOp, "slots", args.slots, tokens, pages * page_size, "the cache");

@@ -39,14 +39,14 @@ def whole(tokenizer, prompt, output, skip_special=True):
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=40), split=st.integers(0, 40))
 @example(text="0𐀀𐀀𘋀", split=12)  # the context begins and ends inside characters of single bytes
+@example(text="a <|end|> é<|end|>", split=2)  # special tokens
 def test_pieces_of_any_text_add_up(byte_level, text, split):
     token_ids = byte_level.encode(text, add_special_tokens=False)
     prompt, output = token_ids[:split], token_ids[split:]
-    expected = text.encode()[len(byte_level.decode(prompt).rstrip("\ufffd").encode()) :].decode(
-        errors="replace"
-    )
-    assert "".join(pieces_of(byte_level, prompt, output)) == expected
-    assert whole(byte_level, prompt, output) == expected
+    before = byte_level.decode(prompt, skip_special_tokens=False).rstrip("\ufffd").encode()
+    expected = text.encode()[len(before) :].decode(errors="replace")
+    assert "".join(pieces_of(byte_level, prompt, output, skip_special=False)) == expected
+    assert whole(byte_level, prompt, output, skip_special=False) == expected
 
 
 @settings(max_examples=200, deadline=None)
