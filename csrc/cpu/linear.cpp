@@ -112,10 +112,8 @@ class Linear {
                             tile_of(tiles, block, first), step > 0,
                             prefetch_share(behind, count, block - blocks.begin,
                                            blocks.end - blocks.begin, height));
+                        if (stop == steps_) finish(tile_of(tiles, block, first), block, turn, 1);
                     }
-                }
-                for (int64_t block = first; block < end; ++block) {
-                    finish(tile_of(tiles, block, first), block, turn, 1);
                 }
             }
         }

@@ -14,24 +14,50 @@ struct OutputTile {
     int64_t first_row, rows, first_column, stride;
 };
 
-template <typename T, typename Out>
-static void store_outputs_as(const LinearArgs& args, const float* sums, const OutputTile& tile) {
-    const int64_t stop = tile.first_column + kPanelColumns;
-    const int64_t end = stop < args.n ? stop : args.n;
+// kWhole: all columns of the panel are the product's.
+template <typename T, typename Out, bool kResidual, bool kWhole>
+static void store_rows(const LinearArgs& args, const float* sums, const OutputTile& tile) {
+    constexpr int kVectors = kPanelColumns / Vec::kSize;
+    const int64_t columns = args.n - tile.first_column;
+    const int count = kWhole ? kVectors : (columns + Vec::kSize - 1) / Vec::kSize;
+    const auto load_columns = [&](const auto* from, int v) {
+        from += v * Vec::kSize;
+        return kWhole ? load(from) : load_some(from, columns - v * Vec::kSize);
+    };
+    Vec bias[kVectors];
+    for (int v = 0; v < count; ++v) {
+        const T* values = static_cast<const T*>(args.bias);
+        bias[v] = values ? load_columns(values + tile.first_column, v) : splat(-0.0f);
+    }
     for (int64_t i = 0; i < tile.rows; ++i, sums += tile.stride) {
         const int64_t row = tile.first_row + i;
-        Out* out = static_cast<Out*>(args.out) + row * args.out_stride;
-        const Out* residual = static_cast<const Out*>(args.residual) + row * args.residual_stride;
-        for (int64_t column = tile.first_column; column < end; column += Vec::kSize) {
-            Vec sum = load(sums + column - tile.first_column);
-            if (args.bias) {
-                const T* bias = static_cast<const T*>(args.bias) + column;
-                sum = sum + load_some(bias, end - column);
+        Out* out = static_cast<Out*>(args.out) + row * args.out_stride + tile.first_column;
+#pragma GCC unroll 4
+        for (int v = 0; v < count; ++v) {
+            Vec sum = load(sums + v * Vec::kSize) + bias[v];
+            if constexpr (kResidual) {
+                const Out* residual = static_cast<const Out*>(args.residual) +
+                                      row * args.residual_stride + tile.first_column;
+                sum = round_to<Out>(sum) + load_columns(residual, v);
             }
-            if (args.residual)
-                sum = round_to<Out>(sum) + load_some(residual + column, end - column);
-            store_some(out + column, sum, end - column);
+            if constexpr (kWhole) {
+                store(out + v * Vec::kSize, sum);
+            } else {
+                store_some(out + v * Vec::kSize, sum, columns - v * Vec::kSize);
+            }
         }
+    }
+}
+
+template <typename T, typename Out>
+static void store_outputs_as(const LinearArgs& args, const float* sums, const OutputTile& tile) {
+    const bool whole = tile.first_column + kPanelColumns <= args.n;
+    if (args.residual) {
+        (whole ? store_rows<T, Out, true, true> : store_rows<T, Out, true, false>)(args, sums,
+                                                                                   tile);
+    } else {
+        (whole ? store_rows<T, Out, false, true> : store_rows<T, Out, false, false>)(args, sums,
+                                                                                     tile);
     }
 }
 
