@@ -32,11 +32,12 @@ constexpr int kKeptRows = 0;
 // cache. Sums are fetched and stored each time, hence the longer passes of many blocks of rows,
 // whose weights need not come fast: from the second cache, if there are so many steps.
 #if defined(__AVX512F__)
-constexpr int64_t kPassSteps = 80, kLongPassSteps = 1024, kMinPassRows = kMaxRows + 1;
+constexpr int64_t kPassSteps = 96, kLongPassSteps = 1024, kLongPassBlocks = 8;
+constexpr int64_t kMinPassRows = kMaxRows + 1;
 #else
-constexpr int64_t kPassSteps = 64, kLongPassSteps = 128, kMinPassRows = kMinPrefetchRows;
+constexpr int64_t kPassSteps = 64, kLongPassSteps = 128, kLongPassBlocks = 6;
+constexpr int64_t kMinPassRows = kMinPrefetchRows;
 #endif
-constexpr int64_t kLongPassBlocks = 8;
 
 // How x is laid out for the inner loops: a block of R rows is [steps][kPerStep][R] elements. With
 // bfloat16 dot products an element is a word of two neighbouring k, otherwise a float32.
