@@ -24,7 +24,7 @@ static void store_rows(const LinearArgs& args, const float* sums, const OutputTi
         from += v * Vec::kSize;
         return kWhole ? load(from) : load_some(from, columns - v * Vec::kSize);
     };
-    Vec bias[kVectors];
+    Vec bias[kVectors];  // none is -0, which changes no number, nor the sign of a 0
     for (int v = 0; v < count; ++v) {
         const T* values = static_cast<const T*>(args.bias);
         bias[v] = values ? load_columns(values + tile.first_column, v) : splat(-0.0f);
