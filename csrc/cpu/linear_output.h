@@ -17,34 +17,25 @@ struct OutputTile {
 // kWhole: all columns of the panel are the product's.
 template <typename T, typename Out, bool kResidual, bool kWhole>
 static void store_rows(const LinearArgs& args, const float* sums, const OutputTile& tile) {
-    constexpr int kVectors = kPanelColumns / Vec::kSize;
-    const int64_t columns = args.n - tile.first_column;
-    const int count = kWhole ? kVectors : (columns + Vec::kSize - 1) / Vec::kSize;
-    const auto load_columns = [&](const auto* from, int v) {
-        from += v * Vec::kSize;
-        return kWhole ? load(from) : load_some(from, columns - v * Vec::kSize);
-    };
-    Vec bias[kVectors];  // none is -0, which changes no number, nor the sign of a 0
-    for (int v = 0; v < count; ++v) {
-        const T* values = static_cast<const T*>(args.bias);
-        bias[v] = values ? load_columns(values + tile.first_column, v) : splat(-0.0f);
+    const int64_t columns = kWhole ? kPanelColumns : args.n - tile.first_column;
+    Vec bias[kPanelColumns / Vec::kSize];  // none is -0, which changes no number, nor a 0's sign
+    for (int64_t column = 0; column < columns; column += Vec::kSize) {
+        bias[column / Vec::kSize] =
+            args.bias ? load_some(static_cast<const T*>(args.bias) + tile.first_column + column,
+                                  columns - column)
+                      : splat(-0.0f);
     }
     for (int64_t i = 0; i < tile.rows; ++i, sums += tile.stride) {
         const int64_t row = tile.first_row + i;
         Out* out = static_cast<Out*>(args.out) + row * args.out_stride + tile.first_column;
+        const Out* residual =
+            static_cast<const Out*>(args.residual) + row * args.residual_stride + tile.first_column;
 #pragma GCC unroll 4
-        for (int v = 0; v < count; ++v) {
-            Vec sum = load(sums + v * Vec::kSize) + bias[v];
-            if constexpr (kResidual) {
-                const Out* residual = static_cast<const Out*>(args.residual) +
-                                      row * args.residual_stride + tile.first_column;
-                sum = round_to<Out>(sum) + load_columns(residual, v);
-            }
-            if constexpr (kWhole) {
-                store(out + v * Vec::kSize, sum);
-            } else {
-                store_some(out + v * Vec::kSize, sum, columns - v * Vec::kSize);
-            }
+        for (int64_t column = 0; column < columns; column += Vec::kSize) {
+            Vec sum = load(sums + column) + bias[column / Vec::kSize];
+            if (kResidual)
+                sum = round_to<Out>(sum) + load_some(residual + column, columns - column);
+            store_some(out + column, sum, columns - column);
         }
     }
 }

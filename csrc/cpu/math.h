@@ -30,7 +30,7 @@ static inline Vec exp2_nonpositive(Vec x) {
 #if defined(__AVX512F__)
     const Vec clamped = max(splat(-160.0f), x);
     const Vec n = round_to_int(clamped);
-    return {_mm512_scalef_ps(polynomial(clamped - n, kPowers).v, n.v)};
+    return scale_by_power_of_two(polynomial(clamped - n, kPowers), n);
 #else
     const Vec clamped = max(splat(-126.0f), x);
     const Vec n = round_to_int(clamped);

@@ -114,7 +114,7 @@ static inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
 static inline Vec round_to_int(Vec a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// a * 2^n for whole numbers n between -126 and 127.
+// a * 2^n for whole numbers n between -126 and 127; here for others too.
 static inline Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 #elif defined(__AVX2__)
